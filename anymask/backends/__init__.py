@@ -1,0 +1,47 @@
+"""The backends in order of preference, and how one is chosen.
+
+A backend is a module with three functions: `why_not(q, k, v, block_mask)` is None or the reason it cannot run the call;
+`forward(q, k, v, block_mask, sm_scale) -> (o, lse)`; `backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale) ->
+(dq, dk, dv)`. Inputs are validated, non-empty, and have a unit last stride; `block_mask` None means every pair.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+from anymask.mask import BlockMask
+
+# fastest first; `reference` runs anything, in memory proportional to q_len * kv_len
+NAMES = ("cpu", "triton", "reference")
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module, imported on first use: `triton` needs Triton installed."""
+    return import_module(f"anymask.backends.{name}")
+
+
+def reasons(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> dict[str, str | None]:
+    """For each backend in order: None if it can run the call, else why it cannot."""
+    return {name: load(name).why_not(q, k, v, block_mask) for name in NAMES}
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, backend: str | None = None) -> ModuleType:
+    """The backend to run: the named one, or the first that can.
+
+    Raises:
+        ValueError: the named backend is unknown, or cannot run the call (with its reason). It never falls back.
+    """
+    if backend is None:
+        return next(b for b in map(load, NAMES) if b.why_not(q, k, v, block_mask) is None)
+    check_name(backend)
+    reason = load(backend).why_not(q, k, v, block_mask)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run this call: {reason}")
+    return load(backend)
+
+
+def check_name(backend: str | None) -> None:
+    """Raise ValueError unless None or the name of a backend."""
+    if backend is not None and backend not in NAMES:
+        raise ValueError(f"backend is {backend!r}; allowed are None and {', '.join(map(repr, NAMES))}")

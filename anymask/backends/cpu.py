@@ -1,0 +1,228 @@
+"""Attention over tile lists in torch ops: the schedule of the kernels without a kernel compiler.
+
+One step is one line of tiles of one plane, for a few heads at a time, against up to `STEP_TILES` kv tiles, so temporary
+memory is a few MiB whatever the lengths, and empty tiles cost nothing. Full tiles come first in a step; only the
+columns after them are masked. Letters as in docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from anymask.mask import BlockMask, pack
+from anymask.mask.bits import TILE, tiles_over, unpack_bits
+from anymask.mask.expr import Band
+from anymask.shapes import LSE, K, O, Q, V
+
+# torch's exp2 keeps its speed on -inf and on tiny results, its exp does not
+LOG2_E = math.log2(math.e)
+# kv tiles of a step: 128 x 2048 fp32 scores are 1 MiB a head, about the L2 cache of a core
+STEP_TILES = 8
+# scores of a step over all its heads
+STEP_SCORES = 1 << 20
+
+
+def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None) -> str | None:
+    """Why this backend cannot run the call, or None."""
+    if q.device.type != "cpu":
+        return f"the tensors are on {q.device}, this backend runs on the CPU"
+    return None
+
+
+def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> tuple[O, LSE]:
+    """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
+    call = _Call.of(q, k, v, block_mask)
+    o = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    lse = torch.full(q.shape[:3], -float("inf"), dtype=call.compute)
+    for line in call.lines():
+        q_line = call.rows(q, line) * (sm_scale * LOG2_E)
+        acc = q_line.new_zeros(*q_line.shape[:-1], v.shape[3])
+        m = q_line.new_full(q_line.shape[:-1], -float("inf"))
+        l = torch.zeros_like(m)  # noqa: E741
+        for step in call.steps(line):
+            s = q_line @ call.tiles(call.k, line, step).mT
+            step.hide(s)
+            m_new = torch.maximum(m, s.amax(-1))
+            # a row with no key yet has m = -inf, and -inf - -inf would be NaN
+            m_safe = torch.where(m_new == -float("inf"), 0, m_new)
+            p = s.sub_(m_safe[..., None]).exp2_()
+            alpha = torch.exp2(m - m_safe)
+            l = l * alpha + p.sum(-1)  # noqa: E741
+            acc = acc.mul_(alpha[..., None]).add_(p @ call.tiles(call.v, line, step))
+            m = m_new
+        acc /= torch.where(l == 0, 1, l)[..., None]
+        call.put_rows(o, line, acc)
+        call.put_rows(lse[..., None], line, (m + torch.log2(l))[..., None] / LOG2_E)
+    return o, lse
+
+
+def backward(
+    q: Q,
+    k: K,
+    v: V,
+    o: O,
+    lse: LSE,
+    do: O,
+    dlse: LSE | None,
+    block_mask: BlockMask | None,
+    sm_scale: float,
+) -> tuple[Q, K, V]:
+    """`dq, dk, dv` in the dtypes of `q, k, v`."""
+    call = _Call.of(q, k, v, block_mask)
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk, dv = torch.zeros_like(call.k), torch.zeros_like(call.v)
+    delta = (o.to(call.compute) * do.to(call.compute)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse.to(call.compute)
+    # rows without a key give and receive nothing, whatever q, do or dlse hold there
+    lives = lse != -float("inf")
+    delta = torch.where(lives, delta, 0)
+    lse2 = torch.where(lives, lse * LOG2_E, 0)
+    for line in call.lines():
+        alive = call.rows(lives[..., None], line) != 0
+        q_line, do_line = (torch.where(alive, call.rows(t, line), 0) for t in (q, do))
+        lse_line, delta_line = (call.rows(t[..., None], line) for t in (lse2, delta))
+        q_scaled = q_line * (sm_scale * LOG2_E)
+        dq_line = torch.zeros_like(q_line)
+        for step in call.steps(line):
+            k_step, v_step = call.tiles(call.k, line, step), call.tiles(call.v, line, step)
+            p = step.hide(q_scaled @ k_step.mT).sub_(lse_line).exp2_()
+            ds = (do_line @ v_step.mT).sub_(delta_line).mul_(p)
+            dq_line += ds @ k_step
+            call.add_tiles(dk, line, step, ds.mT @ q_line)
+            call.add_tiles(dv, line, step, p.mT @ do_line)
+        call.put_rows(dq, line, dq_line * sm_scale)
+    return dq, call.unpad(dk * sm_scale, k.dtype), call.unpad(dv, v.dtype)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of tiles of one plane, for samples `b` and kv heads `g` (with all, or one, of their query heads)."""
+
+    b: slice
+    g: slice
+    # query head within the group, or None for the whole group
+    head: int | None
+    plane: tuple[int, int]
+    rows: slice
+    full: Tensor
+    partial: Tensor
+    words: slice
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Up to `STEP_TILES` kv tiles of a line: the full ones, then the partial ones."""
+
+    # a slice where they are neighbours, which makes keys and values a view
+    tiles: slice | Tensor
+    n_full: int
+    # [rows, 128 * n_partial], 0 where the pair attends, -inf where not
+    bias: Tensor
+
+    def hide(self, s: Tensor) -> Tensor:
+        """Scores `[1, kv_heads, group * rows, 128 * n]` with -inf, in place, where the pair does not attend."""
+        s.unflatten(2, (-1, self.bias.shape[0]))[..., self.n_full * TILE :].add_(self.bias)
+        return s
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call's inputs, ready for steps: k and v in the compute dtype, padded to whole tiles."""
+
+    mask: BlockMask
+    group: int
+    compute: torch.dtype
+    # [batch, kv_heads, kv_tiles, 128, dim]
+    k: Tensor
+    v: Tensor
+    batch: int
+
+    @staticmethod
+    def of(q: Q, k: K, v: V, block_mask: BlockMask | None) -> _Call:
+        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+        q_len, kv_len = q.shape[2], k.shape[2]
+        mask = block_mask if block_mask is not None else pack(Band(None, None), q_len=q_len, kv_len=kv_len)
+        extra = tiles_over(kv_len) * TILE - kv_len
+        k, v = (pad(t.to(compute), (0, 0, 0, extra)).unflatten(2, (-1, TILE)) for t in (k, v))
+        return _Call(mask, q.shape[1] // k.shape[1], compute, k, v, q.shape[0])
+
+    def lines(self) -> Iterator[_Line]:
+        """Lines in blocks of heads whose scores fit `STEP_SCORES`."""
+        mask, lists = self.mask, self.mask.rows
+        full, partial = lists.full_offsets.tolist(), lists.partial_offsets.tolist()
+        kv_heads, q_tiles = self.k.shape[1], tiles_over(mask.q_len)
+        for n in range(len(full) - 1):
+            n_tiles = full[n + 1] - full[n] + partial[n + 1] - partial[n]
+            if not n_tiles:
+                continue
+            plane, line = divmod(n, q_tiles)
+            plane_b, plane_h = divmod(plane, mask.heads)
+            rows = slice(line * TILE, min((line + 1) * TILE, mask.q_len))
+            samples = range(self.batch) if mask.batch == 1 else (plane_b,)
+            if mask.heads == 1:
+                head, kv_range = None, range(kv_heads)
+            else:
+                head, kv_range = plane_h % self.group, range(plane_h // self.group, plane_h // self.group + 1)
+            scores = TILE * TILE * min(n_tiles, STEP_TILES) * (self.group if head is None else 1)
+            at_once = max(1, STEP_SCORES // scores)
+            for b in samples:
+                for g in range(kv_range.start, kv_range.stop, at_once):
+                    yield _Line(
+                        slice(b, b + 1),
+                        slice(g, min(g + at_once, kv_range.stop)),
+                        head,
+                        (plane_b, plane_h),
+                        rows,
+                        lists.full_tiles[full[n] : full[n + 1]],
+                        lists.partial_tiles[partial[n] : partial[n + 1]],
+                        slice(partial[n], partial[n + 1]),
+                    )
+
+    def steps(self, line: _Line) -> Iterator[_Step]:
+        tiles, words = torch.cat([line.full, line.partial]), self.mask.rows.words[line.words]
+        rows = line.rows.stop - line.rows.start
+        for first in range(0, tiles.numel(), STEP_TILES):
+            chunk = tiles[first : first + STEP_TILES]
+            n_full = max(0, min(line.full.numel() - first, chunk.numel()))
+            begin = first + n_full - line.full.numel()
+            bits = unpack_bits(words[begin : begin + chunk.numel() - n_full, :rows])
+            bias = 1 - 1 / bits.transpose(0, 1).flatten(1).to(self.compute)
+            start, stop = int(chunk[0]), int(chunk[-1]) + 1
+            neighbours = stop - start == chunk.numel() and bool((chunk.diff() == 1).all())
+            yield _Step(slice(start, stop) if neighbours else chunk, n_full, bias)
+
+    def rows(self, t: Tensor, line: _Line) -> Tensor:
+        """Query rows of the line `[1, kv_heads, group * rows, dim]` in the compute dtype."""
+        return self._rows(t, line).to(self.compute).flatten(2, 3)
+
+    def put_rows(self, t: Tensor, line: _Line, rows: Tensor) -> None:
+        target = self._rows(t, line)
+        target.copy_(rows.view(target.shape))
+
+    def _rows(self, t: Tensor, line: _Line) -> Tensor:
+        grouped = t.unflatten(1, (-1, self.group))[line.b, line.g, :, line.rows]
+        return grouped if line.head is None else grouped[:, :, line.head : line.head + 1]
+
+    def tiles(self, t: Tensor, line: _Line, step: _Step) -> Tensor:
+        """Keys or values of the step `[1, kv_heads, 128 * n, dim]`; those no query attends to are 0."""
+        chosen = t[line.b, line.g, step.tiles].flatten(2, 3)
+        live = self.mask.cols.live
+        if live.numel():
+            extra = tiles_over(self.mask.kv_len) * TILE - self.mask.kv_len
+            by_tile = pad(live.view(self.mask.batch, self.mask.heads, -1)[line.plane], (0, extra)).view(-1, TILE)[step.tiles]
+            chosen = torch.where(by_tile.reshape(-1, 1) != 0, chosen, 0)
+        return chosen
+
+    def add_tiles(self, t: Tensor, line: _Line, step: _Step, grad: Tensor) -> None:
+        """Add a gradient of the step's keys or values to that of all of them."""
+        t[line.b, line.g, step.tiles] += grad.unflatten(2, (-1, TILE))
+
+    def unpad(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        return grad.flatten(2, 3)[:, :, : self.mask.kv_len].to(dtype).contiguous()

@@ -1,0 +1,78 @@
+"""The definition: dense attention and its gradients in a few lines of torch, and the oracle of every test.
+
+Computes in float32, or in float64 for float64 inputs, with memory proportional to `q_len * kv_len`. Runs on any device.
+The letters are those of docs/kernels.md.
+"""
+
+import torch
+from torch import Tensor
+
+from anymask.mask import BlockMask
+from anymask.shapes import LSE, K, O, Q, V
+
+
+def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None) -> str | None:
+    """Why this backend cannot run the call: it always can."""
+    return None
+
+
+def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> tuple[O, LSE]:
+    """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
+    qf, kf, vf, mask = _prepare(q, k, v, block_mask)
+    p, lse = _softmax(qf, kf, mask, sm_scale)
+    return (p @ vf).to(q.dtype), lse
+
+
+def backward(
+    q: Q,
+    k: K,
+    v: V,
+    o: O,
+    lse: LSE,
+    do: O,
+    dlse: LSE | None,
+    block_mask: BlockMask | None,
+    sm_scale: float,
+) -> tuple[Q, K, V]:
+    """`dq, dk, dv` in the dtypes of `q, k, v`."""
+    qf, kf, vf, mask = _prepare(q, k, v, block_mask)
+    p, _ = _softmax(qf, kf, mask, sm_scale)
+    dof = torch.where(mask.any(-1, keepdim=True), do.to(qf.dtype), 0)
+    delta = (dof * o.to(qf.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - torch.where(mask.any(-1), dlse.to(qf.dtype), 0)
+    ds = p * (dof @ vf.mT - delta[..., None])
+    dq = (ds @ kf) * sm_scale
+    dk = (ds.mT @ qf) * sm_scale
+    dv = p.mT @ dof
+    fold = (k.shape[0], k.shape[1], -1, k.shape[2])
+    dk, dv = (g.view(*fold, g.shape[-1]).sum(2) for g in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _prepare(q: Q, k: K, v: V, block_mask: BlockMask | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs in the compute dtype with one kv head per query head, and the dense mask.
+
+    Keys no query attends to, and queries without a key, become 0, so that a NaN in them reaches nothing.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    if block_mask is None:
+        mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    else:
+        mask = block_mask.to_dense()
+    kf, vf = (t.to(compute).repeat_interleave(group, dim=1) for t in (k, v))
+    key_lives = mask.any(-2)[..., None]
+    qf = torch.where(mask.any(-1, keepdim=True), q.to(compute), 0)
+    return qf, torch.where(key_lives, kf, 0), torch.where(key_lives, vf, 0), mask
+
+
+def _softmax(q: Tensor, k: Tensor, mask: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
+    s = ((q @ k.mT) * sm_scale).masked_fill(~mask, -float("inf"))
+    if s.shape[-1] == 0:
+        return s, s.new_full(s.shape[:-1], -float("inf"))
+    m = s.amax(-1, keepdim=True)
+    p = torch.exp(s - torch.where(m == -float("inf"), 0, m))
+    total = p.sum(-1, keepdim=True)
+    lse = (m + torch.log(total)).squeeze(-1)
+    return p / torch.where(total == 0, 1, total), lse

@@ -1,0 +1,169 @@
+"""`BlockMask`: the packed mask that kernels read.
+
+A plane is the mask of one (batch, head); a tile is 128 x 128 positions of a plane. The mask is two views of the same
+tiles: `rows` lists, for each query tile, the kv tiles it attends to; `cols` is the transpose, for dk and dv. Empty tiles
+appear nowhere, full tiles cost one index, partial tiles one index and 2,048 bytes of words in each view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from anymask.mask.bits import FULL, PARTIAL, TILE, tiles_over, unpack_bits
+
+
+@dataclass(frozen=True, eq=False)
+class TileLists:
+    """The non-empty tiles of each line of tiles, as two CSR lists.
+
+    Line `x` of plane `p` has the global number `n = p * lines + x`. Its full tiles are
+    `full_tiles[full_offsets[n]:full_offsets[n + 1]]`, in ascending order, and likewise its partial ones.
+    """
+
+    # int32 [planes * lines + 1]
+    full_offsets: Tensor
+    # int32 [n_full], index of the tile in the other direction
+    full_tiles: Tensor
+    # int32 [planes * lines + 1]
+    partial_offsets: Tensor
+    # int32 [n_partial]
+    partial_tiles: Tensor
+    # int32 [n_partial, 128, 4], bits of partial_tiles in the order of bits.py, one row of words per position of the line
+    words: Tensor
+    # int32 [mask_batch, mask_heads, lines], lines in descending order of tiles, ties in ascending order of line
+    order: Tensor
+    # uint8 [planes * length], 1 where the position has a pair; [0] when every position has one
+    live: Tensor
+
+    def line_numbers(self, kind: int) -> Tensor:
+        """int64 `[n]`: global line number of each full (`kind=2`) or partial (`kind=1`) tile."""
+        offsets = self.full_offsets if kind == FULL else self.partial_offsets
+        lines = torch.arange(offsets.numel() - 1, device=offsets.device)
+        return lines.repeat_interleave(offsets.diff().to(torch.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in _tensors(self))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """A mask over `q_len x kv_len` pairs, packed into 128 x 128 tiles that are empty, partial or full.
+
+    Worked example: `pack(causal(), q_len=512, kv_len=512)` has 4 x 4 tiles,
+
+        rows of tiles        rows.full_tiles      rows.partial_tiles    rows.order
+        ░ · · ·              line 0: -            line 0: 0             [3, 2, 1, 0]
+        █ ░ · ·              line 1: 0            line 1: 1
+        █ █ ░ ·              line 2: 0 1          line 2: 2
+        █ █ █ ░              line 3: 0 1 2        line 3: 3
+
+    so `rows.full_offsets = [0, 0, 1, 3, 6]`, `rows.partial_offsets = [0, 1, 2, 3, 4]`, and `words` hold four tiles.
+    `cols` says the same by columns: `cols.full_tiles = [1, 2, 3, 2, 3, 3]`.
+
+    It is a pytree of tensors and two ints, so it passes through `torch.compile`, checkpointing and `.to`. Make one with
+    `anymask.pack`; the constructor checks nothing.
+    """
+
+    q_len: int
+    kv_len: int
+    rows: TileLists
+    cols: TileLists
+
+    @property
+    def batch(self) -> int:
+        """Planes along the batch: 1 (shared by all samples) or the batch size."""
+        return self.rows.order.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Planes along the heads: 1 (shared by all heads) or the number of query heads."""
+        return self.rows.order.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.words.device
+
+    @property
+    def tile_counts(self) -> tuple[int, int, int]:
+        """Tiles over all planes, (empty, partial, full)."""
+        partial, full = self.rows.partial_tiles.numel(), self.rows.full_tiles.numel()
+        total = self.batch * self.heads * tiles_over(self.q_len) * tiles_over(self.kv_len)
+        return total - partial - full, partial, full
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory held: words, lists and order of both views."""
+        return self.rows.nbytes + self.cols.nbytes
+
+    def density(self) -> float:
+        """Share of attended pairs among all `planes * q_len * kv_len`; 0.0 if there is none. Reads the words."""
+        pairs = self.batch * self.heads * self.q_len * self.kv_len
+        if not pairs:
+            return 0.0
+        attended = sum(int(unpack_bits(w).sum()) for w in self.rows.words.split(1024))
+        last_rows = self.q_len - TILE * (tiles_over(self.q_len) - 1)
+        lines = self.rows.line_numbers(FULL) % tiles_over(self.q_len)
+        short = int((lines == tiles_over(self.q_len) - 1).sum())
+        full = (lines.numel() - short) * TILE * TILE + short * last_rows * TILE
+        return (attended + full) / pairs
+
+    def to_dense(self) -> Tensor:
+        """bool `[batch, heads, q_len, kv_len]` with size 1 where a dimension is shared. For tests and small masks."""
+        q_tiles, kv_tiles = tiles_over(self.q_len), tiles_over(self.kv_len)
+        planes = self.batch * self.heads
+        tiles = torch.zeros(planes * q_tiles, kv_tiles, TILE, TILE, dtype=torch.bool, device=self.device)
+        rows = self.rows
+        tiles[rows.line_numbers(FULL), rows.full_tiles.long()] = True
+        tiles[rows.line_numbers(PARTIAL), rows.partial_tiles.long()] = unpack_bits(rows.words)
+        dense = tiles.view(planes, q_tiles, kv_tiles, TILE, TILE).transpose(2, 3)
+        dense = dense.reshape(self.batch, self.heads, q_tiles * TILE, kv_tiles * TILE)
+        return dense[..., : self.q_len, : self.kv_len]
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask on another device; itself if it is there already."""
+        if torch.device(device) == self.device:
+            return self
+        return BlockMask.from_tensors([t.to(device) for t in self.tensors()], self.q_len, self.kv_len)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of `rows`, then of `cols`, in field order: what a torch op takes and `from_tensors` reads."""
+        return _tensors(self.rows) + _tensors(self.cols)
+
+    @staticmethod
+    def from_tensors(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask:
+        """Inverse of `tensors`."""
+        half = len(tensors) // 2
+        return BlockMask(q_len, kv_len, TileLists(*tensors[:half]), TileLists(*tensors[half:]))
+
+    def __repr__(self) -> str:
+        empty, partial, full = self.tile_counts
+        return (
+            f"BlockMask(q_len={self.q_len}, kv_len={self.kv_len}, planes={self.batch}x{self.heads}, "
+            f"tiles: {empty} empty, {partial} partial, {full} full, {self.nbytes / 2**20:.2f} MiB, {self.device})"
+        )
+
+
+def _tensors(lists: TileLists) -> list[Tensor]:
+    return [getattr(lists, name) for name in _FIELDS]
+
+
+_FIELDS = tuple(f.name for f in fields(TileLists))
+_NAMES = [f"{view}.{name}" for view in ("rows", "cols") for name in _FIELDS]
+
+pytree.register_pytree_node(
+    BlockMask,
+    lambda m: (m.tensors(), (m.q_len, m.kv_len)),
+    lambda tensors, lens: BlockMask.from_tensors(list(tensors), *lens),
+    serialized_type_name="anymask.BlockMask",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=lambda m: (
+        [(pytree.GetAttrKey(n), t) for n, t in zip(_NAMES, m.tensors(), strict=True)],
+        (m.q_len, m.kv_len),
+    ),
+)

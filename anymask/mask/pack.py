@@ -1,0 +1,154 @@
+"""`pack`: from what a mask means to what kernels read. This file is the definition; triton_pack.py is its device twin.
+
+Two stages. `tile_words` finds the kind of every tile and the words of the partial ones; `lists_from_tiles` sorts them
+into the row and column lists of a `BlockMask`.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE, WORDS, pack_bits, transpose_bits
+from anymask.mask.block_mask import BlockMask, TileLists
+from anymask.mask.builders import from_dense
+from anymask.mask.expr import Dense, Grid, Mask
+from anymask.shapes import TileKinds, Words
+
+# tiles evaluated at a time: 16 MiB of booleans, the bound on temporary memory
+CHUNK_TILES = 1024
+
+
+def pack(
+    mask: Mask | Tensor,
+    *,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    device: torch.device | str | None = None,
+) -> BlockMask:
+    """The `BlockMask` of a mask. Pack once, use it in every layer and in the backward pass.
+
+    Args:
+        mask: a `Mask`, or a bool tensor broadcastable to `[batch, q_heads, q_len, kv_len]`. A tensor is read once;
+            expanded (stride-0) dimensions are neither copied nor stored more than once.
+        q_len, kv_len: lengths in tokens; for a tensor they default to its last two dimensions.
+        device: where the result lives; defaults to the tensor's device, else the CPU.
+
+    Returns:
+        A `BlockMask` of 1 bit per pair of each partial tile, twice (by rows and by columns), plus lists of tiles.
+        Temporary memory: one bit per pair of a dense tensor, otherwise one byte per tile plus a bounded chunk.
+        On a GPU it synchronises with the host once for a dense tensor.
+
+    Raises:
+        ValueError: dtype, rank or shape of a tensor that cannot be a mask of these lengths. TypeError: no mask at all.
+    """
+    if not isinstance(mask, Mask):
+        mask = from_dense(mask)
+    if isinstance(mask, Dense):
+        q_len = mask.tensor.shape[-2] if q_len is None else q_len
+        kv_len = mask.tensor.shape[-1] if kv_len is None else kv_len
+        device = mask.tensor.device if device is None else device
+    for name, value in (("q_len", q_len), ("kv_len", kv_len)):
+        if value is None:
+            raise ValueError(f"{name} is None; a {type(mask).__name__} mask has no length, pass {name}=...")
+        if value < 0:
+            raise ValueError(f"{name} is {value}; allowed are 0 and more tokens")
+    assert q_len is not None and kv_len is not None
+    mask.check(q_len, kv_len)
+    grid = Grid(q_len, kv_len, torch.device(device or "cpu"))
+    if grid.device.type == "cuda":
+        from anymask.mask import triton_pack
+
+        if isinstance(mask, Dense):
+            return triton_pack.pack_dense(mask.tensor.to(grid.device), q_len, kv_len)
+        return triton_pack.lists_from_tiles(*tile_words(mask, grid), grid)
+    return lists_from_tiles(*tile_words(mask, grid), grid)
+
+
+def tile_words(mask: Mask, grid: Grid) -> tuple[TileKinds, Words]:
+    """Kinds of all tiles, and the words of the partial ones in row order (plane, query tile, kv tile)."""
+    if isinstance(mask, Dense):
+        return _tile_words_dense(mask.tensor.to(grid.device), grid)
+    batch, heads = mask.planes
+    kinds = mask.classify(grid).expand(batch, heads, grid.q_tiles, grid.kv_tiles).contiguous()
+    if grid.kv_len % TILE:
+        # the columns beyond kv_len are off, so the last kv tile is full for nobody
+        kinds[..., -1].clamp_(max=PARTIAL)
+    within = torch.arange(TILE, device=grid.device)
+    unknown = (kinds == PARTIAL).nonzero()
+    kept = []
+    for chunk in unknown.split(CHUNK_TILES):
+        b, h, q_tile, kv_tile = chunk[:, :, None, None].unbind(1)
+        q = q_tile * TILE + within[:, None]
+        k = kv_tile * TILE + within[None, :]
+        inside = (q < grid.q_len) & (k < grid.kv_len)
+        bits = inside & mask.evaluate(grid, b, h, q.clamp(max=grid.q_len - 1), k.clamp(max=grid.kv_len - 1))
+        words = pack_bits(bits)
+        found = kind_of_words(words, chunk[:, 2], grid)
+        kinds[tuple(chunk.unbind(1))] = found
+        kept.append(words[found == PARTIAL])
+    return kinds, torch.cat(kept) if kept else _no_words(grid)
+
+
+def _tile_words_dense(tensor: Tensor, grid: Grid) -> tuple[TileKinds, Words]:
+    batch, heads = tensor.shape[:2]
+    shape = (batch, heads, grid.q_tiles, grid.kv_tiles)
+    kinds = torch.full(shape, EMPTY, dtype=torch.int8, device=grid.device)
+    kept = []
+    strip_tiles = max(1, CHUNK_TILES // max(1, grid.kv_tiles))
+    for b in range(batch):
+        for h in range(heads):
+            plane = tensor[b, h].expand(grid.q_len, grid.kv_len)
+            for first in range(0, grid.q_tiles if grid.kv_tiles else 0, strip_tiles):
+                last = min(first + strip_tiles, grid.q_tiles)
+                rows = plane[first * TILE : last * TILE]
+                strip = rows.new_zeros((last - first) * TILE, grid.kv_tiles * TILE, dtype=torch.bool)
+                strip[: rows.shape[0], : grid.kv_len] = rows != 0
+                tiles = strip.view(last - first, TILE, grid.kv_tiles, TILE).transpose(1, 2)
+                words = pack_bits(tiles)
+                q_tile = torch.arange(first, last, device=grid.device)[:, None].expand(words.shape[:2])
+                found = kind_of_words(words.flatten(0, 1), q_tile.flatten(), grid)
+                kinds[b, h, first:last] = found.view(words.shape[:2])
+                kept.append(words.flatten(0, 1)[found == PARTIAL])
+    return kinds, torch.cat(kept) if kept else _no_words(grid)
+
+
+def _no_words(grid: Grid) -> Words:
+    return torch.zeros(0, TILE, WORDS, dtype=torch.int32, device=grid.device)
+
+
+def kind_of_words(words: Words, q_tile: Tensor, grid: Grid) -> Tensor:
+    """int8 `[n]`: kind of each tile `[n, 128, 4]`; rows beyond q_len count for neither empty nor full."""
+    row = q_tile[:, None] * TILE + torch.arange(TILE, device=words.device)
+    full = ((words == -1).all(-1) | (row >= grid.q_len)).all(-1)
+    empty = (words == 0).flatten(1).all(-1)
+    return PARTIAL + full.to(torch.int8) - empty.to(torch.int8)
+
+
+def lists_from_tiles(kinds: TileKinds, words: Words, grid: Grid) -> BlockMask:
+    """The `BlockMask` of tile kinds and of the words of the partial tiles in row order."""
+    rows = _lists(kinds, words, grid.q_len)
+    number = torch.full(kinds.shape, -1, dtype=torch.int64, device=kinds.device)
+    number[kinds == PARTIAL] = torch.arange(words.shape[0], device=words.device)
+    swapped = kinds.transpose(-1, -2)
+    by_column = number.transpose(-1, -2)[swapped == PARTIAL]
+    words_t = [transpose_bits(words[n]) for n in by_column.split(CHUNK_TILES)]
+    cols = _lists(swapped, torch.cat(words_t) if words_t else words.clone(), grid.kv_len)
+    return BlockMask(grid.q_len, grid.kv_len, rows, cols)
+
+
+def _lists(kinds: Tensor, words: Words, length: int) -> TileLists:
+    batch, heads, lines, _ = kinds.shape
+    found = {}
+    for kind in (FULL, PARTIAL):
+        hit = kinds == kind
+        offsets = torch.zeros(batch * heads * lines + 1, dtype=torch.int32, device=kinds.device)
+        offsets[1:] = hit.sum(-1).flatten().cumsum(0)
+        found[kind] = offsets, hit.nonzero()[:, 3].to(torch.int32)
+    order = (kinds != EMPTY).sum(-1).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    lists = TileLists(*found[FULL], *found[PARTIAL], words, order, words.new_zeros(0, dtype=torch.uint8))
+    # a position lives in a full tile of its line, or by a bit in a partial one
+    count = (kinds == FULL).any(-1).view(-1, 1).expand(-1, TILE).to(torch.int32).contiguous()
+    count.index_add_(0, lists.line_numbers(PARTIAL), (words != 0).any(-1).to(torch.int32))
+    live = (count.view(batch, heads, lines * TILE)[..., :length] != 0).to(torch.uint8)
+    return lists if bool(live.all()) else replace(lists, live=live.flatten())

@@ -1,0 +1,130 @@
+"""What torch sees: three opaque operators with fakes and autograd. No arithmetic here.
+
+The mask travels as the tensors of a `BlockMask` plus its two lengths, so backward cannot lose it, and a new mask with
+the same shapes never recompiles. An empty list of tensors means every pair.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask import backends
+from anymask.mask import BlockMask, pack
+from anymask.mask.bits import TILE, WORDS, tiles_over
+from anymask.mask.expr import mask_from_spec
+
+
+def _block_mask(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask | None:
+    return BlockMask.from_tensors(tensors, q_len, kv_len) if tensors else None
+
+
+@torch.library.custom_op(
+    "anymask::forward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor[] mask, float sm_scale, str? backend) -> (Tensor, Tensor)",
+)
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None) -> tuple[Tensor, Tensor]:
+    """`(o, lse)` of validated inputs by the named backend, or by the first that can."""
+    if q.numel() == 0 or k.shape[2] == 0 or v.shape[3] == 0:
+        o, lse = _forward_fake(q, k, v, mask, sm_scale, backend)
+        return o.zero_(), lse.fill_(-float("inf"))
+    q, k, v = (_unit_last_stride(t) for t in (q, k, v))
+    block_mask = _block_mask(mask, q.shape[2], k.shape[2])
+    return backends.choose(q, k, v, block_mask, backend).forward(q, k, v, block_mask, sm_scale)
+
+
+@forward.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.custom_op(
+    "anymask::backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, Tensor? dlse, Tensor[] mask, "
+    "float sm_scale, str? backend) -> (Tensor, Tensor, Tensor)",
+)
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    mask: list[Tensor],
+    sm_scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dq, dk, dv)`, contiguous."""
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        dq, dk, dv = _backward_fake(q, k, v, o, lse, do, dlse, mask, sm_scale, backend)
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    q, k, v, do = (_unit_last_stride(t) for t in (q, k, v, do))
+    block_mask = _block_mask(mask, q.shape[2], k.shape[2])
+    return backends.choose(q, k, v, block_mask, backend).backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
+
+
+@backward.register_fake
+def _backward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, ctx.sm_scale, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, *mask)
+
+
+def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, o, lse, *mask = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(o)
+    grads = backward(q, k, v, o, lse, do, dlse, mask, ctx.sm_scale, ctx.backend)
+    return *grads, [None] * len(mask), None, None
+
+
+forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op(
+    "anymask::pack",
+    mutates_args=(),
+    schema="(Tensor[] leaves, str spec, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]",
+)
+def pack_op(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
+    """Tensors of `pack(mask_from_spec(spec, leaves), ...)`: packing inside a compiled function."""
+    return pack(mask_from_spec(spec, leaves), q_len=q_len, kv_len=kv_len, device=device).tensors()
+
+
+@pack_op.register_fake
+def _pack_fake(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
+    batch, heads = mask_from_spec(spec, leaves).planes
+    context = torch.library.get_ctx()
+    n_full, n_partial = context.new_dynamic_size(), context.new_dynamic_size()
+
+    def empty(*shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def lists(length: int) -> list[Tensor]:
+        offsets = batch * heads * tiles_over(length) + 1
+        return [
+            empty(offsets),
+            empty(n_full),
+            empty(offsets),
+            empty(n_partial),
+            empty(n_partial, TILE, WORDS),
+            empty(batch, heads, tiles_over(length)),
+            empty(context.new_dynamic_size(), dtype=torch.uint8),
+        ]
+
+    return lists(q_len) + lists(kv_len)
+
+
+def _unit_last_stride(t: Tensor) -> Tensor:
+    """`t`, or a contiguous copy of it if its last dimension is not dense in memory."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
