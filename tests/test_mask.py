@@ -1,0 +1,206 @@
+"""The mask algebra: classification never contradicts evaluation, builders equal their dense definitions."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anymask import Mask, causal, causal_lower_right, from_dense, pack, sliding_window
+from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE
+from anymask.mask.builders import dense as dense_any_dtype
+from anymask.mask.expr import Band, Dense, Grid, mask_from_spec
+from anymask.testing import MASKS, assert_same_block_mask
+
+CPU = torch.device("cpu")
+LENGTHS = [(1, 1), (5, 3), (128, 128), (129, 127), (300, 520), (520, 300)]
+SYMBOLIC = {
+    "causal": causal(),
+    "causal offset": causal(offset=130),
+    "causal negative": causal(offset=-130),
+    "lower right": causal_lower_right(),
+    "window": sliding_window(128),
+    "window both": sliding_window(3, 200),
+    "window 0": sliding_window(0),
+    "everything": Band(None, None),
+    "low only": Band(-7, None),
+    "lower right window": Band(-40, 0, lower_right=True),
+    "not causal": ~causal(),
+    "ring": sliding_window(300, 300) & ~sliding_window(140, 140),
+    "or": causal(offset=-100) | sliding_window(5, 5),
+    "and not or": (causal() | sliding_window(0, 250)) & ~(causal(offset=-50) & causal_lower_right()),
+    "nothing": causal() & ~causal(),
+    "dense and causal": causal() & from_dense(torch.rand(2, 3, 1, 1, generator=torch.Generator().manual_seed(0)) < 0.5),
+}
+
+
+def _evaluated(mask: Mask, q_len: int, kv_len: int) -> Tensor:
+    """The meaning of a mask, pair by pair: `[mask_batch, mask_heads, q_len, kv_len]`."""
+    batch, heads = mask.planes
+    index = torch.meshgrid(*(torch.arange(n) for n in (batch, heads, q_len, kv_len)), indexing="ij")
+    return mask.evaluate(Grid(q_len, kv_len, CPU), *index)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS, ids=str)
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_classification_never_contradicts_evaluation(name: str, q_len: int, kv_len: int) -> None:
+    mask, grid = SYMBOLIC[name], Grid(q_len, kv_len, CPU)
+    kinds = mask.classify(grid)
+    assert kinds.dtype == torch.int8
+    dense = _evaluated(mask, q_len, kv_len)
+    kinds = kinds.expand(*mask.planes, grid.q_tiles, grid.kv_tiles)
+    assert set(kinds.unique().tolist()) <= {EMPTY, PARTIAL, FULL}
+    for (b, h, i, j), kind in zip(torch.cartesian_prod(*map(torch.arange, kinds.shape)), kinds.flatten(), strict=True):
+        tile = dense[b, h, i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE]
+        assert kind != EMPTY or not tile.any()
+        assert kind != FULL or tile.all()
+
+
+@pytest.mark.parametrize("name", ["causal", "lower right", "window", "window both", "not causal"])
+def test_bands_classify_every_tile_they_can(name: str) -> None:
+    # a band that leaves an empty or full tile unknown still gives the right answer, but costs its evaluation
+    for q_len, kv_len in LENGTHS:
+        mask, grid = SYMBOLIC[name], Grid(q_len, kv_len, CPU)
+        kinds = mask.classify(grid)[0, 0]
+        dense = _evaluated(mask, q_len, kv_len)[0, 0]
+        for i in range(grid.q_tiles):
+            for j in range(grid.kv_tiles):
+                tile = dense[i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE]
+                assert kinds[i, j] == (FULL if tile.all() else PARTIAL if tile.any() else EMPTY)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS, ids=str)
+@pytest.mark.parametrize("name", [n for n in MASKS if n != "none"])
+def test_a_mask_means_its_dense_definition(name: str, q_len: int, kv_len: int) -> None:
+    mask, dense = MASKS[name](2, 3, q_len, kv_len)
+    lazy = mask if isinstance(mask, Mask) else from_dense(mask)
+    assert torch.equal(_evaluated(lazy, q_len, kv_len).expand(2, 3, -1, -1), dense.expand(2, 3, q_len, kv_len))
+    assert torch.equal(
+        pack(lazy, q_len=q_len, kv_len=kv_len).to_dense().expand(2, 3, -1, -1), dense.expand(2, 3, q_len, kv_len)
+    )
+
+
+def test_kleene_tables() -> None:
+    kinds = {EMPTY: ~Band(None, None), FULL: Band(None, None), PARTIAL: from_dense(torch.ones(4, 4, dtype=torch.bool))}
+    grid = Grid(4, 4, CPU)
+
+    def kind(mask: Mask) -> int:
+        return int(mask.classify(grid).flatten()[0])
+
+    for a, left in kinds.items():
+        assert kind(~left) == FULL - a
+        for b, right in kinds.items():
+            assert kind(left & right) == min(a, b)
+            assert kind(left | right) == max(a, b)
+
+
+def test_algebra() -> None:
+    a, b = causal(offset=3), sliding_window(20, 20)
+
+    def packed(mask: Mask) -> Any:
+        return pack(mask, q_len=200, kv_len=150)
+
+    assert_same_block_mask(packed(~(a & b)), packed(~a | ~b))
+    assert_same_block_mask(packed(~~a), packed(a))
+    assert_same_block_mask(packed(a & (a | b)), packed(a))
+    assert not packed(a & ~a).to_dense().any()
+    assert packed(a | ~a).tile_counts == packed(Band(None, None)).tile_counts
+
+
+def test_truth_value_raises() -> None:
+    for use in (lambda: bool(causal()), lambda: causal() and causal(), lambda: not causal(), lambda: causal() or None):
+        with pytest.raises(TypeError, match=r"no truth value: combine masks with & \| ~"):
+            use()
+
+
+def test_equality_and_hash() -> None:
+    assert causal() == causal()
+    assert causal() != causal(offset=1)
+    assert hash(causal() & sliding_window(2)) == hash(causal() & sliding_window(2))
+    assert (causal() & sliding_window(2)) == (causal() & sliding_window(2))
+    assert (causal() & sliding_window(2)) != (causal() | sliding_window(2))
+    assert causal() != causal_lower_right()
+    assert ~causal() == ~causal()
+    tensor = torch.ones(2, 2, dtype=torch.bool)
+    # two reads of one tensor are not known to be equal, and comparing must not compare elements
+    assert (from_dense(tensor) == from_dense(tensor.clone())) is False
+    assert len({causal(), causal(), sliding_window(1)}) == 2
+
+
+def test_masks_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        causal().high = 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_spec_reads_back(name: str) -> None:
+    leaves: list[Tensor] = []
+    spec = SYMBOLIC[name].spec(leaves)
+    again = mask_from_spec(spec, leaves)
+    assert_same_block_mask(pack(SYMBOLIC[name], q_len=200, kv_len=130), pack(again, q_len=200, kv_len=130))
+    assert again.planes == SYMBOLIC[name].planes
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: sliding_window(-1), ValueError, "left is -1; allowed are 0 and more"),
+        (lambda: sliding_window(3, -2), ValueError, "right is -2; allowed are 0 and more"),
+        (lambda: sliding_window(2.5), TypeError, "left is 2.5 of type float; allowed is an int"),
+        (lambda: sliding_window(2, True), TypeError, "right is True of type bool; allowed is an int"),
+        (lambda: causal(offset="3"), TypeError, "offset is '3' of type str; allowed is an int"),
+        (lambda: causal(torch.tensor(3)), TypeError, "offset is .* of type Tensor; allowed is an int"),
+        (lambda: from_dense([[True]]), TypeError, "mask is a list; allowed are None, a bool tensor"),
+        (lambda: from_dense(torch.ones(2, 2)), ValueError, "mask has dtype torch.float32; allowed is torch.bool"),
+        (
+            lambda: from_dense(torch.ones(2, 2, dtype=torch.uint8)),
+            ValueError,
+            "dtype torch.uint8; allowed is torch.bool",
+        ),
+        (lambda: from_dense(torch.ones(2, 2, dtype=torch.complex64)), ValueError, "dtype torch.complex64; allowed"),
+        (lambda: from_dense(torch.ones(4) > 0), ValueError, r"shape \(4,\), 1 dimensions; allowed are 2 to 4"),
+        (lambda: from_dense(torch.ones(1, 1, 1, 2, 2) > 0), ValueError, "5 dimensions; allowed are 2 to 4"),
+        (lambda: causal() & torch.ones(2, 2, dtype=torch.bool), TypeError, "wrap a bool tensor in from_dense"),
+        (lambda: causal() | None, TypeError, "cannot combine a Mask with NoneType"),
+        (
+            lambda: from_dense(torch.ones(2, 1, 4, 4) > 0) & from_dense(torch.ones(3, 1, 4, 4) > 0),
+            ValueError,
+            "masks to combine differ in batch: 2 and 3; allowed are equal sizes or 1",
+        ),
+        (
+            lambda: from_dense(torch.ones(2, 4, 4) > 0) | from_dense(torch.ones(5, 4, 4) > 0),
+            ValueError,
+            "masks to combine differ in heads: 2 and 5",
+        ),
+    ],
+)
+def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_check_names_the_dimension_of_a_part() -> None:
+    mask = causal() & ~from_dense(torch.ones(4, 7, dtype=torch.bool))
+    with pytest.raises(ValueError, match=re.escape("its dimension -1 is 7 but kv_len is 8; allowed are 1 and 8")):
+        pack(mask, q_len=4, kv_len=8)
+    with pytest.raises(ValueError, match=re.escape("its dimension -2 is 4 but q_len is 5; allowed are 1 and 5")):
+        pack(mask, q_len=5, kv_len=7)
+
+
+def test_stride_0_planes_are_one_plane() -> None:
+    base = torch.rand(1, 1, 6, 6) < 0.5
+    assert from_dense(base.expand(4, 8, 6, 6)).planes == (1, 1)
+    assert from_dense((torch.rand(4, 1, 6, 6) < 0.5).expand(4, 8, 6, 6)).planes == (4, 1)
+    assert from_dense(base[0, 0]).planes == (1, 1)
+    assert from_dense(torch.ones(3, 6, 6, dtype=torch.bool)).planes == (1, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32])
+def test_dense_of_any_dtype_is_non_zero(dtype: torch.dtype) -> None:
+    values = torch.randint(-2, 3, (40, 30)).to(dtype)
+    mask = dense_any_dtype(values)
+    assert isinstance(mask, Dense)
+    assert torch.equal(pack(mask).to_dense()[0, 0], values != 0)
+    both = causal() & mask
+    assert torch.equal(pack(both, q_len=40, kv_len=30).to_dense()[0, 0], (values != 0).tril())
