@@ -260,7 +260,7 @@ def test_symbolic_masks_never_exist_densely(mask: Mask) -> None:
         # the int64 distances of a chunk of tiles, whatever the length; one bit a pair would be length ** 2 / 8
         assert memory.largest <= pack_module.CHUNK_TILES * TILE * TILE * 8
         totals.append(memory.total)
-        assert packed.nbytes < length**2 / 128
+        assert packed.nbytes < length**2 / 64
     # tiles grow 16 times, pairs near the edge of a band 4 times
     assert totals[1] / totals[0] < 8
 
