@@ -216,7 +216,9 @@ class _Call:
         live = self.mask.cols.live
         if live.numel():
             extra = tiles_over(self.mask.kv_len) * TILE - self.mask.kv_len
-            by_tile = pad(live.view(self.mask.batch, self.mask.heads, -1)[line.plane], (0, extra)).view(-1, TILE)[step.tiles]
+            by_tile = pad(live.view(self.mask.batch, self.mask.heads, -1)[line.plane], (0, extra)).view(-1, TILE)[
+                step.tiles
+            ]
             chosen = torch.where(by_tile.reshape(-1, 1) != 0, chosen, 0)
         return chosen
 

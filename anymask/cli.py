@@ -1,0 +1,222 @@
+"""The `anymask` command: parses, calls `demo` and `viz`, prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import anymask
+from anymask import demo as work
+from anymask import viz
+
+# the table of masks needs this many columns; a narrower terminal, or a file, wraps lines instead of cutting cells
+TABLE_WIDTH = 100
+# longest plane whose tokens `show` draws one by one
+SHOW_TOKENS = 64
+
+app = typer.Typer(
+    help="FlashAttention, forward and backward, under any mask.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"anymask {anymask.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Versions.")] = False,
+) -> None: ...
+
+
+@app.command()
+def demo(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of text, weights and masks.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A few seconds: small sizes, timings mean nothing.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("anymask-demo.png"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number there.")] = None,
+) -> None:
+    """Train on packed documents, show that nothing leaks, measure masks; exit 1 if a check fails."""
+    try:
+        viz.require_matplotlib()
+    except ImportError as error:
+        _fail(str(error))
+    where = _device(device)
+    sizes = work.Sizes.choose(where, quick, steps)
+    console = Console()
+    # not Console(width=...) from the start: a wide terminal keeps its width
+    console.width = max(console.width, TABLE_WIDTH)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    console.print(f"anymask {anymask.__version__} on {where} ({name}), torch {torch.__version__}")
+
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    texts = work.documents(longest=600 if sizes.row_len > 600 else 200)
+    characters = sum(map(len, texts))
+    console.print(f"Text: {len(texts)} help topics of Python, {characters:,} bytes, {sizes.row_len} to a row\n")
+
+    def batch() -> work.Batch:
+        return work.pack_rows(texts, sizes.rows, sizes.row_len, generator).to(where)
+
+    model = work.Model().to(where)
+    losses, rows = [], []
+    columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        training = progress.add_task("training", total=sizes.steps)
+        for step, loss in enumerate(work.train(model, (batch() for _ in range(sizes.steps))), start=1):
+            losses.append(loss)
+            progress.update(training, advance=1, description=f"training: {loss:.3f} nats/token")
+            if step == 1 or step % max(1, sizes.steps // 4) == 0:
+                progress.console.print(f"step {step:4}: {loss:.3f} nats per token")
+        last = batch()
+        packed = anymask.pack(last.mask(), q_len=sizes.row_len, kv_len=sizes.row_len, device=where)
+        comparison = work.compare(model, last, packed)
+        masks = list(work.table_masks(last, sizes.heads, seed))
+        measuring = progress.add_task("measuring", total=len(masks))
+        for mask in masks:
+            progress.update(measuring, description=f"measuring: {mask[0]}")
+            rows.append(work.measure(*mask, sizes, seed))
+            progress.advance(measuring)
+
+    console.print(_comparison_table(comparison))
+    console.print(f"{packed}\n", highlight=False)
+    console.print(_mask_table(rows, sizes, where))
+    viz.plot(packed, out, title=f"{comparison.documents} documents in {sizes.rows} rows: the first row")
+    console.print(f"Picture of the document mask and its tiles: {out.resolve()}", soft_wrap=True)
+    if json_file is not None:
+        numbers = {
+            "anymask": anymask.__version__,
+            "torch": torch.__version__,
+            "device": f"{where} ({name})",
+            "seed": seed,
+            "sizes": asdict(sizes) | {"dtype": str(sizes.dtype)},
+            "losses": losses,
+            "comparison": asdict(comparison) | {"ok": comparison.ok, "tolerance": work.TOLERANCE},
+            "table": [asdict(row) for row in rows],
+        }
+        json_file.write_text(json.dumps(numbers, indent=2) + "\n")
+        console.print(f"Numbers: {json_file.resolve()}", soft_wrap=True)
+    wrong = [row.mask for row in rows if not row.ok]
+    if wrong or not comparison.ok:
+        found = [*wrong, *([] if comparison.ok else ["the comparison of packed and separate documents"])]
+        _fail(f"check failed: {', '.join(found)}")
+
+
+def _comparison_table(found: work.Comparison) -> Table:
+    table = Table(
+        title=f"\nLoss and gradients of one batch: {found.documents} documents, {found.tokens:,} targets, fp32",
+        caption=f"difference: the largest over all parameters of max |difference| / max |gradient|,\n"
+        f"allowed {work.TOLERANCE:.0e}; the mask is packed once for all layers and the backward pass",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("", "nats per token", "gradient difference", ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    verdict = "[green]equal[/]" if found.ok else "[red]differs: check failed[/]"
+    table.add_row("each document alone (torch)", f"{found.loss_alone:.6f}", "", "the truth")
+    table.add_row("packed, document mask (anymask)", f"{found.loss_packed:.6f}", f"{found.grad_packed:.1e}", verdict)
+    table.add_row("packed, plain causal (torch)", f"{found.loss_leaky:.6f}", f"{found.grad_leaky:.1e}", "leaks")
+    return table
+
+
+def _mask_table(rows: list[work.Row], sizes: work.Sizes, device: torch.device) -> Table:
+    dtype = str(sizes.dtype).removeprefix("torch.")
+    table = Table(
+        title=f"{sizes.heads} heads, {sizes.row_len} tokens, head_dim {sizes.head_dim}, {dtype}, {device.type}",
+        caption=f"error: max |x - fp64| / max |fp64|, allowed {work.TABLE_TOLERANCE[sizes.dtype]:.0e}\n"
+        f"time: anymask / torch scaled_dot_product_attention with the same bool mask, median of {sizes.repeats};\n"
+        "below 1 is faster; packing is measured apart (--json)",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("mask", no_wrap=True)
+    headings = "density", "tiles\n·/░/█", "error\no", "\ndq", "\ndk", "\ndv", "mask KiB\ndense", "\npacked"
+    for heading in (*headings, "time\nfwd", "\n+ bwd"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        errors = [f"{error:.0e}" for error in row.errors.values()]
+        sizes_kib = [f"{n / 1024:,.0f}" for n in (row.dense_bytes, row.packed_bytes)]
+        times = f"{row.forward_ratio:.2f}", f"{row.both_ratio:.2f}"
+        tiles = "/".join(map(str, row.tiles))
+        table.add_row(row.mask, f"{row.density:.1%}", tiles, *errors, *sizes_kib, *times, style="" if row.ok else "red")
+    return table
+
+
+@app.command()
+def show(
+    mask: Annotated[
+        str, typer.Argument(help="causal, causal_lower_right, sliding_window, or a .pt file of a bool tensor.")
+    ],
+    length: Annotated[int | None, typer.Option("--len", min=1, help="Queries; 1024 unless a file says.")] = None,
+    kv_len: Annotated[int | None, typer.Option(min=1, help="Keys; as many as queries.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens before the query, for sliding_window.")] = None,
+    plane: Annotated[tuple[int, int], typer.Option(help="Batch and head to draw.")] = (0, 0),
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a picture there too.")] = None,
+) -> None:
+    """Draw the tiles of a mask, and its tokens if they are few."""
+    try:
+        lazy = _mask(mask, window)
+        if not isinstance(lazy, torch.Tensor):
+            length = length or 1024
+            kv_len = kv_len or length
+        packed = anymask.pack(lazy, q_len=length, kv_len=kv_len)
+        print(packed)
+        if max(packed.q_len, packed.kv_len) <= SHOW_TOKENS:
+            shares, _ = viz.token_shares(packed, plane)
+            print("\n".join(" ".join("█" if share else "·" for share in row) for row in shares.tolist()))
+        scale = viz.scale(packed)
+        print(f"tiles of 128 x 128, {scale} x {scale} to a character: {viz.LEGEND}\n{viz.to_text(packed, plane)}")
+        if out is not None:
+            viz.plot(packed, out, plane, title=mask)
+            print(out.resolve())
+    except (ValueError, ImportError) as error:
+        _fail(str(error))
+
+
+def _mask(name: str, window: int | None) -> anymask.Mask | torch.Tensor:
+    if window is not None and name != "sliding_window":
+        raise ValueError(f"--window is for sliding_window, not for {name}")
+    if name == "sliding_window":
+        if window is None:
+            raise ValueError("sliding_window needs --window TOKENS")
+        return anymask.sliding_window(window)
+    if name == "causal":
+        return anymask.causal()
+    if name == "causal_lower_right":
+        return anymask.causal_lower_right()
+    if not Path(name).is_file():
+        raise ValueError(f"{name} is no file and no mask; allowed are causal, causal_lower_right, sliding_window, FILE")
+    loaded = torch.load(name, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, torch.Tensor):
+        raise ValueError(f"{name} holds a {type(loaded).__name__}; allowed is one bool tensor")
+    return loaded
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        _fail(f"--device is {name}; allowed are auto, cpu, cuda and cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        _fail(f"--device is {name}, but torch finds no GPU")
+    return torch.device(name)
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"[red]anymask:[/] {message}", soft_wrap=True, highlight=False)
+    raise typer.Exit(1)

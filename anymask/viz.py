@@ -1,0 +1,169 @@
+"""Pictures of a `BlockMask`: its tiles in the terminal, its tokens and tiles in a PNG. Cost is that of the tiles."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from anymask.mask import BlockMask
+from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE, tiles_over, unpack_bits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GLYPHS = {EMPTY: "·", PARTIAL: "░", FULL: "█"}
+COLOURS = {EMPTY: "#f2f2f2", PARTIAL: "#f0a030", FULL: "#1f4e79"}
+NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
+LEGEND = "  ".join(f"{GLYPHS[kind]} {NAMES[kind]}" for kind in (FULL, PARTIAL, EMPTY))
+
+# pixels along the longer side of a plotted mask
+MAX_PIXELS = 1024
+# partial tiles unpacked at a time: 16 MiB of booleans
+CHUNK_TILES = 1024
+
+
+def to_text(block_mask: BlockMask, plane: tuple[int, int] = (0, 0), width: int = 64) -> str:
+    """The tiles of one plane, one character each: `█` full, `░` partial, `·` empty; lines are query tiles.
+
+    Args:
+        block_mask: the mask to draw.
+        plane: batch and head, counted among the planes the mask stores.
+        width: most characters along either side, spaces between them apart. A larger plane is drawn with `scale`
+            tiles a side in one character, which is full (empty) if all of them are.
+
+    >>> from anymask import causal, pack
+    >>> print(to_text(pack(causal(), q_len=384, kv_len=384)))
+    ░ · ·
+    █ ░ ·
+    █ █ ░
+    """
+    kinds, step = tile_kinds(block_mask, plane), scale(block_mask, width)
+    lines = []
+    for rows in torch.split(kinds, step):
+        cells = [set(cell.flatten().tolist()) for cell in torch.split(rows, step, dim=1)]
+        lines.append(" ".join(GLYPHS[found.pop() if len(found) == 1 else PARTIAL] for found in cells))
+    return "\n".join(lines)
+
+
+def scale(block_mask: BlockMask, width: int = 64) -> int:
+    """Tiles along each side of one character of `to_text`."""
+    if width < 1:
+        raise ValueError(f"width is {width}; allowed are 1 and more characters")
+    return max(1, math.ceil(max(tiles_over(block_mask.q_len), tiles_over(block_mask.kv_len)) / width))
+
+
+def tile_kinds(block_mask: BlockMask, plane: tuple[int, int] = (0, 0)) -> Tensor:
+    """int8 `[q_tiles, kv_tiles]` on the CPU: kind of each tile of one plane, 0 empty, 1 partial, 2 full."""
+    kinds = torch.zeros(tiles_over(block_mask.q_len), tiles_over(block_mask.kv_len), dtype=torch.int8)
+    for kind in (FULL, PARTIAL):
+        line, tile, _ = _tiles(block_mask, plane, kind)
+        kinds[line, tile] = kind
+    return kinds
+
+
+def plot(
+    block_mask: BlockMask, path: str | Path | None = None, plane: tuple[int, int] = (0, 0), title: str | None = None
+) -> Figure:
+    """A figure with the tokens of one plane on the left and its tiles, coloured by kind, on the right.
+
+    Args:
+        block_mask: the mask to draw; its lengths are 1 or more tokens.
+        path: where to write the figure too, in the format of the file's suffix.
+        plane: batch and head, counted among the planes the mask stores.
+        title: line above both panels.
+
+    Raises:
+        ImportError: matplotlib is not installed. ValueError: no such plane, or one without tokens.
+    """
+    require_matplotlib()
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    q_len, kv_len = block_mask.q_len, block_mask.kv_len
+    if not (q_len and kv_len):
+        raise ValueError(f"block_mask has q_len={q_len}, kv_len={kv_len}; allowed are lengths of 1 and more tokens")
+    kinds = tile_kinds(block_mask, plane)
+    counts = {kind: int((kinds == kind).sum()) for kind in (FULL, PARTIAL, EMPTY)}
+    shares, density = token_shares(block_mask, plane)
+
+    figure = Figure(figsize=(10, 5.6), dpi=120, layout="constrained")
+    tokens, tiles = figure.subplots(1, 2)
+    aspect = "equal" if max(q_len, kv_len) <= 4 * min(q_len, kv_len) else "auto"
+    tokens.imshow(
+        shares.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(0, kv_len, q_len, 0), aspect=aspect, interpolation="none"
+    )
+    tokens.set(title=f"tokens: {density:.1%} of pairs attend", xlabel="key", ylabel="query")
+    shape = (0, kinds.shape[1] * TILE, kinds.shape[0] * TILE, 0)
+    palette = ListedColormap([COLOURS[kind] for kind in (EMPTY, PARTIAL, FULL)])
+    tiles.imshow(kinds.numpy(), cmap=palette, vmin=0, vmax=2, extent=shape, aspect=aspect, interpolation="none")
+    visited = (counts[PARTIAL] + counts[FULL]) / kinds.numel()
+    tiles.set(title=f"tiles of {TILE} x {TILE}: {visited:.1%} are visited", xlabel="key", ylabel="query")
+    handles = [
+        Patch(facecolor=COLOURS[kind], edgecolor="#808080", label=f"{NAMES[kind]}: {count:,} tiles")
+        for kind, count in counts.items()
+    ]
+    # outside of the axes: a legend over the data would hide tiles
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    if title is not None:
+        figure.suptitle(title)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def token_shares(block_mask: BlockMask, plane: tuple[int, int] = (0, 0)) -> tuple[Tensor, float]:
+    """fp32 `[rows, columns]` of at most 1024 a side, share of attended pairs in each cell, and the plane's density."""
+    q_len, kv_len = block_mask.q_len, block_mask.kv_len
+    q_tiles, kv_tiles = tiles_over(q_len), tiles_over(kv_len)
+    # a cell is `cell` tokens a side: a part of a tile, or several whole tiles
+    cell = 1
+    while max(q_len, kv_len) > MAX_PIXELS * cell:
+        cell *= 2
+    parts, tiles_per_cell = max(1, TILE // cell), max(1, cell // TILE)
+    part = TILE // parts
+    pairs = torch.zeros(math.ceil(q_tiles / tiles_per_cell), math.ceil(kv_tiles / tiles_per_cell), parts, parts)
+    for kind in (FULL, PARTIAL):
+        tiles = (torch.split(t, CHUNK_TILES) for t in _tiles(block_mask, plane, kind))
+        for line, tile, words in zip(*tiles, strict=True):
+            if kind == PARTIAL:
+                counts = unpack_bits(words).view(-1, parts, part, parts, part).sum((2, 4), dtype=torch.float32)
+            else:
+                # the rows of a full tile beyond q_len hold no pair
+                inside = line[:, None] * TILE + torch.arange(TILE) < q_len
+                counts = inside.view(-1, parts, part, 1).sum(2).expand(-1, -1, parts) * float(part)
+            pairs.index_put_((line // tiles_per_cell, tile // tiles_per_cell), counts, accumulate=True)
+    grid = pairs.transpose(1, 2).flatten(2, 3).flatten(0, 1)[: math.ceil(q_len / cell), : math.ceil(kv_len / cell)]
+    q_size, kv_size = (torch.arange(0, n, cell).neg().add(n).clamp(max=cell) for n in (q_len, kv_len))
+    return grid / (q_size[:, None] * kv_size), float(grid.sum(dtype=torch.float64)) / max(1, q_len * kv_len)
+
+
+def require_matplotlib() -> None:
+    """Raise ImportError, with the command that helps, if `plot` cannot work."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError("plots need matplotlib: pip install 'anymask[viz]'") from error
+
+
+def _tiles(block_mask: BlockMask, plane: tuple[int, int], kind: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query tile, kv tile and words of the tiles of a kind, on the CPU; the words of full tiles stand empty."""
+    b, h = plane
+    if not (0 <= b < block_mask.batch and 0 <= h < block_mask.heads):
+        raise ValueError(
+            f"plane is {plane}; the mask stores {block_mask.batch} x {block_mask.heads} planes (batch, heads), "
+            "and a dimension of 1 is shared"
+        )
+    rows, lines = block_mask.rows, tiles_over(block_mask.q_len)
+    offsets, tiles = (
+        (rows.full_offsets, rows.full_tiles) if kind == FULL else (rows.partial_offsets, rows.partial_tiles)
+    )
+    first = (b * block_mask.heads + h) * lines
+    start, stop = int(offsets[first]), int(offsets[first + lines])
+    line = rows.line_numbers(kind)[start:stop].cpu() - first
+    tile = tiles[start:stop].cpu().long()
+    return line, tile, rows.words[start:stop].cpu() if kind == PARTIAL else tile.new_empty(tile.numel(), 0)

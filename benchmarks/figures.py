@@ -1,0 +1,178 @@
+"""The figures to reach, computed from rows. A figure whose rows are missing is shown as not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.results import FAILED, OK, WRONG, Rows
+
+REACHED, MISSED, NOT_MEASURED = "yes", "NO", "not measured"
+# rivals with the same mask, of which the fastest counts; cudnn-bias is listed too, as it can only be faster
+SAME_MASK = ("flex-dense", "cudnn", "cudnn-bias", "efficient")
+PACK_MS = 0.10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number to compare with a limit; None if rows are missing. The note says what it was computed from."""
+
+    value: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A promise: `measure(rows, ours)` is at most `limit`."""
+
+    name: str
+    limit: float
+    # "x" for a ratio, "ms"
+    unit: str
+    of: str
+    measure: Callable[[Rows, str], Measured]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the table."""
+
+    figure: str
+    target: str
+    measured: str
+    reached: str
+    note: str
+
+
+def judge(figures: list[Figure], rows: Rows, ours: str) -> list[Verdict]:
+    """The table, one verdict per figure, for our provider `ours`."""
+    verdicts = []
+    for figure in figures:
+        found = figure.measure(rows, ours)
+        target = f"≤ {figure.limit:.2f} {figure.unit} {figure.of}".strip()
+        if found.value is None:
+            verdicts.append(Verdict(figure.name, target, "-", NOT_MEASURED, found.note))
+        else:
+            reached = REACHED if found.value <= figure.limit else MISSED
+            verdicts.append(Verdict(figure.name, target, f"{found.value:.3f} {figure.unit}", reached, found.note))
+    return verdicts
+
+
+def gpu_figures() -> list[Figure]:
+    """One GPU, all in one run."""
+    fastest = "the fastest rival with the same mask"
+    figures = [
+        Figure("random50 forward", 0.80, "x", fastest, _against_fastest("random50", "forward_ms")),
+        Figure("random50 backward", 0.85, "x", fastest, _against_fastest("random50", "backward_ms")),
+    ]
+    for case in ("causal", "window1024", "documents8_causal"):
+        for step in ("forward", "backward"):
+            measure = _against(case, f"{step}_ms", "flex")
+            figures.append(Figure(f"{case} {step}", 1.00, "x", "FlexAttention, closed form", measure))
+    figures.append(Figure("packing, device time", PACK_MS, "ms", "", _packing))
+    figures.append(words_figure())
+    for case in ("random50", "causal"):
+        figures.append(Figure(f"{case} forward, peak extra memory", 1.00, "x", "o + lse", _forward_memory(case)))
+    return figures
+
+
+def cpu_figures() -> list[Figure]:
+    """A CPU: ratios only."""
+    figures = [
+        Figure(f"{case} forward + backward", limit, "x", "SDPA with the same mask", _ratio(case))
+        for case, limit in (("random50", 1.5), ("documents8_causal", 0.6))
+    ]
+    return [*figures, words_figure()]
+
+
+def words_figure() -> Figure:
+    """Memory kept for backward at 50 % random density."""
+    return Figure("random50, words of both views", 0.25, "x", "the bool bytes", _words)
+
+
+def _number(rows: Rows, group: str, case: str, provider: str, key: str) -> tuple[float | None, str]:
+    row = rows.find(group, case, provider)
+    if row is None:
+        return None, f"{provider}: no row"
+    if row.status != OK or row.get(key) is None:
+        return None, f"{provider} {row.status}: {row.note}"
+    return row.get(key), ""
+
+
+def _against(case: str, key: str, rival: str) -> Callable[[Rows, str], Measured]:
+    def measure(rows: Rows, ours: str) -> Measured:
+        mine, why_mine = _number(rows, "attention", case, ours, key)
+        theirs, why_theirs = _number(rows, "attention", case, rival, key)
+        if mine is None or theirs is None:
+            return Measured(None, "; ".join(filter(None, (why_mine, why_theirs))))
+        return Measured(mine / theirs, f"{mine:.3f} ms against {theirs:.3f} ms")
+
+    return measure
+
+
+def _against_fastest(case: str, key: str) -> Callable[[Rows, str], Measured]:
+    def measure(rows: Rows, ours: str) -> Measured:
+        mine, why = _number(rows, "attention", case, ours, key)
+        if mine is None:
+            return Measured(None, why)
+        times, lost = {}, []
+        for rival in SAME_MASK:
+            row = rows.find("attention", case, rival)
+            # a rival that could not run is out of the race; one that was not asked leaves the race undecided
+            if row is None or row.status not in (OK, FAILED, WRONG):
+                return Measured(None, f"{rival}: {'no row' if row is None else row.note}")
+            time = row.get(key)
+            if row.status == OK and time is not None:
+                times[rival] = time
+            else:
+                lost.append(f"{rival} {row.status}")
+        if not times:
+            return Measured(None, "no rival ran: " + ", ".join(lost))
+        best = min(times, key=times.__getitem__)
+        note = f"{mine:.3f} ms against {times[best]:.3f} ms of {best}"
+        return Measured(mine / times[best], "; ".join([note, *lost]))
+
+    return measure
+
+
+def _packing(rows: Rows, ours: str) -> Measured:
+    value, why = _number(rows, "pack", "random50", "anymask", "device_ms")
+    if value is None:
+        return Measured(None, why)
+    wall = rows.find("pack", "random50", "anymask").get("wall_ms")
+    return Measured(value, f"one plane; {wall:.3f} ms on the host's clock, synchronisation included")
+
+
+def _words(rows: Rows, ours: str) -> Measured:
+    value, why = _number(rows, "pack", "random50", "anymask", "words_bytes")
+    if value is None:
+        return Measured(None, why)
+    row = rows.find("pack", "random50", "anymask")
+    dense, held = row.values["dense_bytes"], row.values["held_bytes"]
+    return Measured(value / dense, f"{value:,.0f} of {dense:,.0f} bytes; with lists {held:,.0f}")
+
+
+def _forward_memory(case: str) -> Callable[[Rows, str], Measured]:
+    def measure(rows: Rows, ours: str) -> Measured:
+        value, why = _number(rows, "attention", case, ours, "forward_extra_bytes")
+        if value is None:
+            return Measured(None, why)
+        values = rows.find("attention", case, ours).values
+        expected, allocated = values["result_bytes"], values["forward_extra_allocated_bytes"]
+        note = f"{value:,.0f} bytes requested of {expected:,.0f}; {allocated:,.0f} after the allocator's rounding"
+        return Measured(value / expected, note)
+
+    return measure
+
+
+def _ratio(case: str) -> Callable[[Rows, str], Measured]:
+    def measure(rows: Rows, ours: str) -> Measured:
+        value, why = _number(rows, "attention", case, ours, "both_ratio")
+        if value is None:
+            return Measured(None, why)
+        row: Row = rows.find("attention", case, ours)
+        return Measured(
+            value, f"forward {row.values['forward_ratio']:.2f}x, backward {row.values['backward_ratio']:.2f}x"
+        )
+
+    return measure

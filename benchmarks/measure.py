@@ -1,0 +1,190 @@
+"""From one problem to its rows: check every provider against fp64, then time those that are right, in turns."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import anymask
+from benchmarks import check, timing
+from benchmarks.providers import OURS, Prepared, Unsupported, captured, failures, find, flex_mask_builder
+from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Row, reason
+from benchmarks.suites import Problem, Suite
+
+# floating-point operations per attended pair and dimension: two products forward, five backward
+FLOPS = {"forward": 4, "backward": 10, "both": 14}
+# copies of the mask that packing cycles through, so that none is still in the L2 cache when its turn comes
+COPIES = 4
+
+References = dict[tuple[int, int], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A provider whose result is right, prepared and warm."""
+
+    prepared: Prepared
+    # output with its graph: what the backward pass is timed on
+    out: Tensor
+    errors: check.Errors
+
+
+def prepare(problem: Problem, provider: str, expected: References) -> Ready | Row:
+    """The provider ready to be timed, or the row that says why not."""
+
+    def row(status: str, note: str, values: dict[str, float] | None = None) -> Row:
+        return Row("attention", problem.case.name, provider, status, note, values or {})
+
+    try:
+        prepared = find(provider)(problem)
+        leaves = (problem.q, problem.k, problem.v)
+        out = prepared.attend(*leaves)
+        grads = torch.autograd.grad(out, leaves, problem.do, retain_graph=True)
+        errors = check.errors((out, *grads), expected, problem.shape.dtype)
+    except Unsupported as why:
+        return row(SKIPPED, str(why))
+    except failures() as error:
+        if provider.startswith(OURS):
+            traceback.print_exception(error)
+        return row(FAILED, reason(error))
+    if not errors.right:
+        limits = f"more than {errors.tolerance:.0e}/{errors.tolerance * check.ROW_FACTOR:.0e}"
+        return row(WRONG, f"error in all/in a row: {errors}, {limits}; {prepared.note}", error_values(errors))
+    return Ready(prepared, out, errors)
+
+
+def error_values(errors: check.Errors) -> dict[str, float]:
+    """The errors as numbers of a row."""
+    values = {f"error_{name}": e for name, e in errors.total.items()}
+    return values | {f"worst_row_{name}": e for name, e in errors.worst_row.items()}
+
+
+def attention_rows(suite: Suite, problem: Problem, ready: dict[str, Ready]) -> Iterator[Row]:
+    """The timed rows of the providers that are ready."""
+    values = {name: error_values(r.errors) | {"pairs": float(problem.pairs)} for name, r in ready.items()}
+    calls = {name: _calls(problem, r) for name, r in ready.items()}
+    if suite.baseline is None:
+        for name in ready:
+            values[name] |= _memory(problem, calls[name])
+    elif suite.baseline not in ready:
+        for name in ready:
+            yield Row("attention", problem.case.name, name, SKIPPED, f"{suite.baseline} is not there to compare with")
+        return
+    for step in suite.passes:
+        functions = {name: c[step] for name, c in calls.items()}
+        if suite.baseline is not None:
+            ratios = timing.cpu_ratios(functions, suite.baseline)
+            for name, found in ratios.of.items():
+                values[name] |= _quantiles(f"{step}_ratio", found)
+                values[name] |= {f"{step}_rounds": float(ratios.rounds), f"{step}_quiet_rounds": float(ratios.quiet)}
+            continue
+        for name, found in timing.cuda_ms(functions).items():
+            flop = FLOPS[step] * problem.shape.head_dim
+            values[name] |= _quantiles(f"{step}_ms", found)
+            values[name][f"{step}_tflops"] = flop * problem.pairs / found.median / 1e9
+            if name.startswith(OURS):
+                values[name][f"{step}_tile_tflops"] = flop * problem.tile_pairs / found.median / 1e9
+    for name, r in ready.items():
+        yield Row("attention", problem.case.name, name, OK, r.prepared.note, values[name])
+
+
+def _calls(problem: Problem, ready: Ready) -> dict[str, timing.Function]:
+    leaves, do, attend = (problem.q, problem.k, problem.v), problem.do, ready.prepared.attend
+    return {
+        "forward": lambda: attend(*leaves),
+        "backward": lambda: torch.autograd.grad(ready.out, leaves, do, retain_graph=True),
+        "both": lambda: torch.autograd.grad(attend(*leaves), leaves, do),
+    }
+
+
+def _memory(problem: Problem, calls: dict[str, timing.Function]) -> dict[str, float]:
+    """Peak extra bytes of a forward and of a backward call, beside the bytes of their results."""
+    rows = problem.q.numel() // problem.q.shape[-1]
+    values = {
+        # lse is fp32
+        "result_bytes": float(problem.q.nbytes + 4 * rows),
+        "gradient_bytes": float(problem.q.nbytes + problem.k.nbytes + problem.v.nbytes),
+    }
+    for step in ("forward", "backward"):
+        requested, allocated = timing.extra_bytes(calls[step])
+        values[f"{step}_extra_bytes"] = float(requested)
+        values[f"{step}_extra_allocated_bytes"] = float(allocated)
+    return values
+
+
+def _quantiles(key: str, found: timing.Quantiles) -> dict[str, float]:
+    return {key: found.median, f"{key}_p20": found.p20, f"{key}_p80": found.p80}
+
+
+def pack_providers(suite: Suite, problem_has_closed_form: bool) -> tuple[str, ...]:
+    """Who builds the mask of a case: ours, and on a GPU FlexAttention's ways for context."""
+    if suite.baseline is not None:
+        return ("anymask",)
+    if problem_has_closed_form:
+        return ("anymask", "flex-build")
+    return ("anymask", "flex-build-dense", "flex-build-dense-eager")
+
+
+def pack_row(suite: Suite, problem: Problem, provider: str) -> Row:
+    """Time and bytes of building one plane's mask."""
+    case = problem.case.name
+    try:
+        if provider == "anymask":
+            return _pack_ours(suite, problem)
+        builds, note = _flex_builds(problem, provider)
+        values = _build_times(builds)
+    except failures() as error:
+        if provider == "anymask":
+            traceback.print_exception(error)
+        return Row("pack", case, provider, FAILED, reason(error))
+    return Row("pack", case, provider, OK, note, values)
+
+
+def _pack_ours(suite: Suite, problem: Problem) -> Row:
+    mask, block_mask = problem.mask, problem.block_mask
+    assert mask is not None
+    assert block_mask is not None
+    if not torch.equal(block_mask.to_dense()[0, 0], mask):
+        return Row("pack", problem.case.name, "anymask", WRONG, "to_dense() is not the mask that was packed")
+    values = {
+        "words_bytes": float(block_mask.rows.words.nbytes + block_mask.cols.words.nbytes),
+        "held_bytes": float(block_mask.nbytes),
+        "dense_bytes": float(mask.nbytes),
+    }
+    if suite.baseline is None:
+        copies = [mask.clone() for _ in range(COPIES)]
+        values |= _build_times([lambda m=m: anymask.pack(m) for m in copies])
+    return Row("pack", problem.case.name, "anymask", OK, "pack of a dense tensor: tiles and bits, both views", values)
+
+
+def _flex_builds(problem: Problem, provider: str) -> tuple[list[Callable[[], object]], str]:
+    """Calls that build FlexAttention's block mask, which lists tiles and holds no bits."""
+    compiled = problem.compiled and provider != "flex-build-dense-eager"
+    if provider == "flex-build":
+        assert problem.case.closed_form is not None
+        mods, source = [problem.case.closed_form] * COPIES, "the closed form"
+    else:
+        assert problem.mask is not None
+        mods, source = [captured(problem.mask.clone()) for _ in range(COPIES)], "a function that reads the dense tensor"
+    build = flex_mask_builder(problem, compiled)
+    note = f"create_block_mask of {source}, {'compiled' if compiled else 'eager'}: tiles without bits"
+    return [lambda mod=mod: build(mod) for mod in mods], note
+
+
+def _build_times(builds: list[Callable[[], object]]) -> dict[str, float]:
+    for build in builds:
+        build()
+    return {"device_ms": timing.device_work_ms(builds * 2)} | _quantiles("wall_ms", timing.wall_ms(builds))
+
+
+def release() -> None:
+    """Forget compiled code and freed memory before the next case."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

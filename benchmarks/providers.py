@@ -1,0 +1,197 @@
+"""The rivals and ours: one small function each, from a problem to a call that is ready to be timed.
+
+A provider that cannot do a problem raises `Unsupported` with the reason. What it prepares ahead of the call (a
+packed mask, a block mask, compilation) is not in its time; `note` says how it was asked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+import anymask
+from anymask import backends
+from benchmarks.suites import MaskMod, Problem
+
+OURS = "anymask:"
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Unsupported(Exception):
+    """The provider cannot do this problem; the message says why."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`attend(q, k, v) -> o`, differentiable, and how it was set up."""
+
+    attend: Attend
+    note: str
+
+
+def find(name: str) -> Callable[[Problem], Prepared]:
+    """The provider called `name`; `anymask:<backend>` is ours."""
+    if name.startswith(OURS):
+        return functools.partial(ours, backend=name.removeprefix(OURS))
+    return PROVIDERS[name]
+
+
+def ours(problem: Problem, backend: str) -> Prepared:
+    """`anymask.attention` by a named backend, the dense mask packed once."""
+    reason = backends.load(backend).why_not(problem.q, problem.k, problem.v, problem.block_mask)
+    if reason is not None:
+        raise Unsupported(reason)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return anymask.attention(q, k, v, problem.block_mask, backend=backend)
+
+    return Prepared(attend, "dense mask packed once" if problem.mask is not None else "no mask")
+
+
+def flex(problem: Problem) -> Prepared:
+    """FlexAttention, compiled, with a closed-form mask function."""
+    if problem.mask is None:
+        return _flex(problem, None, "no mask")
+    if problem.case.closed_form is None:
+        raise Unsupported("the mask has no closed form")
+    return _flex(problem, problem.case.closed_form, "closed-form mask_mod")
+
+
+def flex_dense(problem: Problem) -> Prepared:
+    """FlexAttention, compiled, with a mask function that reads the dense tensor."""
+    return _flex(problem, captured(_mask(problem)), "mask_mod reads the dense tensor")
+
+
+def captured(mask: Tensor) -> MaskMod:
+    """A `mask_mod` that looks up a bool `[length, length]` tensor."""
+    return lambda b, h, i, j: mask[i, j]
+
+
+def flex_mask_builder(problem: Problem, compiled: bool) -> Callable[[MaskMod], FlexBlockMask]:
+    """From a mask function to FlexAttention's block mask, shared by all batches and heads."""
+    build = torch.compile(create_block_mask) if compiled else create_block_mask
+    length, device = problem.shape.length, problem.q.device.type
+    return lambda mask_mod: build(mask_mod, None, None, length, length, device=device)
+
+
+def _flex(problem: Problem, mask_mod: MaskMod | None, note: str) -> Prepared:
+    block_mask = None if mask_mod is None else flex_mask_builder(problem, compiled=False)(mask_mod)
+    call, mode = flex_attention, "eager"
+    if problem.compiled:
+        # the timed backward keeps its graph, which donated buffers forbid
+        torch._functorch.config.donated_buffer = False
+        options = "max-autotune-no-cudagraphs" if problem.max_autotune else "default"
+        # fullgraph: an error rather than a silent return to the eager, dense form
+        call = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=options)
+        mode = f"torch.compile, {options} mode"
+    return Prepared(lambda q, k, v: call(q, k, v, block_mask=block_mask), f"{note}; {mode}")
+
+
+def sdpa(problem: Problem) -> Prepared:
+    """SDPA with whatever backend torch chooses."""
+    return _sdpa(problem, None)
+
+
+def cudnn(problem: Problem) -> Prepared:
+    """SDPA, cuDNN backend."""
+    return _sdpa(problem, SDPBackend.CUDNN_ATTENTION)
+
+
+def efficient(problem: Problem) -> Prepared:
+    """SDPA, memory-efficient backend."""
+    return _sdpa(problem, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def flash(problem: Problem) -> Prepared:
+    """SDPA, FlashAttention backend."""
+    if problem.mask is not None:
+        raise Unsupported("the flash backend takes no mask tensor")
+    return _sdpa(problem, SDPBackend.FLASH_ATTENTION)
+
+
+def cudnn_bias(problem: Problem) -> Prepared:
+    """SDPA, cuDNN backend, the mask given as the additive tensor that SDPA would make of it in each call."""
+    mask = _mask(problem)
+    bias = torch.zeros(mask.shape, dtype=problem.q.dtype, device=mask.device).masked_fill_(~mask, -float("inf"))
+    return _sdpa(problem, SDPBackend.CUDNN_ATTENTION, bias, "additive mask prepared before")
+
+
+def cudnn_causal(problem: Problem) -> Prepared:
+    """SDPA, cuDNN backend, built-in causal mask."""
+    return _sdpa_causal(problem, SDPBackend.CUDNN_ATTENTION)
+
+
+def flash_causal(problem: Problem) -> Prepared:
+    """SDPA, FlashAttention backend, built-in causal mask."""
+    return _sdpa_causal(problem, SDPBackend.FLASH_ATTENTION)
+
+
+def _sdpa(problem: Problem, kernel: SDPBackend | None, mask: Tensor | None = None, note: str = "bool mask") -> Prepared:
+    mask = problem.mask if mask is None else mask
+    planes = None if mask is None else mask[None, None]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if kernel is None:
+            return scaled_dot_product_attention(q, k, v, planes)
+        with sdpa_kernel(kernel):
+            return scaled_dot_product_attention(q, k, v, planes)
+
+    return Prepared(attend, note if planes is not None else "no mask")
+
+
+def _sdpa_causal(problem: Problem, kernel: SDPBackend) -> Prepared:
+    if problem.case.name != "causal":
+        raise Unsupported("only the causal mask is built in")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return Prepared(attend, "is_causal=True")
+
+
+def _mask(problem: Problem) -> Tensor:
+    if problem.mask is None:
+        raise Unsupported("there is no mask")
+    return problem.mask
+
+
+PROVIDERS: dict[str, Callable[[Problem], Prepared]] = {
+    "flex": flex,
+    "flex-dense": flex_dense,
+    "sdpa": sdpa,
+    "cudnn": cudnn,
+    "cudnn-bias": cudnn_bias,
+    "cudnn-causal": cudnn_causal,
+    "efficient": efficient,
+    "flash": flash,
+    "flash-causal": flash_causal,
+}
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What a provider may raise and the run survives, as a row that shows it."""
+    known: tuple[type[BaseException], ...] = (
+        # out of memory, CUDA, torch.compile and "not implemented" are all RuntimeErrors
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ImportError,
+        AssertionError,
+        Unsupported,
+    )
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return known
+    return (*known, TritonError)

@@ -1,0 +1,131 @@
+"""Times candidate launch options of the Triton kernels and prints them fastest first: the source of tuning.py's rows.
+
+    python -m benchmarks.tune --head-dim 128 --pass fwd
+
+Each candidate is first checked against the default options on the same inputs. Compilation runs in parallel processes,
+so that the timed process finds every kernel compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+import anymask
+from anymask.backends import triton as backend
+from anymask.backends.triton import tuning
+from anymask.backends.triton.tuning import TileConfig
+
+PASSES = ("fwd", "dq", "dkdv")
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def candidates(which: str) -> Iterator[TileConfig]:
+    """Configs worth a try: queries and keys of a step, warps, stages."""
+    held, stepped = (32, 64, 128), (32, 64, 128)
+    for outer, inner, warps, stages in itertools.product(held, stepped, (4, 8), (2, 3, 4)):
+        if outer * inner < 64 * 32 or (warps == 8 and outer * inner < 64 * 64):
+            continue
+        # dkdv holds keys and steps over queries
+        block_m, block_n = (inner, outer) if which == "dkdv" else (outer, inner)
+        yield TileConfig(block_m, block_n, warps, stages)
+
+
+def use(which: str, head_dim: int, config: TileConfig) -> None:
+    """Make `config` the table's choice on the current device."""
+    tuning.TABLE[tuning.family(*backend._target())][which][max(64, head_dim)] = config
+
+
+def make_inputs(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v, do of normal noise."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (batch, heads, length, head_dim)
+    return tuple(torch.randn(shape, device="cuda", dtype=dtype, generator=generator) for _ in range(4))
+
+
+def run_pass(which: str, inputs: Inputs, mask: anymask.BlockMask | None) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of the pass. dq and dkdv come together: only one of them changes its config at a time."""
+    q, k, v, do, o, lse = inputs
+    scale = q.shape[3] ** -0.5
+    if which == "fwd":
+        return lambda: backend.forward(q, k, v, mask, scale)
+    return lambda: backend.backward(q, k, v, o, lse, do, None, mask, scale)
+
+
+def compile_one(which: str, head_dim: int, dtype: torch.dtype, config: TileConfig) -> str | None:
+    """Compile the kernels of `config` into Triton's cache; the reason if it does not fit the machine."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    use(which, head_dim, config)
+    q, k, v, do = make_inputs(2, 2, 256, head_dim, dtype)
+    o, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
+    try:
+        for mask in (None, anymask.pack(torch.ones(256, 256, dtype=torch.bool, device="cuda"))):
+            run_pass(which, (q, k, v, do, o, lse), mask)()
+    except (OutOfResources, CompilationError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def masks(length: int) -> dict[str, Tensor | None]:
+    """The masks timed: none, random 50 %, causal, causal documents of length / 8."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    causal = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()
+    ids = torch.arange(length, device="cuda") // (length // 8)
+    return {
+        "none": None,
+        "random50": torch.rand(length, length, device="cuda", generator=generator) < 0.5,
+        "causal": causal,
+        "documents": causal & (ids[:, None] == ids[None, :]),
+    }
+
+
+def main() -> None:
+    """Parse the options, compile, check, time, print."""
+    from triton.testing import do_bench
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument("--shape", type=int, nargs=3, default=(2, 16, 8192), metavar=("BATCH", "HEADS", "LENGTH"))
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--top", type=int, default=12)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    passes = args.passes or list(PASSES)
+    jobs = [(which, config) for which in passes for config in candidates(which)]
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        reasons = list(pool.map(compile_one, *zip(*[(w, args.head_dim, dtype, c) for w, c in jobs], strict=True)))
+    fits = [job for job, reason in zip(jobs, reasons, strict=True) if reason is None]
+    print(f"{torch.cuda.get_device_name()}: {len(fits)} of {len(jobs)} candidates fit", flush=True)
+    q, k, v, do = make_inputs(*args.shape, args.head_dim, dtype)
+    packed = {n: None if m is None else anymask.pack(m) for n, m in masks(args.shape[2]).items()}
+    for which in passes:
+        defaults = {w: backend._options(w, q, v)[0] for w in PASSES}
+        rows: list[tuple[list[float], TileConfig]] = []
+        inputs = {n: (q, k, v, do, *backend.forward(q, k, v, m, args.head_dim**-0.5)) for n, m in packed.items()}
+        expected = run_pass(which, inputs["random50"], packed["random50"])()
+        for config in (c for w, c in fits if w == which):
+            use(which, args.head_dim, config)
+            actual = run_pass(which, inputs["random50"], packed["random50"])()
+            close = all(((a - e).norm() / e.norm()).item() < 2e-3 for a, e in zip(actual, expected, strict=True))
+            times = [do_bench(run_pass(which, inputs[n], m), 10, 50, return_mode="median") for n, m in packed.items()]
+            rows.append((times if close else [math.nan] * len(times), config))
+        use(which, args.head_dim, defaults[which])
+        rows.sort(key=lambda row: row[0][1])
+        print(f"{which} D{args.head_dim} {args.dtype} ms for {list(packed)}; default {defaults[which]}")
+        for times, config in rows[: args.top]:
+            print("  ", *(f"{t:7.3f}" for t in times), config, flush=True)
+
+
+if __name__ == "__main__":
+    main()

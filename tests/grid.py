@@ -1,0 +1,134 @@
+"""Cases and properties that every backend must satisfy, on every device: shared by the files that name a backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from anymask import attention, pack
+from anymask.testing import MASKS, Case, Inputs, Results, assert_dead_is_zero, make_inputs, run
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+SPECIAL_VALUES = [float("nan"), float("inf"), -float("inf")]
+# (q_heads, kv_heads): groups of 1, 2, 7 and all heads
+HEADS = [(1, 1), (4, 2), (7, 1), (14, 2), (6, 6)]
+# (head_dim, v_dim)
+DIMS = [(1, 1), (8, 24), (16, 16), (31, 31), (64, 32), (72, 72), (96, 96), (128, 128), (192, 128), (256, 256)]
+LENGTHS = [(1, 1), (1, 5), (5, 3), (1, 239), (239, 1), (63, 129), (127, 257), (128, 128), (129, 63), (300, 513)]
+LENGTH_MASKS = ["none", "causal", "causal_lower_right", "random", "empty_rows"]
+HEAD_MASKS = ["none", "per_head", "per_batch", "per_batch_head", "documents"]
+DEAD_MASKS = ["empty_columns", "key_padding", "all_empty", "one_pair", "empty_head", "tiles", "causal_behind", "row"]
+
+
+def cases(backends: tuple[str, ...], many: list[Case]) -> pytest.MarkDecorator:
+    """Parametrise `backend, case` with ids such as `triton-documents-q239-kv129-d64-bf16`."""
+    pairs = [(backend, case) for case in many for backend in backends]
+    return pytest.mark.parametrize(("backend", "case"), pairs, ids=[f"{b}-{c}" for b, c in pairs])
+
+
+def same(a: Results, b: Results, names: tuple[str, ...] = Results._fields) -> None:
+    """Assert bit-equal results."""
+    for name in names:
+        x, y = getattr(a, name), getattr(b, name)
+        assert torch.equal(x, y), f"{name} differs in {int((x != y).sum())} of {x.numel()} elements"
+
+
+def _with(t: Tensor, dead: Tensor, value: float) -> Tensor:
+    """`t` with the rows `dead` holding `value`; strides kept."""
+    out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t.detach())
+    return out.masked_fill_(dead[..., None], value).requires_grad_(t.requires_grad)
+
+
+def dead_keys(inputs: Inputs) -> Tensor:
+    """bool `[batch, kv_heads, kv_len]`: keys that no query of any head attends to."""
+    return ~inputs.dense.any(-2).unflatten(1, (inputs.k.shape[1], -1)).any(2)
+
+
+def check_dead_keys_reach_nothing(case: Case, backend: str, device: str, value: float) -> None:
+    """NaN or Inf in keys and values that no query may attend to: every result bit-equal to zeros there."""
+    inputs = make_inputs(case, device)
+    dead = dead_keys(inputs)
+    assert dead.any(), "the case has no dead key"
+    clean, dirty = (
+        run(inputs._replace(k=_with(inputs.k, dead, x), v=_with(inputs.v, dead, x)), case.scale, backend)
+        for x in (0.0, value)
+    )
+    same(clean, dirty)
+    assert_dead_is_zero(dirty, inputs.dense)
+
+
+def check_dead_queries_reach_nothing(case: Case, backend: str, device: str, value: float) -> None:
+    """NaN or Inf in q, do and dlse of queries without a key: every result bit-equal to zeros there."""
+    inputs = make_inputs(case, device)
+    dead = ~inputs.dense.any(-1)
+    assert dead.any(), "the case has no dead query"
+
+    def filled(x: float) -> Results:
+        dlse = inputs.dlse.masked_fill(dead, x)
+        q, do = _with(inputs.q, dead, x), _with(inputs.do, dead, x)
+        return run(inputs._replace(q=q, do=do, dlse=dlse), case.scale, backend)
+
+    same(filled(0.0), filled(value))
+
+
+def check_emptied_rows_leave_the_others(case: Case, backend: str, device: str) -> None:
+    """Taking all keys from some rows: those are exactly 0, every other row's o, lse, dq keep their bits."""
+    inputs = make_inputs(replace(case, mask="random"), device)
+    emptied = torch.arange(case.q_len, device=device) % 3 == 1
+    dense = inputs.dense & ~emptied[:, None]
+    before, after = run(inputs, backend=backend), run(inputs._replace(mask=dense, dense=dense), backend=backend)
+    assert_dead_is_zero(after, dense)
+    kept = ~emptied
+    for name in ("o", "lse", "dq"):
+        assert torch.equal(getattr(before, name)[:, :, kept], getattr(after, name)[:, :, kept]), name
+
+
+def check_forms_of_a_mask_agree(case: Case, backend: str, device: str) -> None:
+    """A tensor, its `BlockMask`, the symbolic mask and `is_causal` give the same bits."""
+    inputs = make_inputs(replace(case, mask="causal"), device)
+    lens = {"q_len": case.q_len, "kv_len": case.kv_len}
+    symbolic = run(inputs, backend=backend)
+    for mask in (
+        inputs.dense[0, 0],
+        inputs.dense,
+        pack(inputs.mask, **lens, device=device),
+        pack(inputs.dense[:1, :1]),
+    ):
+        same(symbolic, run(inputs._replace(mask=mask), backend=backend))
+    q, k, v, _, _, do, dlse = inputs
+    o, lse = attention(q, k, v, is_causal=True, return_lse=True, backend=backend)
+    same(symbolic, Results(o.detach(), lse.detach(), *torch.autograd.grad([o, lse], [q, k, v], [do, dlse])))
+
+
+def check_repeats(case: Case, backend: str, device: str, times: int) -> None:
+    """Run after run, the same bits."""
+    inputs = make_inputs(case, device)
+    first = run(inputs, case.scale, backend)
+    for _ in range(times - 1):
+        same(first, run(inputs, case.scale, backend))
+
+
+def check_a_mask_does_not_outlive_its_call(backend: str, device: str) -> None:
+    """A masked call, then an unmasked one, then a larger and a smaller mask: each has its own result."""
+    sizes = [("random", 200, 200), ("none", 200, 200), ("prefix_lm", 300, 300), ("prefix_lm", 150, 150)]
+    alone = [run(make_inputs(Case(m, q, kv, 32), device), backend="reference") for m, q, kv in sizes]
+    together = [run(make_inputs(Case(m, q, kv, 32), device), backend=backend) for m, q, kv in sizes]
+    for a, b in zip(alone, together, strict=True):
+        for name, x, y in zip(Results._fields, a, b, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def shifted_inputs(case: Case, device: str, shift: float) -> Inputs:
+    """Inputs of the case with `shift` added to every score, through a last dimension of q and k of their own."""
+    inputs = make_inputs(case, device)
+    q, k = inputs.q.detach().clone(), inputs.k.detach().clone()
+    # q * k of the last dimension times the scale is the shift, in steps that every dtype holds exactly
+    q[..., -1], k[..., -1] = shift / 16, 16 * case.head_dim**0.5
+    return inputs._replace(q=q.requires_grad_(), k=k.requires_grad_())
+
+
+def mask_names_but(*names: str) -> list[str]:
+    return [name for name in MASKS if name not in names]
