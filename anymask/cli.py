@@ -19,7 +19,7 @@ from anymask import demo as work
 from anymask import viz
 
 # the table of masks needs this many columns; a narrower terminal, or a file, wraps lines instead of cutting cells
-TABLE_WIDTH = 100
+TABLE_WIDTH = 102
 # longest plane whose tokens `show` draws one by one
 SHOW_TOKENS = 64
 
@@ -139,14 +139,14 @@ def _mask_table(rows: list[work.Row], sizes: work.Sizes, device: torch.device) -
     table = Table(
         title=f"{sizes.heads} heads, {sizes.row_len} tokens, head_dim {sizes.head_dim}, {dtype}, {device.type}",
         caption=f"error: max |x - fp64| / max |fp64|, allowed {work.TABLE_TOLERANCE[sizes.dtype]:.0e}\n"
-        f"time: anymask / torch scaled_dot_product_attention with the same bool mask, median of {sizes.repeats};\n"
-        "below 1 is faster; packing is measured apart (--json)",
+        "time, forward and with backward: anymask / torch scaled_dot_product_attention\n"
+        f"with the same bool mask, median of {sizes.repeats}, below 1 is faster; packing is measured apart (--json)",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     table.add_column("mask", no_wrap=True)
     headings = "density", "tiles\n·/░/█", "error\no", "\ndq", "\ndk", "\ndv", "mask KiB\ndense", "\npacked"
-    for heading in (*headings, "time\nfwd", "\n+ bwd"):
+    for heading in (*headings, "time\nfwd", "\nboth"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         errors = [f"{error:.0e}" for error in row.errors.values()]
@@ -218,5 +218,6 @@ def _device(name: str) -> torch.device:
 
 
 def _fail(message: str) -> None:
-    Console(stderr=True).print(f"[red]anymask:[/] {message}", soft_wrap=True, highlight=False)
+    # not through rich, which would read the brackets of 'anymask[viz]' as markup
+    typer.secho(f"anymask: {message}", fg="red", err=True)
     raise typer.Exit(1)

@@ -42,8 +42,8 @@ def to_text(block_mask: BlockMask, plane: tuple[int, int] = (0, 0), width: int =
     █ █ ░
     """
     kinds, step = tile_kinds(block_mask, plane), scale(block_mask, width)
-    lines = []
-    for rows in torch.split(kinds, step):
+    lines: list[str] = []
+    for rows in torch.split(kinds, step) if kinds.numel() else ():
         cells = [set(cell.flatten().tolist()) for cell in torch.split(rows, step, dim=1)]
         lines.append(" ".join(GLYPHS[found.pop() if len(found) == 1 else PARTIAL] for found in cells))
     return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""The command line: what it prints, writes and returns."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import anymask
+from anymask import demo
+
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from anymask.cli import app
+
+run = CliRunner().invoke
+
+
+def test_demo_shows_the_proof_and_writes_picture_and_numbers(tmp_path: Path) -> None:
+    png, numbers = tmp_path / "mask.png", tmp_path / "numbers.json"
+    result = run(app, ["demo", "--quick", "--device", "cpu", "--out", str(png), "--json", str(numbers)])
+    assert result.exit_code == 0, result.output
+    assert png.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(numbers.read_text())
+    assert found["comparison"]["ok"] is True
+    assert len(found["losses"]) == found["sizes"]["steps"]
+    assert [row["mask"] for row in found["table"]][:1] == ["causal"]
+    for text in ("each document alone", "equal", "leaks", "random per head", "mask KiB", str(png)):
+        assert text in result.output.replace("\n", " "), text
+    assert "…" not in result.output, "a cell of a table is cut"
+
+
+def test_demo_exits_1_when_the_mask_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.Batch, "mask", lambda self: anymask.causal())
+    result = run(app, ["demo", "--quick", "--device", "cpu", "--out", str(tmp_path / "mask.png")])
+    assert result.exit_code == 1
+    assert "check failed: the comparison of packed and separate documents" in result.output
+    assert "equal" not in result.output
+
+
+def test_demo_exits_1_when_a_number_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "TABLE_TOLERANCE", {torch.float32: 1e-9})
+    result = run(app, ["demo", "--quick", "--device", "cpu", "--steps", "1", "--out", str(tmp_path / "mask.png")])
+    assert result.exit_code == 1
+    assert "check failed: causal" in result.output
+
+
+def test_demo_names_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run(app, ["demo", "--quick", "--device", "cuda"])
+    assert result.exit_code == 1
+    assert "torch finds no GPU" in result.output
+    assert "allowed are auto, cpu, cuda" in run(app, ["demo", "--device", "abacus"]).output
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run(app, ["demo", "--quick"])
+    assert result.exit_code == 1
+    assert "pip install 'anymask[viz]'" in result.output
+
+
+def test_show_draws_tokens_and_tiles() -> None:
+    result = run(app, ["show", "sliding_window", "--window", "1", "--len", "3", "--kv-len", "4"])
+    assert result.exit_code == 0
+    assert result.output.splitlines()[1:4] == ["█ · · ·", "█ █ · ·", "· █ █ ·"]
+    assert result.output.splitlines()[-1] == "░"
+    result = run(app, ["show", "causal", "--len", "256"])
+    assert result.output.splitlines()[-2:] == ["░ ·", "█ ░"]
+    result = run(app, ["show", "causal_lower_right", "--len", "1", "--kv-len", "2"])
+    assert result.output.splitlines()[1] == "█ █"
+
+
+def test_show_reads_a_file(tmp_path: Path) -> None:
+    mask, png = tmp_path / "mask.pt", tmp_path / "mask.png"
+    torch.save(torch.tensor([[[[True, False]]], [[[False, True]]]]), mask)
+    result = run(app, ["show", str(mask), "--plane", "1", "0", "-o", str(png)])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[1] == "· █"
+    assert png.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sliding_window"], "sliding_window needs --window"),
+        (["causal", "--window", "3"], "--window is for sliding_window"),
+        (["sliding_window", "--window", "-3"], "left is -3"),
+        (["no_such_mask"], "no_such_mask is no file and no mask"),
+        (["causal", "--plane", "1", "0"], "plane is (1, 0)"),
+        (["float.pt"], "mask has dtype torch.float32"),
+        (["dict.pt"], "holds a dict"),
+        (["square.pt", "--len", "5"], "q_len is 5"),
+    ],
+)
+def test_show_names_what_does_not_fit(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.ones(3, 3), "float.pt")
+    torch.save({}, "dict.pt")
+    torch.save(torch.ones(3, 3, dtype=torch.bool), "square.pt")
+    result = run(app, ["show", *arguments])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_module_runs_and_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "anymask", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"anymask {anymask.__version__}, torch {torch.__version__}")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_a_missing_extra_is_named_without_a_traceback(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from anymask.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"anymask: the command line needs {missing}: pip install 'anymask[demo]'"
