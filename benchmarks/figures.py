@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.results import FAILED, OK, WRONG, Rows
+from benchmarks.results import FAILED, OK, WRONG, Row, Rows
 
 REACHED, MISSED, NOT_MEASURED = "yes", "NO", "not measured"
 # rivals with the same mask, of which the fastest counts; cudnn-bias is listed too, as it can only be faster
@@ -90,89 +90,89 @@ def words_figure() -> Figure:
     return Figure("random50, words of both views", 0.25, "x", "the bool bytes", _words)
 
 
-def _number(rows: Rows, group: str, case: str, provider: str, key: str) -> tuple[float | None, str]:
+def _usable(rows: Rows, group: str, case: str, provider: str, key: str) -> Row | str:
+    """The row if it has the number, else why there is none."""
     row = rows.find(group, case, provider)
     if row is None:
-        return None, f"{provider}: no row"
+        return f"{provider}: no row"
     if row.status != OK or row.get(key) is None:
-        return None, f"{provider} {row.status}: {row.note}"
-    return row.get(key), ""
+        return f"{provider} {row.status}: {row.note}"
+    return row
 
 
 def _against(case: str, key: str, rival: str) -> Callable[[Rows, str], Measured]:
     def measure(rows: Rows, ours: str) -> Measured:
-        mine, why_mine = _number(rows, "attention", case, ours, key)
-        theirs, why_theirs = _number(rows, "attention", case, rival, key)
-        if mine is None or theirs is None:
-            return Measured(None, "; ".join(filter(None, (why_mine, why_theirs))))
-        return Measured(mine / theirs, f"{mine:.3f} ms against {theirs:.3f} ms")
+        mine = _usable(rows, "attention", case, ours, key)
+        theirs = _usable(rows, "attention", case, rival, key)
+        if isinstance(mine, str) or isinstance(theirs, str):
+            return Measured(None, "; ".join(why for why in (mine, theirs) if isinstance(why, str)))
+        a, b = mine.values[key], theirs.values[key]
+        return Measured(a / b, f"{a:.3f} ms against {b:.3f} ms")
 
     return measure
 
 
 def _against_fastest(case: str, key: str) -> Callable[[Rows, str], Measured]:
     def measure(rows: Rows, ours: str) -> Measured:
-        mine, why = _number(rows, "attention", case, ours, key)
-        if mine is None:
-            return Measured(None, why)
+        mine = _usable(rows, "attention", case, ours, key)
+        if isinstance(mine, str):
+            return Measured(None, mine)
         times, lost = {}, []
         for rival in SAME_MASK:
             row = rows.find("attention", case, rival)
             # a rival that could not run is out of the race; one that was not asked leaves the race undecided
             if row is None or row.status not in (OK, FAILED, WRONG):
                 return Measured(None, f"{rival}: {'no row' if row is None else row.note}")
-            time = row.get(key)
-            if row.status == OK and time is not None:
-                times[rival] = time
+            if row.status == OK:
+                times[rival] = row.values[key]
             else:
                 lost.append(f"{rival} {row.status}")
         if not times:
             return Measured(None, "no rival ran: " + ", ".join(lost))
         best = min(times, key=times.__getitem__)
-        note = f"{mine:.3f} ms against {times[best]:.3f} ms of {best}"
-        return Measured(mine / times[best], "; ".join([note, *lost]))
+        note = f"{mine.values[key]:.3f} ms against {times[best]:.3f} ms of {best}"
+        return Measured(mine.values[key] / times[best], "; ".join([note, *lost]))
 
     return measure
 
 
 def _packing(rows: Rows, ours: str) -> Measured:
-    value, why = _number(rows, "pack", "random50", "anymask", "device_ms")
-    if value is None:
-        return Measured(None, why)
-    wall = rows.find("pack", "random50", "anymask").get("wall_ms")
-    return Measured(value, f"one plane; {wall:.3f} ms on the host's clock, synchronisation included")
+    row = _usable(rows, "pack", "random50", "anymask", "device_ms")
+    if isinstance(row, str):
+        return Measured(None, row)
+    wall = row.values["wall_ms"]
+    return Measured(row.values["device_ms"], f"one plane; {wall:.3f} ms on the host's clock, synchronisation included")
 
 
 def _words(rows: Rows, ours: str) -> Measured:
-    value, why = _number(rows, "pack", "random50", "anymask", "words_bytes")
-    if value is None:
-        return Measured(None, why)
-    row = rows.find("pack", "random50", "anymask")
-    dense, held = row.values["dense_bytes"], row.values["held_bytes"]
-    return Measured(value / dense, f"{value:,.0f} of {dense:,.0f} bytes; with lists {held:,.0f}")
+    row = _usable(rows, "pack", "random50", "anymask", "words_bytes")
+    if isinstance(row, str):
+        return Measured(None, row)
+    words, held, dense = (row.values[f"{kind}_bytes"] for kind in ("words", "held", "dense"))
+    return Measured(words / dense, f"{words:,.0f} of {dense:,.0f} bytes; with lists {held:,.0f}")
 
 
 def _forward_memory(case: str) -> Callable[[Rows, str], Measured]:
     def measure(rows: Rows, ours: str) -> Measured:
-        value, why = _number(rows, "attention", case, ours, "forward_extra_bytes")
-        if value is None:
-            return Measured(None, why)
-        values = rows.find("attention", case, ours).values
-        expected, allocated = values["result_bytes"], values["forward_extra_allocated_bytes"]
-        note = f"{value:,.0f} bytes requested of {expected:,.0f}; {allocated:,.0f} after the allocator's rounding"
-        return Measured(value / expected, note)
+        row = _usable(rows, "attention", case, ours, "forward_extra_bytes")
+        if isinstance(row, str):
+            return Measured(None, row)
+        keys = ("forward_extra_bytes", "result_bytes", "forward_extra_allocated_bytes")
+        extra, expected, allocated = (row.values[key] for key in keys)
+        note = f"{extra:,.0f} bytes requested of {expected:,.0f}; {allocated:,.0f} with the allocator's rounding"
+        return Measured(extra / expected, note)
 
     return measure
 
 
 def _ratio(case: str) -> Callable[[Rows, str], Measured]:
     def measure(rows: Rows, ours: str) -> Measured:
-        value, why = _number(rows, "attention", case, ours, "both_ratio")
-        if value is None:
-            return Measured(None, why)
-        row: Row = rows.find("attention", case, ours)
-        return Measured(
-            value, f"forward {row.values['forward_ratio']:.2f}x, backward {row.values['backward_ratio']:.2f}x"
-        )
+        row = _usable(rows, "attention", case, ours, "both_ratio")
+        if isinstance(row, str):
+            return Measured(None, row)
+        steps = [f"{step} {row.values[f'{step}_ratio']:.2f}x" for step in ("forward", "backward") if row.quiet(step)]
+        if not row.quiet("both"):
+            return Measured(None, "; ".join(["other work kept the cores busy", *steps]))
+        return Measured(row.values["both_ratio"], ", ".join(steps))
 
     return measure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import traceback
 from collections.abc import Callable, Iterator
@@ -158,7 +159,7 @@ def _pack_ours(suite: Suite, problem: Problem) -> Row:
     }
     if suite.baseline is None:
         copies = [mask.clone() for _ in range(COPIES)]
-        values |= _build_times([lambda m=m: anymask.pack(m) for m in copies])
+        values |= _build_times([functools.partial(anymask.pack, copy) for copy in copies])
     return Row("pack", problem.case.name, "anymask", OK, "pack of a dense tensor: tiles and bits, both views", values)
 
 
@@ -173,7 +174,7 @@ def _flex_builds(problem: Problem, provider: str) -> tuple[list[Callable[[], obj
         mods, source = [captured(problem.mask.clone()) for _ in range(COPIES)], "a function that reads the dense tensor"
     build = flex_mask_builder(problem, compiled)
     note = f"create_block_mask of {source}, {'compiled' if compiled else 'eager'}: tiles without bits"
-    return [lambda mod=mod: build(mod) for mod in mods], note
+    return [functools.partial(build, mod) for mod in mods], note
 
 
 def _build_times(builds: list[Callable[[], object]]) -> dict[str, float]:

@@ -39,7 +39,8 @@ Memory: peak of requested bytes above what is held before the call, its result i
 METHOD_CPU = """\
 CPU times are given only as parts of the time of SDPA with the same bool mask in the same round, because they depend on
 what else the machine does: median (20 % to 80 %) over rounds in which all take turns, in alternating order. Rounds in
-which other processes used the cores are left out if at least three others remain."""
+which other processes used the cores are left out if at least three others remain, else "machine busy" says so and no
+figure is judged."""
 CHECK = """\
 Error: the Frobenius norm of the difference to fp64, in parts of the reference, on the first and the last (batch, head)
 plane. A provider whose error is too large is shown as wrong and has no speed."""
@@ -94,7 +95,7 @@ def _gpu_table(rows: list[Row]) -> str:
 def _cpu_table(rows: list[Row]) -> str:
     head = ("provider", "forward", "backward", "forward + backward", "error o, dq, dk, dv", "how")
     steps = ("forward", "backward", "both")
-    return _table(head, [(_name(r), *(_spread(r, f"{s}_ratio", 2) for s in steps), _errors(r), _how(r)) for r in rows])
+    return _table(head, [(_name(r), *(_ratio(r, s) for s in steps), _errors(r), _how(r)) for r in rows])
 
 
 def _pack_table(rows: list[Row]) -> str:
@@ -124,6 +125,10 @@ def _spread(row: Row, key: str, digits: int) -> str:
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def _ratio(row: Row, step: str) -> str:
+    return _spread(row, f"{step}_ratio", 2) + ("" if row.quiet(step) else ", machine busy")
+
+
 def _flops(row: Row, step: str) -> str:
     if row.status != OK or row.get(f"{step}_tflops") is None:
         return "-"
@@ -148,7 +153,7 @@ def summary_line(row: Row) -> str:
         if row.get(f"{step}_ms") is not None:
             parts.append(f"{step} {row.values[f'{step}_ms']:8.3f} ms {_flops(row, step):>16} TFLOP/s ")
         if row.get(f"{step}_ratio") is not None:
-            parts.append(f"{step} {row.values[f'{step}_ratio']:.2f}x ")
+            parts.append(f"{step} {row.values[f'{step}_ratio']:.2f}x{'' if row.quiet(step) else ' (machine busy)'} ")
     if row.get("device_ms") is not None:
         parts.append(f"device {row.values['device_ms']:.3f} ms, host {row.values['wall_ms']:.3f} ms ")
     parts.append(row.note if row.status != OK else f"[{row.note}]")
@@ -193,7 +198,7 @@ def _bar_chart(rows: Rows, group: str, key: str, label: str, title: str, path: P
         for n, row in enumerate(found):
             left = x - 0.43 + n * width
             bar = axes.bar(left + width / 2, row.values[key], width * 0.92, color=colours.get(row.provider, "#999999"))
-            axes.bar_label(bar, fmt="%.2f", fontsize=7)
+            axes.bar_label(bar, fmt="%.2f", fontsize=7, padding=2, rotation=90 if len(rows) > 12 else 0)
             if row.provider not in shown:
                 bar.set_label(row.provider)
                 shown.add(row.provider)
@@ -201,7 +206,7 @@ def _bar_chart(rows: Rows, group: str, key: str, label: str, title: str, path: P
     axes.set_ylabel(label)
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.1)
+    axes.margins(y=0.15)
     figure.legend(loc="outside lower center", ncols=min(len(shown), 6), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 

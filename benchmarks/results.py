@@ -44,6 +44,10 @@ class Row:
         """The value, or None if this row has no such number."""
         return self.values.get(key)
 
+    def quiet(self, step: str) -> bool:
+        """Whether the ratio of a pass comes from rounds that other processes did not disturb."""
+        return self.values.get(f"{step}_quiet_rounds") == self.values.get(f"{step}_rounds")
+
 
 class Rows(list[Row]):
     """Rows in the order they were measured."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +71,7 @@ class Runner:
                 self._job(job)
             except failures() as error:
                 # what no provider is to blame for: making the inputs, the reference, or timing what ran before
+                traceback.print_exception(error)
                 self._all(job, FAILED, reason(error))
             measure.release()
 

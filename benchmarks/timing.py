@@ -146,7 +146,7 @@ def device_work_ms(functions: list[Function]) -> float:
     events = [e for e in found.events() or [] if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     if not events:
         raise RuntimeError("the profiler saw no work on the device")
-    return sum(e.time_range.elapsed_us() for e in events) / 1e3 / len(functions)
+    return float(sum(e.time_range.elapsed_us() for e in events)) / 1e3 / len(functions)
 
 
 def wall_ms(functions: list[Function], rounds: int = 5) -> Quantiles:

@@ -1,0 +1,368 @@
+"""The benchmark driver must show what is wrong, missing or missed, and lose nothing when interrupted."""
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import anymask
+from benchmarks import check, figures, measure, providers, report, results, run, suites, timing
+from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Results, Row, Rows
+
+OURS = "anymask:triton"
+ENV = {"device": "Some GPU", "shape": "a shape", "date": "today", "command": "a command", "commit": "abc", "seed": "0"}
+SMALL = suites.Shape(2, 2, 256, 16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def problem(case: suites.Case, shape: suites.Shape = SMALL) -> suites.Problem:
+    return suites.make_problem(suites.Suite("test", shape, (case,), ("forward",)), case, "cpu", seed=0)
+
+
+def right_result(p: suites.Problem) -> tuple[Tensor, ...]:
+    out = scaled_dot_product_attention(p.q, p.k, p.v, p.mask)
+    return out, *torch.autograd.grad(out, (p.q, p.k, p.v), p.do)
+
+
+def good_rows() -> Rows:
+    """Rows with which every figure of the GPU is reached."""
+
+    def timed(case: str, provider: str, ms: float, **more: float) -> Row:
+        values = {f"forward_ms{q}": ms for q in ("", "_p20", "_p80")} | {
+            f"backward_ms{q}": 2 * ms for q in ("", "_p20", "_p80")
+        }
+        return Row("attention", case, provider, OK, "", values | more)
+
+    memory = {"forward_extra_bytes": 5.0, "forward_extra_allocated_bytes": 6.0, "result_bytes": 5.0}
+    rows = Rows([timed("random50", name, 4.0) for name in ("flex-dense", "cudnn", "cudnn-bias", "efficient")])
+    rows.append(timed("random50", OURS, 2.0, **memory))
+    for case in ("causal", "window1024", "documents8_causal"):
+        rows += [timed(case, "flex", 1.0), timed(case, OURS, 1.0, **memory)]
+    packed = {
+        "device_ms": 0.05,
+        "wall_ms": 0.2,
+        "wall_ms_p20": 0.2,
+        "wall_ms_p80": 0.2,
+        "words_bytes": 1.0,
+        "held_bytes": 1.1,
+        "dense_bytes": 4.0,
+    }
+    rows.append(Row("pack", "random50", "anymask", OK, "", packed))
+    return rows
+
+
+def verdict(rows: Rows, name: str) -> figures.Verdict:
+    return next(v for v in figures.judge(figures.gpu_figures(), rows, OURS) if v.figure == name)
+
+
+def changed(rows: Rows, group: str, case: str, provider: str, **new: object) -> Rows:
+    return Rows(replace(r, **new) if (r.group, r.case, r.provider) == (group, case, provider) else r for r in rows)
+
+
+def test_all_figures_reached() -> None:
+    found = figures.judge(figures.gpu_figures(), good_rows(), OURS)
+    assert [v.reached for v in found] == [figures.REACHED] * 12
+
+
+@pytest.mark.parametrize(("ratio", "reached"), [(0.80, "yes"), (0.81, "NO")])
+def test_figure_compares_with_the_fastest_rival(ratio: float, reached: str) -> None:
+    rows = changed(
+        good_rows(), "attention", "random50", "cudnn", values={"forward_ms": 2.0 / ratio, "backward_ms": 9.0}
+    )
+    found = verdict(rows, "random50 forward")
+    assert found.reached == reached
+    assert "of cudnn" in found.note
+
+
+def test_missed_figures() -> None:
+    rows = changed(good_rows(), "attention", "causal", "flex", values={"forward_ms": 0.99, "backward_ms": 2.0})
+    assert verdict(rows, "causal forward").reached == figures.MISSED
+    assert verdict(rows, "causal backward").reached == figures.REACHED
+    packed = {"device_ms": 0.101, "wall_ms": 0.2, "words_bytes": 1.01, "held_bytes": 1.1, "dense_bytes": 4.0}
+    rows = changed(good_rows(), "pack", "random50", "anymask", values=packed)
+    assert verdict(rows, "packing, device time").reached == figures.MISSED
+    assert verdict(rows, "random50, words of both views").reached == figures.MISSED
+
+
+def test_figures_without_rows_are_not_measured() -> None:
+    found = figures.judge(figures.gpu_figures(), Rows(), OURS)
+    assert {v.reached for v in found} == {figures.NOT_MEASURED}
+    assert all(v.note for v in found)
+
+
+@pytest.mark.parametrize(
+    ("status", "reached"), [(FAILED, figures.REACHED), (WRONG, figures.REACHED), (SKIPPED, figures.NOT_MEASURED)]
+)
+def test_rival_out_of_the_race(status: str, reached: str) -> None:
+    rows = changed(good_rows(), "attention", "random50", "efficient", status=status, values={})
+    found = verdict(rows, "random50 forward")
+    assert found.reached == reached
+    assert "efficient" in found.note
+
+
+def test_our_wrong_result_reaches_nothing() -> None:
+    rows = changed(good_rows(), "attention", "causal", OURS, status=WRONG, values={"error_o": 1.0})
+    assert verdict(rows, "causal forward").reached == figures.NOT_MEASURED
+
+
+def test_cpu_figures_need_a_quiet_machine() -> None:
+    values = {f"{step}_ratio": 0.5 for step in ("forward", "backward", "both")}
+    values |= {f"{step}_{kind}": 9.0 for step in ("forward", "backward", "both") for kind in ("rounds", "quiet_rounds")}
+    rows = Rows(
+        Row("attention", case, "anymask:cpu", OK, "", dict(values)) for case in ("random50", "documents8_causal")
+    )
+    rows += [r for r in good_rows() if r.group == "pack"]
+    assert {v.reached for v in figures.judge(figures.cpu_figures(), rows, "anymask:cpu")} == {figures.REACHED}
+    rows[0].values["both_quiet_rounds"] = 2.0
+    found = figures.judge(figures.cpu_figures(), rows, "anymask:cpu")
+    assert [v.reached for v in found] == [figures.NOT_MEASURED, figures.REACHED, figures.REACHED]
+    assert "busy" in found[0].note
+
+
+CASES = [suites.random(0.5, ()), suites.causal(()), suites.window(64, ()), suites.documents(8, 256, ())]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_checker_accepts_right_and_shows_wrong(case: suites.Case) -> None:
+    p = problem(case)
+    expected = check.references(p)
+    found = right_result(p)
+    assert check.errors(found, expected, p.q.dtype).right
+    for n, name in enumerate(check.NAMES):
+        damaged = list(found)
+        damaged[n] = found[n].detach().clone()
+        # one row of the last checked plane
+        damaged[n][-1, -1, 100] *= 1.1
+        errors = check.errors(tuple(damaged), expected, p.q.dtype)
+        assert not errors.right
+        assert errors.worst_row[name] == max(errors.worst_row.values())
+        damaged[n][-1, -1, 100, 0] = math.nan
+        assert not check.errors(tuple(damaged), expected, p.q.dtype).right
+
+
+def test_checker_sees_another_mask() -> None:
+    p = problem(CASES[0])
+    other = replace(p, mask=p.mask.roll(1, 0))
+    assert not check.errors(right_result(other), check.references(p), p.q.dtype).right
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda c: c.name)
+def test_closed_forms_say_what_the_dense_masks_say(case: suites.Case) -> None:
+    p = problem(case)
+    i, j = torch.arange(256)[:, None], torch.arange(256)[None, :]
+    assert torch.equal(case.closed_form(None, None, i, j), p.mask)
+    assert 0 < p.mask.sum() < p.mask.numel()
+
+
+def test_masks_mean_what_their_names_say() -> None:
+    assert torch.equal(problem(CASES[1]).mask, anymask.pack(anymask.causal(), q_len=256, kv_len=256).to_dense()[0, 0])
+    window = anymask.pack(anymask.sliding_window(64), q_len=256, kv_len=256).to_dense()[0, 0]
+    assert torch.equal(problem(CASES[2]).mask, window)
+    assert problem(CASES[3]).mask.sum() == 8 * (32 * 33 // 2)
+    p = problem(CASES[0])
+    assert 0.45 < p.pairs / (4 * 256 * 256) < 0.55
+    assert p.tile_pairs == 4 * 256 * 256
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("mask_mod", ["closed", "dense"])
+def test_flex_gets_the_same_mask(mask_mod: str) -> None:
+    for case in CASES[1:] if mask_mod == "closed" else CASES:
+        p = problem(case)
+        q, k, v = (t.detach() for t in (p.q, p.k, p.v))
+        p = replace(p, q=q, k=k, v=v)
+        prepared = providers.find("flex" if mask_mod == "closed" else "flex-dense")(p)
+        torch.testing.assert_close(prepared.attend(q, k, v), scaled_dot_product_attention(q, k, v, p.mask))
+        assert "eager" in prepared.note
+
+
+def test_providers_refuse_what_they_cannot() -> None:
+    with pytest.raises(providers.Unsupported, match="closed form"):
+        providers.find("flex")(problem(CASES[0]))
+    with pytest.raises(providers.Unsupported, match="no mask tensor"):
+        providers.find("flash")(problem(CASES[0]))
+    with pytest.raises(providers.Unsupported, match="built in"):
+        providers.find("cudnn-causal")(problem(CASES[0]))
+
+
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = timing.Quantiles(1.0, 0.9, 1.1)
+    monkeypatch.setattr(timing, "cuda_ms", lambda functions: dict.fromkeys(functions, one))
+    monkeypatch.setattr(timing, "extra_bytes", lambda function: (1024, 2048))
+    monkeypatch.setattr(timing, "device_work_ms", lambda functions: 0.05)
+    monkeypatch.setattr(timing, "wall_ms", lambda functions: one)
+
+
+@pytest.fixture
+def gpu_suite_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's suite, tiny, on the CPU, with invented times: everything but the clock is real."""
+    fake_clock(monkeypatch)
+    suite = replace(suites.quick_gpu(), shape=SMALL)
+    cases = (
+        *(c for c in suite.cases if not c.name.startswith("documents")),
+        suites.documents(8, 256, ("flex", "cudnn")),
+    )
+    monkeypatch.setattr(run, "quick_cpu", lambda: replace(suite, cases=cases))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gpu_suite_with_failing_rivals(gpu_suite_on_cpu: None, tmp_path: Path) -> None:
+    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "quick.json").read_text())
+    rows = {(r["group"], r["case"], r["provider"]): r for r in data["rows"]}
+    assert rows["attention", "random50", "flex"]["status"] == SKIPPED
+    assert rows["attention", "causal", "cudnn"]["status"] == FAILED
+    assert rows["attention", "causal", "cudnn"]["note"].startswith("RuntimeError")
+    mine = rows["attention", "causal", "anymask:cpu"]
+    assert mine["status"] == OK
+    flop = 4 * SMALL.batch * SMALL.heads * SMALL.head_dim * (256 * 257 // 2)
+    assert mine["values"]["forward_tflops"] == pytest.approx(flop / 1e-3 / 1e12)
+    assert mine["values"]["backward_tflops"] == pytest.approx(2.5 * flop / 1e-3 / 1e12)
+    assert mine["values"]["forward_tile_tflops"] > mine["values"]["forward_tflops"]
+    assert rows["pack", "random50", "flex-build-dense"]["status"] == OK
+    text = (tmp_path / "quick.md").read_text()
+    assert "not measured" in text
+    assert "the mask has no closed form" in text
+    assert str(tmp_path) not in text + json.dumps(data)
+    assert (tmp_path / "quick-attention-forward.png").stat().st_size > 1000
+    assert (tmp_path / "quick.csv").read_text().count("\n") == len(rows) + 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_our_wrong_result_fails_the_run(
+    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = anymask.attention
+    monkeypatch.setattr(providers.anymask, "attention", lambda *a, **k: honest(*a, **k) * 1.001)
+    assert run.main(["--quick", "--device", "cpu", "--only", "causal/anymask:cpu", "--out", str(tmp_path)]) == 1
+    rows = [r for r in json.loads((tmp_path / "quick.json").read_text())["rows"] if r["case"] == "causal"]
+    assert rows[0]["status"] == WRONG
+    assert "forward_ms" not in rows[0]["values"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_our_failure_fails_the_run(
+    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def broken(*a: object, **k: object) -> None:
+        raise error("a kernel in /some/folder/kernel.py broke\nmore")
+
+    monkeypatch.setattr(providers.anymask, "attention", broken)
+    assert run.main(["--quick", "--device", "cpu", "--only", "causal/anymask:cpu", "--out", str(tmp_path)]) == 1
+    row = json.loads((tmp_path / "quick.json").read_text())["rows"][0]
+    assert row["note"] == f"{error.__name__}: a kernel in kernel.py broke"
+
+
+def test_cpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cpu_ratios", functools.partial(timing.cpu_ratios, rounds=1))
+    arguments = ["--quick", "--device", "cpu", "--length", "128", "--only", "random50", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    data = json.loads((tmp_path / "quick.json").read_text())
+    mine, rival, pack = data["rows"]
+    assert mine["values"]["both_ratio"] > 0
+    assert rival["values"]["both_ratio"] == 1
+    assert not any("_ms" in key for row in data["rows"] for key in row["values"])
+    # one partial tile of 128 x 128: a bit per pair in each view
+    assert pack["values"]["words_bytes"] * 4 == pack["values"]["dense_bytes"]
+    assert "stated for 2048 tokens" in (tmp_path / "quick.md").read_text()
+
+
+def test_interrupted_run_keeps_its_rows_and_resumes(
+    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--quick", "--device", "cpu", "--only", "/anymask", "--out", str(tmp_path), "--commit", "abc"]
+    original = measure.attention_rows
+    seen: list[str] = []
+
+    def interrupted(suite: suites.Suite, p: suites.Problem, ready: dict[str, measure.Ready]) -> Iterator[Row]:
+        seen.append(p.case.name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return original(suite, p, ready)
+
+    monkeypatch.setattr(measure, "attention_rows", interrupted)
+    assert run.main(arguments) == 130
+    assert [r["case"] for r in json.loads((tmp_path / "quick.json").read_text())["rows"]] == ["random50", "random50"]
+    assert run.main([*arguments, "--resume"]) == 0
+    # random50 is not run again, causal is
+    assert seen[:3] == ["random50", "causal", "causal"]
+    data = json.loads((tmp_path / "quick.json").read_text())
+    assert len(data["rows"]) == 9
+    assert "resumed" in data["environment"]
+    with pytest.raises(SystemExit):
+        run.main([*arguments[:-1], "another", "--resume"])
+
+
+def test_budget_leaves_rows_that_say_so(gpu_suite_on_cpu: None, tmp_path: Path) -> None:
+    assert run.main(["--quick", "--device", "cpu", "--budget", "0", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
+    assert {(r["status"], r["note"]) for r in rows} == {(SKIPPED, run.BUDGET)}
+
+
+def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Results.start(tmp_path / "x.json", dict(ENV))
+    found.add(Row("attention", "causal", "a", WRONG, "", {"error_o": math.nan}))
+    before = (tmp_path / "x.json").read_text()
+    assert json.loads(before)["rows"][0]["values"] == {"error_o": None}
+
+    def torn(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(KeyboardInterrupt):
+        found.add(Row("attention", "causal", "b", OK, ""))
+    assert (tmp_path / "x.json").read_text() == before
+    monkeypatch.undo()
+    again = Results.start(tmp_path / "x.json", dict(ENV), resume=True)
+    assert math.isnan(again.rows[0].values["error_o"])
+    again.add(Row("attention", "causal", "a", OK, "", {"error_o": 0.0}))
+    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 1
+
+
+def test_report_shows_missed_as_plainly_as_reached() -> None:
+    rows = good_rows()
+    rows.find("attention", "causal", "flex").values["forward_ms"] = 0.5
+    found = Results(Path("x.json"), ENV, rows)
+    text = report.to_markdown(found, figures.judge(figures.gpu_figures(), rows, OURS))
+    assert "11 reached, 1 missed, 0 not measured." in text
+    assert "| causal forward | ≤ 1.00 x FlexAttention, closed form | 2.000 x | NO |" in text
+
+
+def test_command_and_reasons_name_no_folders() -> None:
+    for arguments in (["--quick", "--out", "/home/me/x"], ["--quick", "--out=/home/me/x"]):
+        assert run.command_line(arguments) == "python -m benchmarks.run --quick"
+    assert results.reason(OSError("no /home/me/x.py, line 3\nsecond")) == "OSError: no x.py, line 3"
+    assert len(results.reason(RuntimeError("x" * 999))) == results.MAX_REASON
+
+
+def test_quantiles_and_turns() -> None:
+    assert timing.Quantiles.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == timing.Quantiles(3.5, 2.0, 5.0)
+    order: list[str] = []
+    found = timing.cpu_ratios({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "a", rounds=2)
+    assert order[:4] == ["a", "b", "b", "a"]
+    assert found.of["a"] == timing.Quantiles(1.0, 1.0, 1.0)
+
+
+def test_disturbed_rounds_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([0, 9, 9, 9, 9, 18, 18, 18, 18, 18])
+    monkeypatch.setattr(timing, "_others_s", lambda: float(next(used)))
+    found = timing.cpu_ratios({"a": lambda: None}, "a", rounds=3)
+    assert (found.rounds, found.quiet) == (3, 3)
