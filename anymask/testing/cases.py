@@ -14,7 +14,7 @@ from anymask.api import attention
 from anymask.mask import Mask
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.testing.masks import MASKS
-from anymask.testing.oracle import Results, assert_matches, eager, make_qkv, reference
+from anymask.testing.oracle import Results, assert_matches, eager, magnitudes, make_qkv, reference
 
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 
@@ -92,20 +92,21 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
     """Assert that `attention` matches the oracle, and that what must be 0 is exactly 0; return its results."""
     inputs = make_inputs(case, device)
     results = run(inputs, case.scale, backend)
-    expected, yardstick = _oracle(case, str(device))
+    oracle = _oracle(case, str(device))
     # the errors of one query reach every key it sees, and those of one key every query that sees it
     rows = min(int(inputs.dense.any(dim).sum()) for dim in (-1, -2))
-    for what, got, want, near in zip(Results._fields, results, expected, yardstick, strict=True):
-        assert_matches(got, want, near, case.dtype, what, rows)
+    for what, got, expected, yardstick, magnitude in zip(Results._fields, results, *oracle, strict=True):
+        assert_matches(got, expected, yardstick, case.dtype, what, rows, magnitude)
     assert_dead_is_zero(results, inputs.dense)
     return results
 
 
 # the backends of one case follow one another in a test file, and so do the cases of one oracle
 @lru_cache(maxsize=4)
-def _oracle(case: Case, device: str) -> tuple[Results, Results]:
+def _oracle(case: Case, device: str) -> tuple[Results, Results, Results]:
     q, k, v, _, dense, do, dlse = make_inputs(case, device)
-    return reference(q, k, v, dense, case.scale, do, dlse), eager(q, k, v, dense, case.scale, do, dlse)
+    args = q, k, v, dense, case.scale, do, dlse
+    return reference(*args), eager(*args), magnitudes(*args)
 
 
 def assert_dead_is_zero(results: Results, dense: Tensor) -> None:
