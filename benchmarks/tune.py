@@ -31,7 +31,7 @@ def candidates(which: str) -> Iterator[TileConfig]:
     """Configs worth a try: queries and keys of a step, warps, stages."""
     held, stepped = (32, 64, 128), (32, 64, 128)
     for outer, inner, warps, stages in itertools.product(held, stepped, (4, 8), (2, 3, 4)):
-        if outer * inner < 64 * 32 or (warps == 8 and outer * inner < 64 * 64):
+        if outer * inner < 64 * 32 or outer == 32 or (warps == 8 and outer * inner < 64 * 64):
             continue
         # dkdv holds keys and steps over queries
         block_m, block_n = (inner, outer) if which == "dkdv" else (outer, inner)
@@ -64,6 +64,7 @@ def compile_one(which: str, head_dim: int, dtype: torch.dtype, config: TileConfi
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
 
+    before = tuning.TABLE[tuning.family(*backend._target())][which][max(64, head_dim)]
     use(which, head_dim, config)
     q, k, v, do = make_inputs(2, 2, 256, head_dim, dtype)
     o, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
@@ -72,6 +73,9 @@ def compile_one(which: str, head_dim: int, dtype: torch.dtype, config: TileConfi
             run_pass(which, (q, k, v, do, o, lse), mask)()
     except (OutOfResources, CompilationError) as error:
         return str(error).splitlines()[0]
+    finally:
+        # the next candidate may be one of another pass
+        use(which, head_dim, before)
     return None
 
 

@@ -144,9 +144,7 @@ class Dense(Mask):
         return torch.full((1, 1, 1, 1), PARTIAL, dtype=torch.int8, device=grid.device)
 
     def evaluate(self, grid: Grid, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        index = [
-            i if n > 1 else torch.zeros_like(i) for i, n in zip((b, h, q, k), self.tensor.shape, strict=True)
-        ]
+        index = [i if n > 1 else torch.zeros_like(i) for i, n in zip((b, h, q, k), self.tensor.shape, strict=True)]
         return self.tensor[tuple(index)] != 0
 
     def spec(self, leaves: list[Tensor]) -> str:

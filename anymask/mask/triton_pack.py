@@ -41,7 +41,9 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
     if tensor.dtype not in READABLE:
         tensor = tensor != 0
     kinds = torch.empty(batch, heads, grid.q_tiles, grid.kv_tiles, dtype=torch.int8, device=grid.device)
-    words = torch.empty(kinds.numel(), TILE, WORDS, dtype=torch.int32, device=grid.device)
+    words, words_t = (
+        torch.empty(kinds.numel(), TILE, WORDS, dtype=torch.int32, device=grid.device) for _ in range(2)
+    )
     if kinds.numel():
         tensor = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
         with torch.cuda.device_of(tensor):
@@ -49,6 +51,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
                 tensor,
                 kinds,
                 words,
+                words_t,
                 tensor.stride(),
                 heads,
                 q_len,
@@ -59,17 +62,18 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
                 num_warps=8,
                 **LAUNCH,
             )
-    return _finish(kinds, words, None, grid)
+    return _finish(kinds, words, words_t, None, grid)
 
 
 def lists_from_tiles(kinds: TileKinds, words: Words, grid: Grid) -> BlockMask:
     """The `BlockMask` of tile kinds and of the words of the partial tiles in row order."""
     index = (kinds == 1).flatten().cumsum(0, dtype=torch.int32) - 1
-    return _finish(kinds, words, index, grid)
+    return _finish(kinds, words, None, index, grid)
 
 
-def _finish(kinds: TileKinds, words: Words, index: Tensor | None, grid: Grid) -> BlockMask:
-    """`index` says which words belong to a tile; None: words hold every tile."""
+def _finish(kinds: TileKinds, words: Words, words_t: Words | None, index: Tensor | None, grid: Grid) -> BlockMask:
+    """`words` and `words_t` hold every tile, in row and in column order; or `words` only the partial ones, which `index`
+    finds."""
     batch, heads, q_tiles, kv_tiles = kinds.shape
     planes = batch * heads
     n_rows, n_cols = planes * q_tiles, planes * kv_tiles
@@ -118,12 +122,26 @@ def _finish(kinds: TileKinds, words: Words, index: Tensor | None, grid: Grid) ->
                 CHUNK,
                 **LAUNCH,
             )
-        in_order = words.shape[0] == n_partial
-        row_words, col_words = words if in_order else new(n_partial, TILE, WORDS), new(n_partial, TILE, WORDS)
-        if n_partial:
-            _words_kernel[(kinds.numel(),)](
-                kinds, words, index, slots, row_words, col_words, kinds.numel(), in_order, TILE, num_warps=8, **LAUNCH
-            )
+        if n_partial == kinds.numel() and words_t is not None:
+            row_words, col_words = words, words_t
+        else:
+            row_words = words if index is not None else new(n_partial, TILE, WORDS)
+            col_words = new(n_partial, TILE, WORDS)
+            if n_partial:
+                _words_kernel[(kinds.numel(),)](
+                    kinds,
+                    words,
+                    words_t,
+                    index,
+                    slots,
+                    None if index is not None else row_words,
+                    col_words,
+                    kinds.numel(),
+                    *shape,
+                    TILE,
+                    num_warps=8,
+                    **LAUNCH,
+                )
     if q_alive == q_live.numel():
         q_live = new(0, dtype=torch.uint8)
     if kv_alive == kv_live.numel():
@@ -138,18 +156,31 @@ def _finish(kinds: TileKinds, words: Words, index: Tensor | None, grid: Grid) ->
 
 @triton.jit
 def _bits_of_words(w, TILE: tl.constexpr):
-    """int32 0/1 `[TILE, TILE]` of words `[TILE, 4]`, in column order (bits.py)."""
+    """fp16 0/1 `[TILE, TILE]` of words `[TILE, 4]`, in column order (bits.py)."""
     pair = tl.arange(0, TILE // 8)[None, :, None, None] * 2 + tl.arange(0, 2)[None, None, None, :]
     # [TILE, TILE // 8, 4, 2]
-    return tl.reshape((w[:, None, :, None] >> pair) & 1, [TILE, TILE])
+    return tl.reshape((w[:, None, :, None] >> pair) & 1, [TILE, TILE]).to(tl.float16)
 
 
 @triton.jit
 def _words_of_bits(bits, TILE: tl.constexpr):
-    """Words `[TILE, 4]` of int32 0/1 `[TILE, TILE]`; the bits of a word are disjoint, so their sum is their union."""
-    pair = tl.arange(0, TILE // 8)[None, :, None, None] * 2 + tl.arange(0, 2)[None, None, None, :]
-    shifted = tl.reshape(bits, [TILE, TILE // 8, 4, 2]) << pair
-    return tl.sum(tl.sum(shifted, 3), 1)
+    """Words `[TILE, 4]` of fp16 0/1 `[TILE, TILE]`: a product with powers of two, exact because a byte is at most 255."""
+    column = tl.arange(0, TILE)[:, None]
+    octet = tl.arange(0, 16)[None, :]
+    bit = 2 * (column // 8) + column % 2
+    # byte y of word c, as octet 4 * c + y, is the sum of bits 8 * y .. 8 * y + 7
+    belongs = ((column // 2) % 4 == octet // 4) & (bit // 8 == octet % 4)
+    weight = tl.where(belongs, 1 << (bit % 8), 0).to(tl.float16)
+    octets = tl.reshape(tl.dot(bits, weight).to(tl.int32), [TILE, 4, 4])
+    return tl.sum(octets << (8 * tl.arange(0, 4))[None, None, :], 2)
+
+
+@triton.jit
+def _transposed(tile, q_tiles, kv_tiles):
+    """Number in column order of the tile with this number in row order."""
+    per_plane = q_tiles * kv_tiles
+    inner = tile % per_plane
+    return tile - inner + (inner % kv_tiles) * q_tiles + inner // kv_tiles
 
 
 @triton.jit
@@ -158,8 +189,11 @@ def _word_offsets(TILE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "q_tiles", "kv_tiles"])
-def _classify_kernel(tensor, kinds, words, strides, heads, q_len, kv_len, q_tiles, kv_tiles, TILE: tl.constexpr):
-    """One program a tile, in row order: its kind (0 empty, 1 partial, 2 full) and its words."""
+def _classify_kernel(
+    tensor, kinds, words, words_t, strides, heads, q_len, kv_len, q_tiles, kv_tiles, TILE: tl.constexpr
+):
+    """One program a tile: its kind (0 empty, 1 partial, 2 full), its words, in row order of tiles, and its transposed
+    words, in column order."""
     tile = tl.program_id(0)
     plane = tile // (q_tiles * kv_tiles)
     rows = ((tile // kv_tiles) % q_tiles) * TILE + tl.arange(0, TILE)
@@ -168,9 +202,11 @@ def _classify_kernel(tensor, kinds, words, strides, heads, q_len, kv_len, q_tile
     ptrs = base + rows[:, None].to(tl.int64) * strides[2] + cols[None, :].to(tl.int64) * strides[3]
     inside = (rows[:, None] < q_len) & (cols[None, :] < kv_len)
     # [TILE, TILE]
-    bits = (tl.load(ptrs, mask=inside, other=0) != 0).to(tl.int32)
+    bits = (tl.load(ptrs, mask=inside, other=0) != 0).to(tl.float16)
     w = _words_of_bits(bits, TILE)
     tl.store(words + tile.to(tl.int64) * (TILE * 4) + _word_offsets(TILE), w)
+    tile_t = _transposed(tile, q_tiles, kv_tiles)
+    tl.store(words_t + tile_t.to(tl.int64) * (TILE * 4) + _word_offsets(TILE), _words_of_bits(tl.trans(bits), TILE))
     # rows that do not exist count for neither empty nor full
     is_full = tl.min(tl.where((rows < q_len)[:, None], (w == -1).to(tl.int32), 1))
     is_empty = tl.min((w == 0).to(tl.int32))
@@ -358,20 +394,24 @@ def _fill_kernel(
         tl.store(col_order + plane * lines + place, inner)
 
 
-@triton.jit(do_not_specialize=["n_tiles"])
+@triton.jit(do_not_specialize=["n_tiles", "q_tiles", "kv_tiles"])
 def _words_kernel(
-    kinds, words, index, slots, row_words, col_words, n_tiles, IN_ORDER: tl.constexpr, TILE: tl.constexpr
+    kinds, words, words_t, index, slots, row_words, col_words, n_tiles, q_tiles, kv_tiles, TILE: tl.constexpr
 ):
-    """One program a tile: put the words of a partial tile in their row slot, and transposed in their column slot."""
+    """One program a tile: put the words of a partial tile in its column slot, transposed if there are no `words_t`, and
+    in its row slot, if they are not there already (`row_words` None)."""
     tile = tl.program_id(0)
     if tl.load(kinds + tile) == 1:
         source = tile
         if index is not None:
             source = tl.load(index + tile)
-        w = tl.load(words + source.to(tl.int64) * (TILE * 4) + _word_offsets(TILE))
-        if not IN_ORDER:
-            row_slot = tl.load(slots + tile).to(tl.int64)
-            tl.store(row_words + row_slot * (TILE * 4) + _word_offsets(TILE), w)
+        offs = _word_offsets(TILE)
+        w = tl.load(words + source.to(tl.int64) * (TILE * 4) + offs)
+        if row_words is not None:
+            tl.store(row_words + tl.load(slots + tile).to(tl.int64) * (TILE * 4) + offs, w)
+        if words_t is None:
+            w_t = _words_of_bits(tl.trans(_bits_of_words(w, TILE)), TILE)
+        else:
+            w_t = tl.load(words_t + _transposed(tile, q_tiles, kv_tiles).to(tl.int64) * (TILE * 4) + offs)
         col_slot = tl.load(slots + n_tiles.to(tl.int64) + tile).to(tl.int64)
-        bits = tl.trans(_bits_of_words(w, TILE).to(tl.int8))
-        tl.store(col_words + col_slot * (TILE * 4) + _word_offsets(TILE), _words_of_bits(bits.to(tl.int32), TILE))
+        tl.store(col_words + col_slot * (TILE * 4) + offs, w_t)

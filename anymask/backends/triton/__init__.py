@@ -74,6 +74,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
             **_launch(options),
             IS_NEGATIVE=sm_scale < 0,
             USE_TMA=use_tma,
+            USE_ASM=_target()[0] == "cuda" and not _interprets(),
         )
     return o, lse
 
@@ -219,7 +220,7 @@ def _source(t: Tensor, use_tma: bool, rows: int, columns: int) -> Any:
         return t
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(t, list(t.shape), list(t.stride()[:3]) + [1], [1, 1, rows, columns])
+    return TensorDescriptor(t, list(t.shape), [*t.stride()[:3], 1], [1, 1, rows, columns])
 
 
 @cache

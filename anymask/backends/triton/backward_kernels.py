@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from anymask.backends.triton.tiles import LOG2_E, attends, load_tile, store_tile
+from anymask.backends.triton.tiles import LOG2_E, hide, hide_end, listed, listed_words, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["q_len", "q_heads"])
@@ -82,13 +82,13 @@ def _bwd_dq_loop(
 ):
     """Adds to `dq [BLOCK_M, BLOCK_D]` what entries `begin .. end` of a tile list give, BLOCK_N keys at a time."""
     STEPS: tl.constexpr = TILE // BLOCK_N
+    tile = listed(tiles, begin, end)
+    if IS_PARTIAL and words is not None:
+        w = listed_words(words, begin, end, first_row, BLOCK_M, TILE)
     for step in tl.range(begin * STEPS, end * STEPS):
-        entry = step // STEPS
         first_col = (step % STEPS) * BLOCK_N
-        if tiles is None:
-            start_n = entry * TILE + first_col
-        else:
-            start_n = tl.load(tiles + entry) * TILE + first_col
+        start_n = tile * TILE + first_col
+        tile = listed(tiles, (step + 1) // STEPS, end)
         k_tile = load_tile(
             k, k_strides, off_b, off_kvh, start_n, kv_len, kv_live, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, not IS_PARTIAL
         )
@@ -100,7 +100,11 @@ def _bwd_dq_loop(
         dp = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)
         p = tl.math.exp2(s * qk_scale - lse2[:, None])
         if IS_PARTIAL:
-            p = tl.where(attends(words, entry, first_row, first_col, kv_len, start_n, BLOCK_M, BLOCK_N, TILE), p, 0.0)
+            if words is None:
+                p = hide_end(p, 0.0, start_n, kv_len, BLOCK_N)
+            else:
+                p = hide(p, 0.0, w, first_col, BLOCK_M, BLOCK_N, False)
+                w = listed_words(words, (step + 1) // STEPS, end, first_row, BLOCK_M, TILE)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
@@ -245,13 +249,13 @@ def _bwd_dkdv_loop(
 ):
     """Adds to `dk`, `dv` what entries `begin .. end` of a column's tile list give, BLOCK_M queries at a time."""
     STEPS: tl.constexpr = TILE // BLOCK_M
+    tile = listed(tiles, begin, end)
+    if IS_PARTIAL:
+        w = listed_words(words, begin, end, first_row, BLOCK_N, TILE)
     for step in tl.range(begin * STEPS, end * STEPS):
-        entry = step // STEPS
         first_col = (step % STEPS) * BLOCK_M
-        if tiles is None:
-            start_m = entry * TILE + first_col
-        else:
-            start_m = tl.load(tiles + entry) * TILE + first_col
+        start_m = tile * TILE + first_col
+        tile = listed(tiles, (step + 1) // STEPS, end)
         q_tile = load_tile(
             q, q_strides, off_b, off_h, start_m, q_len, q_live, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, False
         )
@@ -264,7 +268,8 @@ def _bwd_dkdv_loop(
         s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
         p = tl.math.exp2(s * qk_scale - lse2[None, :])
         if IS_PARTIAL:
-            p = tl.where(attends(words, entry, first_row, first_col, q_len, start_m, BLOCK_N, BLOCK_M, TILE), p, 0.0)
+            p = hide(p, 0.0, w, first_col, BLOCK_N, BLOCK_M, False)
+            w = listed_words(words, (step + 1) // STEPS, end, first_row, BLOCK_N, TILE)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
         dp = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)
         delta = tl.load(delta_row + offs_m)
@@ -353,9 +358,10 @@ def _bwd_dkdv_kernel(
             partial_begin, partial_end = tl.load(partial_offsets + line), tl.load(partial_offsets + line + 1)
         else:
             full_begin, full_end = 0, (q_len + TILE - 1) // TILE
-            partial_begin, partial_end = 0, 0
+            partial_begin, partial_end = full_end, full_end
         row = (off_b * q_heads + off_h).to(tl.int64) * (((q_len + TILE - 1) // TILE) * TILE)
-        for IS_PARTIAL in tl.static_range(2):
+        # without a mask every listed tile is full: rows beyond q_len have lse2 = inf
+        for IS_PARTIAL in tl.static_range(1 if words is None else 2):
             dk, dv = _bwd_dkdv_loop(
                 dk,
                 dv,

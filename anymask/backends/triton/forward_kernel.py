@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from anymask.backends.triton.tiles import LOG2_E, attends, load_tile, softmax_step, store_tile
+from anymask.backends.triton.tiles import (
+    LOG2_E,
+    hide,
+    hide_end,
+    listed,
+    listed_words,
+    load_tile,
+    softmax_step,
+    store_tile,
+)
 
 
 @triton.jit
@@ -37,16 +46,17 @@ def _fwd_loop(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
+    USE_ASM: tl.constexpr,
 ):
     """Entries `begin .. end` of a tile list (or, without a list, those kv tiles), BLOCK_N keys at a time."""
     STEPS: tl.constexpr = TILE // BLOCK_N
+    tile = listed(tiles, begin, end)
+    if IS_PARTIAL and words is not None:
+        w = listed_words(words, begin, end, first_row, BLOCK_M, TILE)
     for step in tl.range(begin * STEPS, end * STEPS):
-        entry = step // STEPS
         first_col = (step % STEPS) * BLOCK_N
-        if tiles is None:
-            start_n = entry * TILE + first_col
-        else:
-            start_n = tl.load(tiles + entry) * TILE + first_col
+        start_n = tile * TILE + first_col
+        tile = listed(tiles, (step + 1) // STEPS, end)
         # [BLOCK_N, BLOCK_D]
         k_tile = load_tile(
             k, k_strides, off_b, off_kvh, start_n, kv_len, kv_live, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, not IS_PARTIAL
@@ -56,8 +66,11 @@ def _fwd_loop(
         if IS_NEGATIVE:
             s = -s
         if IS_PARTIAL:
-            keep = attends(words, entry, first_row, first_col, kv_len, start_n, BLOCK_M, BLOCK_N, TILE)
-            s = tl.where(keep, s, -float("inf"))
+            if words is None:
+                s = hide_end(s, -float("inf"), start_n, kv_len, BLOCK_N)
+            else:
+                s = hide(s, -float("inf"), w, first_col, BLOCK_M, BLOCK_N, USE_ASM)
+                w = listed_words(words, (step + 1) // STEPS, end, first_row, BLOCK_M, TILE)
         p, m_i, l_i, acc = softmax_step(s, m_i, l_i, acc, qk_scale)
         # [BLOCK_N, BLOCK_DV]
         v_tile = load_tile(
@@ -101,6 +114,7 @@ def _fwd_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
+    USE_ASM: tl.constexpr,
 ):
     """Writes `o` and `lse` of BLOCK_M queries; equations (1) to (4) of docs/kernels.md.
 
@@ -164,6 +178,7 @@ def _fwd_kernel(
             USE_TMA,
             PRECISION,
             TILE,
+            USE_ASM,
         )
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     store_tile(o_ptr, o_strides, off_b, off_h, start_m, q_len, acc, V_DIM, BLOCK_M, BLOCK_DV)

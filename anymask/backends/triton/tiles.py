@@ -23,7 +23,7 @@ def load_tile(
 ):
     """Rows `start .. start + ROWS` of a head `[length, DIM]`, 0 beyond its edges and where `live` (if given) is 0.
 
-    `source` is a descriptor of the whole tensor with `USE_TMA`, else a pointer; `IS_INSIDE` promises that all rows exist.
+    `source` is a descriptor of the tensor with `USE_TMA`, else a pointer; `IS_INSIDE` promises that all rows exist.
     """
     if USE_TMA:
         # [1, 1, ROWS, BLOCK_D]
@@ -69,27 +69,62 @@ def store_tile(
 
 
 @triton.jit
-def attends(
-    words, entry, first_row, first_col, other_len, col, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr
-):
-    """bool `[ROWS, COLS]`: the pairs of a partial tile that attend.
+def listed(tiles, entry, end):
+    """Tile at `entry` of a list that stops at `end`; without a list, the tile of that number.
 
-    With words, the window of tile number `entry` whose corner within the tile is `(first_row, first_col)`; without, the
-    mask is only the end of the other direction: column `col + c` exists if below `other_len`.
+    Loops carry the tile of their next step: a load inside the step would be an indirection that costs the software
+    pipeline half of its stages.
     """
-    if words is None:
-        inside = (col + tl.arange(0, COLS)) < other_len
-        keep = tl.broadcast_to(inside[None, :], [ROWS, COLS])
+    tile = entry
+    if tiles is not None:
+        tile = tl.load(tiles + entry, mask=entry < end, other=0)
+    return tile
+
+
+@triton.jit
+def listed_words(words, entry, end, first_row, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """int32 `[ROWS, 4]`: words of the window's rows in the partial tile at `entry`. Carried like `listed`."""
+    offs = (first_row + tl.arange(0, ROWS))[:, None] * 4 + tl.arange(0, 4)[None, :]
+    # spelt so that the mask is a block from the start: the interpreter cannot spread a scalar one
+    return tl.load(words + tl.cast(entry, tl.int64) * (TILE * 4) + offs, mask=entry + 0 * offs < end, other=0)
+
+
+@triton.jit
+def hide(x, fill, w, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, USE_ASM: tl.constexpr):
+    """`x [ROWS, COLS]` where the pair attends, else `fill`, which is -inf with `USE_ASM`.
+
+    `w [ROWS, 4]` are the words of the rows, `first_col` the column within the tile that the window starts at.
+    """
+    # columns c of the window sit at bit first_col // 4 + c // 4 of their word (mask/bits.py)
+    w = (w >> (first_col // 4))[:, None, :, None]
+    pair = tl.arange(0, COLS // 8)[None, :, None, None] * 2 + tl.arange(0, 2)[None, None, None, :]
+    if USE_ASM:
+        # with the bit as a constant operand, ptxas turns eight tests into one R2P
+        w, bit = tl.broadcast(w, 1 << pair)
+        x = tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b32 t;
+            and.b32 t, $2, $3;
+            setp.ne.u32 p, t, 0;
+            selp.f32 $0, $1, 0fFF800000, p;
+            }""",
+            "=f,f,r,r",
+            [x, tl.reshape(w, [ROWS, COLS]), tl.reshape(bit, [ROWS, COLS])],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
     else:
-        rows = first_row + tl.arange(0, ROWS)
-        base = words + entry.to(tl.int64) * (TILE * 4)
-        # [ROWS, 4]; columns c of the window sit at bit first_col // 4 + c // 4 of their word (mask/bits.py)
-        w = tl.load(base + rows[:, None] * 4 + tl.arange(0, 4)[None, :]) >> (first_col // 4)
-        pair = tl.arange(0, COLS // 8)[None, :, None, None] * 2 + tl.arange(0, 2)[None, None, None, :]
         # [ROWS, COLS // 8, 4, 2]
-        bits = (w[:, None, :, None] >> pair) & 1
-        keep = tl.reshape(bits, [ROWS, COLS]) != 0
-    return keep
+        x = tl.where(tl.reshape((w >> pair) & 1, [ROWS, COLS]) != 0, x, fill)
+    return x
+
+
+@triton.jit
+def hide_end(x, fill, start, length, COLS: tl.constexpr):
+    """`x [.., COLS]` where column `start + c` exists, else `fill`: the mask of a call without one."""
+    return tl.where(((start + tl.arange(0, COLS)) < length)[None, :], x, fill)
 
 
 @triton.jit
