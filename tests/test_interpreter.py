@@ -1,0 +1,228 @@
+"""The Triton kernels on CPU tensors, through Triton's interpreter, which raises on int32 overflow here.
+
+Skipped unless TRITON_INTERPRET=1 is set before Triton is imported: test_interpreted.py runs this file so.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import grid
+import pytest
+import torch
+from grid import BF16, F16, F32, cases
+
+from anymask import attention, pack
+from anymask.mask.expr import Dense, Grid, Mask
+from anymask.mask.pack import tile_words
+from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, reference
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+    # NumPy under the interpreter warns where a GPU gives inf or nan, such as log2(0) of a row with no key
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+BACKENDS = ("triton",)
+# a kernel's paths: no mask, only full tiles, bits, dead keys, dead queries, planes by batch, by head and by both
+MASK_NAMES = ["none", "causal", "tiles", "empty_rows", "empty_columns", "per_batch", "per_head", "per_batch_head"]
+HEADS = [(4, 2), (7, 1)]
+SCALES = (-0.3, 0.0, 1e-3, 3.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter() -> Iterator[None]:
+    import numpy as np
+    from triton.runtime import interpreter
+
+    builder, tl = interpreter.interpreter_builder, interpreter.tl
+    create_dot, cast_impl = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        # the interpreter cuts the low half of an fp32 off; a GPU rounds to nearest even
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, src, dst_type)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(rounded, tl.bfloat16)
+
+    def widened(handle: Any) -> Any:
+        # the interpreter holds bf16 as uint16, which its own dot multiplies as integers
+        return cast_impl(builder, handle, tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        # what a GPU refuses and NumPy promotes in silence
+        assert a.dtype.scalar == b.dtype.scalar, f"dot of {a.dtype} and {b.dtype}"
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    debug = builder.options.debug
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+        # int32 arithmetic is checked for overflow
+        object.__setattr__(builder.options, "debug", True)
+        yield
+        object.__setattr__(builder.options, "debug", debug)
+
+
+# fp32 has small steps, so many, and the interpreter takes as long for a small one
+@cases(
+    BACKENDS,
+    [Case(m, 140, 150, 16, t) for m in MASK_NAMES for t in (F16, BF16)]
+    + [Case(m, 70, 140, 16, F32, batch=1) for m in ("none", "tiles", "empty_columns", "per_head")],
+)
+def test_masks_and_dtypes(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
+@cases(BACKENDS, [Case(m, 150, 140, 16, F16) for m in MASKS if m not in MASK_NAMES])
+def test_every_other_mask(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
+@cases(
+    BACKENDS,
+    [
+        Case(m, q, kv, 16, F16, batch=1)
+        for q, kv in grid.LENGTHS
+        if q * kv < 50000
+        for m in ("none", "random", "empty_rows")
+    ],
+)
+def test_lengths(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
+@cases(
+    BACKENDS,
+    [Case("random", 130, 131, d, F16, dv, batch=1, q_heads=1, kv_heads=1) for d, dv in grid.DIMS]
+    + [Case("none", 40, 131, d, BF16, dv, batch=1, q_heads=1, kv_heads=1) for d, dv in grid.DIMS]
+    + [Case("causal", 40, 70, d, F32, dv, batch=1, q_heads=1, kv_heads=1) for d, dv in grid.DIMS],
+)
+def test_head_dims(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
+@cases(
+    BACKENDS, [Case(m, 65, 140, 16, F16, q_heads=h, kv_heads=g) for h, g in [(4, 2), (7, 1)] for m in grid.HEAD_MASKS]
+)
+def test_heads(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
+@cases(BACKENDS, [Case("documents", 70, 140, 16, F16, 32, q_heads=4, layout=layout) for layout in LAYOUTS])
+def test_layouts(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
+@cases(
+    BACKENDS, [Case(m, 40, 140, 16, F32, scale=s) for s in (-0.3, 0.0, 1e-3, 3.0) for m in ("none", "causal_behind")]
+)
+def test_scales(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
+@cases(BACKENDS, [Case(m, 140, 300, 16, F16, batch=1) for m in ("empty_columns", "empty_head", "tiles", "all_empty")])
+def test_dead_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_dead_keys_reach_nothing(case, backend, "cpu", value)
+
+
+@pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
+@cases(BACKENDS, [Case(m, 140, 40, 16, F16, batch=1) for m in ("empty_rows", "column", "all_empty")])
+def test_dead_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_dead_queries_reach_nothing(case, backend, "cpu", value)
+
+
+@cases(BACKENDS, [Case("random", 140, 200, 16, F16, batch=1)])
+def test_emptied_rows_leave_the_others(backend: str, case: Case) -> None:
+    grid.check_emptied_rows_leave_the_others(case, backend, "cpu")
+
+
+@cases(BACKENDS, [Case("causal", 200, 140, 16, F16, batch=1)])
+def test_forms_of_a_mask_agree(backend: str, case: Case) -> None:
+    grid.check_forms_of_a_mask_agree(case, backend, "cpu")
+
+
+@pytest.mark.parametrize("shift", [-50.0, -1000.0, -10000.0])
+@cases(BACKENDS, [Case("random", 33, kv, 16, t, batch=1) for kv in (1, 64, 129) for t in (F32, BF16)])
+def test_far_from_zero_scores(backend: str, case: Case, shift: float) -> None:
+    grid.check_far_from_zero(case, backend, "cpu", shift)
+
+
+def test_a_mask_does_not_outlive_its_call() -> None:
+    grid.check_a_mask_does_not_outlive_its_call("triton", "cpu", F16)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("mask", [None, "empty_columns"])
+def test_offsets_beyond_int32(which: str, mask: str | None) -> None:
+    # rows 2**24 elements apart over a storage that they all share: row 140 lies beyond 2**31
+    length, dim = 140, 16
+    tensors = {name: torch.randn(1, 1, length, dim, dtype=F16) for name in "qkv"}
+    row = torch.randn(dim, dtype=F16)
+    far = torch.empty(0, dtype=F16).set_(
+        _sparse_storage(row, length, 1 << 24), 0, (1, 1, length, dim), (0, 0, 1 << 24, 1)
+    )
+    tensors[which] = far
+    assert (length - 1) * far.stride(2) > 2**31
+    near = {name: t.clone() for name, t in tensors.items()}
+    dense = None if mask is None else MASKS[mask](1, 1, length, length)[0]
+    do = torch.randn(1, 1, length, dim, dtype=F16)
+
+    def grads(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaves = [tensors[name].detach().requires_grad_() for name in "qkv"]
+        o = attention(*leaves, dense, backend="triton")
+        return o.detach(), *torch.autograd.grad(o, leaves, do)
+
+    for a, b in zip(grads(tensors), grads(near), strict=True):
+        assert torch.equal(a, b)
+    expected = reference(near["q"], near["k"], near["v"], dense, None, do)
+    torch.testing.assert_close(grads(tensors)[0].double(), expected.o, atol=2e-3, rtol=2e-3)
+
+
+def _sparse_storage(row: torch.Tensor, length: int, stride: int) -> torch.UntypedStorage:
+    """A file of zeros with a row every `stride` elements; only the pages written exist."""
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as file:
+        whole = torch.from_file(file.name, shared=True, size=(length - 1) * stride + row.numel(), dtype=row.dtype)
+        for i in range(length):
+            whole[i * stride : i * stride + row.numel()] = row * (1 + i / length)
+        return whole.untyped_storage()
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (128, 256), (130, 257), (300, 200)], ids=str)
+@pytest.mark.parametrize("name", [m for m in MASKS if m != "none"])
+def test_packing_is_the_same_on_the_device(name: str, q_len: int, kv_len: int) -> None:
+    from anymask.mask import triton_pack
+
+    mask, dense = MASKS[name](2, 2, q_len, kv_len)
+    space = Grid(q_len, kv_len, torch.device("cpu"))
+    if isinstance(mask, Mask):
+        assert_same_block_mask(
+            triton_pack.lists_from_tiles(*tile_words(mask, space), space), pack(mask, q_len=q_len, kv_len=kv_len)
+        )
+    # planes of size 1 stay 1, expanded ones are read in place
+    tensor = dense[(None,) * (4 - dense.dim())]
+    assert_same_block_mask(
+        triton_pack.pack_dense(tensor, q_len, kv_len), pack(Dense(tensor), q_len=q_len, kv_len=kv_len)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32])
+def test_packing_any_dtype_is_the_same_on_the_device(dtype: torch.dtype) -> None:
+    from anymask.mask import triton_pack
+
+    values = torch.randint(-2, 3, (1, 2, 140, 150)).to(dtype)
+    if dtype in (torch.float16, torch.float32):
+        # as an integer, which is what the interpreter takes bf16 for, -0.0 is not 0
+        values[..., ::7] = -0.0
+    assert_same_block_mask(triton_pack.pack_dense(values, 140, 150), pack(values != 0))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 0), (0, 200), (200, 0)], ids=str)
+def test_packing_nothing_is_the_same_on_the_device(q_len: int, kv_len: int) -> None:
+    from anymask.mask import triton_pack
+
+    tensor = torch.ones(2, 1, q_len, kv_len, dtype=torch.bool)
+    assert_same_block_mask(triton_pack.pack_dense(tensor, q_len, kv_len), pack(tensor))
