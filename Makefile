@@ -9,6 +9,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+# threads that spin while they wait take the cores they wait for, if the machine has other work
+export OMP_WAIT_POLICY ?= passive
 
 RUN := $(VENV)/bin/python
 # one stamp per set of packages: a second run installs nothing

@@ -53,7 +53,7 @@ class Sizes:
         steps = 40 if steps is None else steps
         if device.type == "cuda":
             return Sizes(4000, 2, steps, 8, 64, torch.float16, 20)
-        return Sizes(2000, 2, steps, 4, 64, torch.float32, 3)
+        return Sizes(2000, 2, steps, 4, 64, torch.float32, 5)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and returns."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,36 @@ def test_a_missing_extra_is_named_without_a_traceback(missing: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == f"anymask: the command line needs {missing}: pip install 'anymask[demo]'"
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md"])
+def test_examples_of_the_pages_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+
+
+def test_masks_of_the_readme_pack() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("## Your mask in one line")[2].partition("\n## ")[0]
+    lines = [line.replace(r"\|", "|") for line in re.findall(r"^\| .* \| `(.*)` \|$", table, flags=re.MULTILINE)]
+    assert len(lines) >= 11
+    numbers = torch.arange(1200).repeat(2, 1)
+    names = vars(anymask) | {
+        "ids": numbers // 500,
+        "keep": numbers < 900,
+        "prefix": numbers < 400,
+        "span": torch.where(numbers < 600, numbers // 300, -1),
+        "tree": numbers[0][:, None] % (numbers[0] + 1) == 0,
+        "tensor": torch.eye(1200, dtype=torch.bool),
+    }
+    for line in lines:
+        dense = anymask.pack(eval(line, dict(names)), q_len=1200, kv_len=1200).to_dense()
+        assert dense.any(), line
+        assert not dense.all(), line
