@@ -1,0 +1,273 @@
+"""The public calls: bad input, torch's signature, the earlier package's call, the cache, autocast, explain."""
+
+import gc
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bad_calls import BAD, TRUE, K, Q, V, qkv
+
+import anymask
+from anymask import api, attention, causal, explain, flash_attention_custom_mask, pack, scaled_dot_product_attention
+from anymask.backends import NAMES
+from anymask.testing import LAYOUTS, MASKS, Case, make_inputs, make_qkv, reference
+
+MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(what: str) -> None:
+    call, error, message = BAD[what]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_under_compile(what: str, fullgraph: bool) -> None:
+    torch.compiler.reset()
+    call, error, message = BAD[what]
+    if fullgraph and what == "scale is a tensor":
+        # Dynamo refuses to print a tensor in a message, and says that instead
+        message = ""
+    # with fullgraph, Dynamo may wrap an exception of the traced code in its own, with the message inside
+    allowed = (error, torch._dynamo.exc.TorchDynamoException) if fullgraph else error
+    with pytest.raises(allowed, match=re.escape(message)):
+        torch.compile(call, fullgraph=fullgraph, backend="eager")()
+
+
+def test_good_input_that_looks_odd() -> None:
+    expected = attention(Q, K, V, TRUE)
+    for mask in (TRUE[:1], TRUE[:, :1], TRUE[:1, :1], TRUE[None], TRUE[None, None], TRUE.expand(2, 4, 10, 20)):
+        assert torch.equal(attention(Q, K, V, mask), expected)
+    assert torch.equal(attention(Q, K, V, TRUE.repeat(2, 4, 1, 1)), expected)
+    assert attention(Q, K, V, scale=2).shape == (2, 4, 10, 6)
+    assert attention(Q, K, V, scale=-1.5).isfinite().all()
+    for flag in (None, True, False):
+        assert torch.equal(attention(Q, K, V, TRUE, deterministic=flag), expected)
+    o, lse = attention(Q, K, V, TRUE, return_lse=True)
+    assert torch.equal(o, expected)
+    assert lse.shape == (2, 4, 10)
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    if anymask.backends.load("triton").why_not(Q, K, V, None) is None:
+        pytest.skip("Triton interprets here")
+    with pytest.raises(ValueError, match="backend 'triton' cannot run this call: "):
+        attention(Q, K, V, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dims", [2, 3, 4])
+@pytest.mark.parametrize("mask", [None, "causal", "random", "row"])
+def test_sdpa_is_torchs(dims: int, mask: str | None, dtype: torch.dtype) -> None:
+    q, k, v = (t[(0,) * (4 - dims)] for t in qkv(kv_heads=4, dtype=dtype))
+    kwargs: dict[str, Any] = {"scale": 0.4}
+    if mask == "causal":
+        kwargs["is_causal"] = True
+    elif mask:
+        kwargs["attn_mask"] = MASKS[mask](2, 4, 10, 20)[0]
+    ours, theirs = scaled_dot_product_attention(q, k, v, **kwargs), F.scaled_dot_product_attention(q, k, v, **kwargs)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_sdpa_with_grouped_heads_and_gradients() -> None:
+    mask = torch.rand(2, 4, 10, 20) < 0.6
+    mask[..., 0] = True
+    results = []
+    for call in (scaled_dot_product_attention, F.scaled_dot_product_attention):
+        q, k, v = qkv(requires_grad=True)
+        o = call(q, k, v, mask, 0.0, False, scale=None, enable_gqa=True)
+        results.append((o, *torch.autograd.grad(o.sin().sum(), [q, k, v])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((Q, K, V), {"enable_gqa": True, "dropout_p": 0.1}, "dropout_p is 0.1; allowed is 0.0"),
+        ((Q, K, V), {}, "query has 4 heads and key has 2; allowed are equal counts, or enable_gqa=True"),
+        (
+            (Q, K, V),
+            {"enable_gqa": True, "attn_mask": TRUE.float()},
+            "mask has dtype torch.float32; allowed is torch.bool",
+        ),
+        ((Q, K, V), {"enable_gqa": True, "attn_mask": TRUE, "is_causal": True}, "is_causal is True and mask is given"),
+        ((Q[None], K[None], V[None]), {}, "query has shape (1, 2, 4, 10, 8); allowed are 2 to 4 dimensions"),
+        ((Q, K[0], V), {}, "key has shape (2, 20, 8); allowed are 2 to 4 dimensions, as many as query"),
+        ((Q[0, 0, 0], K, V), {}, "query has shape (8,); allowed are 2 to 4"),
+    ],
+)
+def test_sdpa_raises_on_what_it_does_not_do(args: Any, kwargs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        scaled_dot_product_attention(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "mask_dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_custom_mask_of_any_dtype(dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
+    from fa2_custom_mask import flash_attention_custom_mask as imported
+
+    q, k, v = make_qkv(2, 2, 2, 50, 70, 16, dtype=dtype, requires_grad=True)
+    values = torch.randint(-1, 2, (2, 2, 50, 70))
+    mask = values.abs().to(mask_dtype) if mask_dtype in (torch.bool, torch.uint8) else values.to(mask_dtype)
+    do = torch.randn_like(q)
+    ours = imported(q, k, v, mask, 1.3)
+    expected = attention(q, k, v, values != 0, scale=1.3)
+    assert torch.equal(ours, expected)
+    for a, b in zip(
+        torch.autograd.grad(ours, [q, k, v], do), torch.autograd.grad(expected, [q, k, v], do), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_custom_mask_defaults() -> None:
+    q, k, v = make_qkv(1, 2, 2, 50, 70, 16, requires_grad=True)
+    o = flash_attention_custom_mask(q, k, v)
+    assert torch.equal(o, attention(q, k, v, scale=0.25))
+    o.backward(torch.ones_like(o))
+    assert q.grad is not None
+    assert torch.equal(
+        flash_attention_custom_mask(q, k, v, mask=torch.ones(1, 1, 50, 70)), attention(q, k, v, scale=0.25)
+    )
+
+
+class TestCache:
+    @pytest.fixture
+    def packs(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        calls: list[Any] = []
+        original = api.pack
+        monkeypatch.setattr(api, "pack", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
+        api._packed.clear()
+        return calls
+
+    def test_the_second_call_does_not_pack(self, packs: list[Any]) -> None:
+        mask = torch.rand(10, 20) < 0.5
+        first = attention(Q, K, V, mask)
+        assert torch.equal(attention(Q, K, V, mask), first)
+        explain(Q, K, V, mask)
+        assert len(packs) == 1
+
+    def test_a_write_packs_again(self, packs: list[Any]) -> None:
+        mask = torch.rand(10, 20) < 0.5
+        attention(Q, K, V, mask)
+        mask[3] = ~mask[3]
+        after = attention(Q, K, V, mask)
+        assert len(packs) == 2
+        assert torch.equal(after, attention(Q, K, V, mask.clone()))
+        assert len(api._packed[mask]) == 1
+
+    def test_lengths_are_part_of_the_key(self, packs: list[Any]) -> None:
+        mask = torch.rand(1, 1, 10, 1) < 0.5
+        attention(Q, K, V, mask)
+        attention(Q, K[:, :, :7], V[:, :, :7], mask)
+        attention(Q, K, V, mask)
+        assert len(packs) == 2
+
+    def test_views_and_equal_tensors_are_other_tensors(self, packs: list[Any]) -> None:
+        mask = torch.rand(10, 20) < 0.5
+        for m in (mask, mask.clone(), mask[:], mask.view(1, 10, 20)):
+            attention(Q, K, V, m)
+        assert len(packs) == 4
+
+    def test_an_entry_dies_with_its_tensor(self, packs: list[Any]) -> None:
+        mask = torch.rand(10, 20) < 0.5
+        attention(Q, K, V, mask)
+        assert len(api._packed) == 1
+        del mask
+        packs.clear()
+        gc.collect()
+        assert len(api._packed) == 0
+
+    def test_inference_tensors_are_packed_each_time(self, packs: list[Any]) -> None:
+        with torch.inference_mode():
+            mask = torch.rand(10, 20) < 0.5
+            for _ in range(2):
+                expected = attention(Q, K, V, mask.clone())
+                assert torch.equal(attention(Q, K, V, mask), expected)
+                mask[0] = ~mask[0]
+        assert len(packs) == 4
+
+    def test_custom_masks_of_one_tensor_and_bool_ones_do_not_mix(self, packs: list[Any]) -> None:
+        mask = torch.randint(0, 2, (10, 20))
+        expected = attention(Q, K, V, mask != 0)
+        assert torch.equal(flash_attention_custom_mask(Q, K, V, mask), expected)
+        assert torch.equal(flash_attention_custom_mask(Q, K, V, mask), expected)
+        assert len(packs) == 2
+        with pytest.raises(ValueError, match=r"mask has dtype torch\.int64"):
+            attention(Q, K, V, mask)
+
+
+@pytest.mark.xfail(strict=True, reason="the CPU backend's own fp32 products run in the autocast dtype")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_a_cast_of_the_inputs(dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(2, 2, 2, 50, 70, 16, requires_grad=True)
+    mask = torch.rand(50, 70) < 0.5
+    with torch.autocast("cpu", dtype):
+        o = attention(q, k, v, mask)
+        mixed = attention(q.to(dtype), k, v, mask)
+        custom = flash_attention_custom_mask(q, k, v, mask)
+    assert torch.equal(o, attention(q.to(dtype), k.to(dtype), v.to(dtype), mask))
+    assert torch.equal(mixed, o)
+    assert torch.equal(custom, o)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_dtypes(dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(2, 2, 2, 50, 70, 16, requires_grad=True)
+    mask = torch.rand(50, 70) < 0.5
+    with torch.autocast("cpu", dtype):
+        o = attention(q, k, v, mask)
+        assert attention(q.to(dtype), k, v, mask).dtype == dtype
+        assert flash_attention_custom_mask(q, k, v, mask).dtype == dtype
+    assert o.dtype == dtype
+    grads = torch.autograd.grad(o.float().sum(), [q, k, v])
+    assert all(g.dtype == torch.float32 for g in grads)
+    with torch.autocast("cpu", dtype):
+        assert attention(q.double(), k.double(), v.double(), mask).dtype == torch.float64
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dout_of_a_sum_has_stride_0(layout: str) -> None:
+    i = make_inputs(Case("random", 70, 50, 16, layout=layout))
+    grads = torch.autograd.grad(attention(i.q, i.k, i.v, i.mask).sum(), [i.q, i.k, i.v])
+    expected = reference(i.q, i.k, i.v, i.dense, None, torch.ones_like(i.do))
+    for a, b in zip(grads, expected[2:], strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_explain() -> None:
+    e = explain(Q, K, V, is_causal=True)
+    assert e.backend == "cpu"
+    assert set(e.not_chosen) == set(NAMES) - {"cpu"}
+    assert e.not_chosen["reference"] == "cpu was preferred"
+    assert e.tiles == (0, 1, 0)
+    assert e.density == 55 / 200
+    assert e.dense_bytes == 200
+    assert e.mask_bytes == pack(causal(), q_len=10, kv_len=20).nbytes
+    assert e.pair_flops == 2 * 4 * 55 * 2 * (8 + 6)
+    assert e.tile_flops == 2 * 4 * 128 * 128 * 2 * (8 + 6)
+    for part in ("backend: cpu", "not reference: cpu was preferred", "0 empty (skipped), 1 partial, 0 full", "27.5%"):
+        assert part in str(e)
+
+
+def test_explain_without_a_mask_and_with_a_backend() -> None:
+    e = explain(Q, K, V, backend="reference")
+    assert e.backend == "reference"
+    assert e.not_chosen["cpu"] == "reference was preferred"
+    assert (e.tiles, e.density, e.mask_bytes) == (None, 1.0, 0)
+    assert "mask: none" in str(e)
+    with pytest.raises(ValueError, match="mask has dtype"):
+        explain(Q, K, V, TRUE.float())
+
+
+def test_public_names() -> None:
+    assert set(anymask.__all__) == {n for n in anymask.__all__ if hasattr(anymask, n)}
+    assert {"attention", "pack", "explain", "Mask", "BlockMask", "causal", "sliding_window"} <= set(anymask.__all__)

@@ -1,0 +1,229 @@
+"""The operators as torch sees them: opcheck, gradcheck, compile, checkpoint."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from anymask import BlockMask, attention, causal, from_dense, ops, pack, sliding_window
+from anymask.testing import MASKS, Case, make_inputs, make_qkv
+
+# torch.compile imports parts of torch that warn on their own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+BACKENDS = ["cpu", "reference"]
+GRADCHECK_MASKS = ["none", "random", "per_batch_head", "empty_rows", "empty_columns", "one_pair", "all_empty"]
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.rand(shape) < 0.5
+
+
+def _tensors(mask: Any, q_len: int, kv_len: int) -> list[Tensor]:
+    return [] if mask is None else pack(mask, q_len=q_len, kv_len=kv_len).tensors()
+
+
+MASK_KINDS = {
+    "none": None,
+    "random": _random(5, 7),
+    "per head": _random(1, 2, 5, 7),
+    "per batch": _random(2, 1, 5, 7),
+    "empty": torch.zeros(5, 7, dtype=torch.bool),
+    "causal": causal(),
+}
+
+
+class TestOpcheck:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", MASK_KINDS)
+    def test_forward(self, kind: str, dtype: torch.dtype) -> None:
+        qkv = make_qkv(2, 2, 1, 5, 7, 4, 6, dtype=dtype, requires_grad=dtype != torch.bfloat16)
+        torch.library.opcheck(ops.forward, (*qkv, _tensors(MASK_KINDS[kind], 5, 7), 0.5, "cpu"))
+
+    @pytest.mark.parametrize("layout", ["blhd", "transposed", "expanded"])
+    def test_forward_of_strided_inputs(self, layout: str) -> None:
+        qkv = make_qkv(2, 2, 2, 5, 7, 4, layout=layout, requires_grad=True)
+        torch.library.opcheck(ops.forward, (*qkv, _tensors(MASK_KINDS["random"], 5, 7), 0.5, None))
+
+    @pytest.mark.parametrize("with_dlse", [False, True])
+    @pytest.mark.parametrize("kind", ["none", "per head"])
+    def test_backward(self, kind: str, with_dlse: bool) -> None:
+        q, k, v = make_qkv(2, 2, 1, 5, 7, 4, 6)
+        mask = _tensors(MASK_KINDS[kind], 5, 7)
+        o, lse = ops.forward(q, k, v, mask, 0.5, None)
+        dlse = torch.randn_like(lse) if with_dlse else None
+        torch.library.opcheck(ops.backward, (q, k, v, o, lse, torch.randn_like(o), dlse, mask, 0.5, None))
+
+    @pytest.mark.parametrize("kind", ["random", "per head", "empty", "causal"])
+    def test_pack(self, kind: str) -> None:
+        mask = MASK_KINDS[kind]
+        lazy = from_dense(mask) if isinstance(mask, Tensor) else mask
+        leaves: list[Tensor] = []
+        spec = (lazy & sliding_window(3, 3)).spec(leaves)
+        torch.library.opcheck(ops.pack_op, (leaves, spec, 5, 7, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "name", ["none", "random", "per_batch_head", "empty_rows", "empty_columns", "one_pair", "all_empty"]
+)
+def test_gradcheck(name: str, backend: str) -> None:
+    i = make_inputs(Case(name, 4, 5, 3, torch.float64, 2, q_heads=4))
+    lives = i.dense.any(-1)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        o, lse = attention(q, k, v, i.mask, scale=0.7, return_lse=True, backend=backend)
+        # minus infinity has no finite difference
+        return o, lse.masked_fill(~lives, 0.0)
+
+    assert torch.autograd.gradcheck(call, (i.q, i.k, i.v))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_raise(backend: str) -> None:
+    q, k, v = make_qkv(1, 1, 1, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    o = attention(q, k, v, causal(), backend=backend)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(dq.sum(), q)
+
+
+class Model(nn.Module):
+    """A projection and attention under a mask: what a compiled model looks like."""
+
+    def __init__(self, dim: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.heads = heads
+
+    def forward(self, x: Tensor, mask: Any, return_lse: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if return_lse:
+            o, lse = attention(q, k, v, mask, return_lse=True)
+            return o.transpose(1, 2).flatten(2).sum() + lse.sin().sum()
+        return attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def _masks(length: int) -> dict[str, Any]:
+    dense = torch.rand(2, 1, length, length) < 0.5
+    return {
+        "none": None,
+        "tensor": dense,
+        "block mask": pack(dense),
+        "mask": causal() & ~sliding_window(2, 0),
+        "mask of a tensor": causal() & from_dense(dense),
+    }
+
+
+def _grads(model: nn.Module, call: Any, *args: Any) -> list[Tensor]:
+    model.zero_grad()
+    out = call(*args)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("kind", _masks(2))
+def test_compile_equals_eager(kind: str, return_lse: bool) -> None:
+    torch.compiler.reset()
+    model, x, mask = Model(), torch.randn(2, 140, 16), _masks(140)[kind]
+    if return_lse and kind == "tensor":
+        # every row needs a key, for a finite sum of lse
+        mask[..., 0] = True
+    expected = _grads(model, model, x, mask, return_lse)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(_grads(model, compiled, x, mask, return_lse), expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", ["tensor", "block mask", "mask of a tensor"])
+def test_new_mask_contents_do_not_recompile(kind: str) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, x = Model(), torch.randn(2, 300, 16)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(4):
+        mask = _masks(300)[kind]
+        torch.testing.assert_close(compiled(x, mask), model(x, mask))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.compile
+def test_a_block_mask_with_more_tiles_recompiles_once_at_most() -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, x = Model(), torch.randn(1, 600, 16)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for window in (10, 100, 200, 300, 400, 500):
+            mask = pack(causal() & sliding_window(window), q_len=600, kv_len=600)
+            torch.testing.assert_close(compiled(x, mask), model(x, mask))
+    # the lists' lengths become symbols the second time they differ; a list that was empty or had one entry is special
+    assert counter.frame_count <= 4
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "none",
+        "tensor",
+        "built inside",
+        pytest.param(
+            "mask",
+            marks=pytest.mark.xfail(strict=True, reason="Band.spec formats ints that dynamic=True has made symbols"),
+        ),
+    ],
+)
+def test_dynamic_lengths(kind: str) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Model()
+
+    def call(x: Tensor, mask: Any) -> Tensor:
+        return model(x, sliding_window(40) if kind == "built inside" else mask)
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
+    for length in (130, 140, 150, 270, 300, 515):
+        x = torch.randn(2, length, 16)
+        mask = {"tensor": torch.rand(length, length) < 0.5, "mask": sliding_window(40)}.get(kind)
+        torch.testing.assert_close(compiled(x, mask), call(x, mask))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("kind", _masks(2))
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(kind: str, use_reentrant: bool) -> None:
+    model, mask = Model(), _masks(140)[kind]
+    x = torch.randn(2, 140, 16, requires_grad=True)
+    expected = _grads(model, model, x, mask)
+    again = _grads(model, lambda *args: checkpoint(model, *args, use_reentrant=use_reentrant), x, mask)
+    for a, b in zip(again, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_mask_reaches_backward_by_itself() -> None:
+    q, k, v = make_qkv(1, 1, 1, 140, 140, 8, requires_grad=True)
+    mask = pack(MASKS["random"](1, 1, 140, 140)[0])
+    o = attention(q, k, v, mask)
+    expected = torch.autograd.grad(attention(q, k, v, mask).sum(), [q, k, v])
+    # the caller's mask and the cache are gone by the time of backward
+    tensors = mask.tensors()
+    del mask
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(o.sum(), [q, k, v]), expected, strict=True))
+    o = attention(q, k, v, BlockMask.from_tensors(tensors, 140, 140))
+    tensors[4].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize(("q_len", "kv_len", "batch"), [(0, 5, 2), (5, 0, 2), (0, 0, 2), (5, 5, 0)])
+def test_fakes_agree_on_nothing(q_len: int, kv_len: int, batch: int) -> None:
+    q, k, v = make_qkv(batch, 2, 1, q_len, kv_len, 4, 6, requires_grad=True)
+    torch.library.opcheck(ops.forward, (q, k, v, [], 0.5, None))
