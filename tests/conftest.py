@@ -63,10 +63,13 @@ def seed() -> int:
 
 
 @pytest.fixture
-def device() -> str:
-    """The device of tests marked gpu."""
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device of tests marked gpu, on which the eager yardstick accumulates in fp32."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    matmul = torch.backends.cuda.matmul
+    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
+        monkeypatch.setattr(matmul, name, False)
     return "cuda"
 
 

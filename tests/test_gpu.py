@@ -1,0 +1,281 @@
+"""The Triton backend on a GPU: the grid of the CPU tests at larger sizes, and what only a GPU can show.
+
+Head dimensions and mask forms are few on purpose: each combination compiles its own kernels.
+"""
+
+from typing import Any
+
+import grid
+import pytest
+import torch
+from grid import BF16, F16, F32, cases
+
+from anymask import attention, causal, explain, flash_attention_custom_mask, ops, pack, sliding_window
+from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, make_inputs, make_qkv, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
+BACKENDS = ("triton",)
+DIMS = [(16, 16), (31, 31), (64, 32), (72, 72), (96, 96), (128, 128), (192, 128), (256, 256)]
+SIZES = [(1000, 1000), (513, 1025)]
+
+
+@cases(
+    BACKENDS,
+    [Case(m, q, kv, 64, t, q_heads=4) for m in MASKS for q, kv in SIZES for t in (F16, BF16, F32)],
+)
+def test_masks(backend: str, case: Case, device: str) -> None:
+    check(case, backend, device)
+
+
+@cases(BACKENDS, [Case(m, q, kv, 64, t) for q, kv in grid.LENGTHS for m in grid.LENGTH_MASKS for t in (F16, F32)])
+def test_lengths(backend: str, case: Case, device: str) -> None:
+    check(case, backend, device)
+
+
+@cases(
+    BACKENDS,
+    [Case("random", 700, 900, d, F16, dv) for d, dv in DIMS]
+    + [Case("none", 700, 900, d, F16, dv) for d, dv in DIMS if d in (96, 128)]
+    + [Case("empty_columns", 700, 900, d, BF16) for d in (128, 256)]
+    + [Case("random", 300, 500, d, F32) for d in (72, 128, 256)],
+)
+def test_head_dims(backend: str, case: Case, device: str) -> None:
+    check(case, backend, device)
+
+
+@cases(
+    BACKENDS,
+    [Case(m, 300, 500, 64, F16, q_heads=h, kv_heads=g) for h, g in grid.HEADS for m in grid.HEAD_MASKS]
+    + [Case("documents", 1024, 1024, 128, t, q_heads=28, kv_heads=4, batch=1) for t in (F16, BF16)],
+)
+def test_heads(backend: str, case: Case, device: str) -> None:
+    check(case, backend, device)
+
+
+@cases(
+    BACKENDS,
+    [
+        Case(m, n, 500, 64, t, q_heads=4, layout=layout)
+        for layout in LAYOUTS
+        for n in (300, 500)
+        for m in ("none", "documents")
+        for t in (F16, F32)
+    ],
+)
+def test_layouts(backend: str, case: Case, device: str) -> None:
+    check(case, backend, device)
+
+
+@cases(BACKENDS, [Case(m, 300, 500, 64, F16, scale=s) for s in (-0.3, 0.0, 1e-3, 1.0) for m in ("none", "random")])
+def test_scales(backend: str, case: Case, device: str) -> None:
+    check(case, backend, device)
+
+
+@cases(
+    BACKENDS,
+    [Case(m, 2048, 2048, 64, t, batch=1) for m in ("documents", "random", "block_diffusion") for t in (F16, BF16)],
+)
+def test_long(backend: str, case: Case, device: str) -> None:
+    check(case, backend, device)
+
+
+@pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
+@cases(BACKENDS, [Case(m, 300, 600, 64, t) for m in grid.DEAD_MASKS for t in (F16, F32)])
+def test_dead_keys_reach_nothing(backend: str, case: Case, value: float, device: str) -> None:
+    grid.check_dead_keys_reach_nothing(case, backend, device, value)
+
+
+@pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
+@cases(
+    BACKENDS, [Case(m, 600, 300, 64, F16) for m in ("empty_rows", "column", "all_empty", "one_pair", "causal_behind")]
+)
+def test_dead_queries_reach_nothing(backend: str, case: Case, value: float, device: str) -> None:
+    grid.check_dead_queries_reach_nothing(case, backend, device, value)
+
+
+@cases(BACKENDS, [Case("random", 500, 700, 64, t) for t in (F16, BF16, F32)])
+def test_emptied_rows_leave_the_others(backend: str, case: Case, device: str) -> None:
+    grid.check_emptied_rows_leave_the_others(case, backend, device)
+
+
+@cases(BACKENDS, [Case("causal", 700, 500, d, F16) for d in (64, 128)])
+def test_forms_of_a_mask_agree(backend: str, case: Case, device: str) -> None:
+    grid.check_forms_of_a_mask_agree(case, backend, device)
+
+
+@cases(
+    BACKENDS, [Case(m, 700, 900, 64, t, q_heads=4) for m in ("per_head", "none", "documents") for t in (F16, BF16, F32)]
+)
+def test_runs_repeat(backend: str, case: Case, device: str) -> None:
+    grid.check_repeats(case, backend, device, 20)
+
+
+@pytest.mark.parametrize("shift", [-50.0, -89.0, -1000.0, -10000.0, 1000.0])
+@cases(BACKENDS, [Case("random", 200, kv, 64, t) for kv in (1, 64, 192, 257) for t in (F32, BF16)])
+def test_far_from_zero_scores(backend: str, case: Case, shift: float, device: str) -> None:
+    grid.check_far_from_zero(case, backend, device, shift)
+
+
+def test_a_mask_does_not_outlive_its_call(device: str) -> None:
+    grid.check_a_mask_does_not_outlive_its_call("triton", device, F16)
+
+
+def test_a_sample_alone_is_a_sample_in_a_batch(device: str) -> None:
+    inputs = make_inputs(Case("per_batch", 500, 700, 64, F16, batch=3, q_heads=4), device)
+    together = run(inputs, backend="triton")
+    for b in range(3):
+        one = [t[b : b + 1].detach() for t in (*inputs[:3], inputs.mask, inputs.dense, inputs.do, inputs.dlse)]
+        alone = run(type(inputs)(*(t.requires_grad_() for t in one[:3]), *one[3:]), backend="triton")
+        for x, y in zip(together, alone, strict=True):
+            assert torch.equal(x[b : b + 1], y)
+
+
+class TestPacking:
+    @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (130, 257), (1024, 640), (999, 2049)], ids=str)
+    @pytest.mark.parametrize("name", MASKS)
+    def test_is_the_same_on_the_device(self, name: str, q_len: int, kv_len: int, device: str) -> None:
+        mask, dense = MASKS[name](2, 3, q_len, kv_len, device=device)
+        lens = {"q_len": q_len, "kv_len": kv_len}
+        on_device = pack(dense if mask is None else mask, **lens, device=device)
+        assert on_device.device.type == "cuda"
+        assert_same_block_mask(on_device.to("cpu"), pack(MASKS[name](2, 3, q_len, kv_len)[1], **lens))
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, F16, BF16, F32, torch.float64], ids=str)
+    def test_of_any_dtype(self, dtype: torch.dtype, device: str) -> None:
+        from anymask.mask import triton_pack
+
+        values = torch.randint(-2, 3, (1, 2, 300, 400), device=device).to(dtype)
+        if dtype.is_floating_point:
+            values[..., ::7] = -0.0
+        assert_same_block_mask(triton_pack.pack_dense(values, 300, 400), pack(values != 0))
+
+    def test_of_nothing(self, device: str) -> None:
+        for q_len, kv_len in ((0, 0), (0, 200), (200, 0)):
+            tensor = torch.ones(2, 1, q_len, kv_len, dtype=torch.bool)
+            assert_same_block_mask(pack(tensor.to(device)).to("cpu"), pack(tensor))
+
+    def test_of_many_tiles(self, device: str) -> None:
+        mask = causal() & ~sliding_window(3000)
+        lens = {"q_len": 40000, "kv_len": 40000}
+        assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), pack(mask, **lens))
+
+    def test_memory(self, device: str) -> None:
+        tensor = torch.rand(8192, 8192, device=device) < 0.5
+        pack(tensor)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        packed = pack(tensor)
+        # the words of all tiles, as they are found, and both views
+        assert torch.cuda.max_memory_allocated() - before <= 1.1 * (tensor.nbytes / 8 + packed.nbytes)
+        assert packed.nbytes <= tensor.nbytes / 4 * 1.01
+
+
+def test_no_synchronisation_with_a_packed_mask(device: str) -> None:
+    inputs = make_inputs(Case("documents", 500, 700, 64, F16, q_heads=4), device)
+    inputs = inputs._replace(mask=pack(inputs.mask))
+    expected = run(inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again, unmasked = run(inputs), run(inputs._replace(mask=None))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    grid.same(expected, again)
+    assert unmasked.o.isfinite().all()
+
+
+def test_forward_allocates_its_outputs_only(device: str) -> None:
+    q, k, v = make_qkv(2, 8, 8, 4096, 4096, 64, dtype=F16, device=device)
+    mask = pack(torch.rand(4096, 4096, device=device) < 0.5)
+    attention(q, k, v, mask)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    o, lse = attention(q, k, v, mask, return_lse=True)
+    assert torch.cuda.max_memory_allocated() - before <= o.nbytes + lse.nbytes + 4096
+
+
+def test_training_does_not_leak(device: str) -> None:
+    inputs = make_inputs(Case("documents", 500, 500, 64, F16), device)
+    masks = [torch.rand(500, 500, device=device) < 0.5 for _ in range(3)]
+    used = []
+    for step in range(30):
+        run(inputs._replace(mask=masks[step % 3]))
+        used.append(torch.cuda.memory_allocated())
+    assert len(set(used[3:])) == 1
+
+
+def test_a_mask_is_read_on_the_stream_it_was_made_on(device: str) -> None:
+    q, k, v = make_qkv(1, 2, 2, 1000, 1000, 64, dtype=F16, device=device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        mask = torch.rand(1000, 1000, device=device) < 0.5
+        o = attention(q, k, v, mask)
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(o, attention(q, k, v, mask.clone()))
+
+
+def test_cuda_graph(device: str) -> None:
+    inputs = make_inputs(Case("documents", 500, 500, 64, F16), device)
+    inputs = inputs._replace(mask=pack(inputs.mask))
+    for _ in range(2):
+        run(inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs)
+    with torch.no_grad():
+        inputs.q.add_(0.5)
+    graph.replay()
+    grid.same(captured, run(inputs))
+
+
+def test_the_choice_and_its_reasons(device: str) -> None:
+    q, k, v = make_qkv(1, 2, 2, 200, 200, 64, dtype=F16, device=device)
+    e = explain(q, k, v, causal())
+    assert e.backend == "triton"
+    assert "this backend runs on the CPU" in e.not_chosen["cpu"]
+    wide = make_qkv(1, 1, 1, 20, 20, 300, dtype=F16, device=device)
+    assert explain(*wide).backend == "reference"
+    assert "256" in explain(*wide).not_chosen["triton"]
+    with pytest.raises(ValueError, match="backend 'triton' cannot run this call: head_dim is 300"):
+        attention(*wide, backend="triton")
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run this call: the tensors are on cuda"):
+        attention(q, k, v, backend="cpu")
+    with pytest.raises(ValueError, match="mask is on cpu but q is on cuda"):
+        attention(q, k, v, torch.ones(200, 200, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", ["none", "tensor", "block mask", "mask"])
+def test_opcheck_and_compile(kind: str, device: str) -> None:
+    torch.compiler.reset()
+    q, k, v = make_qkv(2, 4, 2, 200, 300, 64, dtype=F16, device=device, requires_grad=True)
+    dense = torch.rand(200, 300, device=device) < 0.5
+    mask: Any = {"none": None, "tensor": dense, "block mask": pack(dense), "mask": causal()}[kind]
+    tensors = [] if mask is None else pack(mask, q_len=200, kv_len=300, device=device).tensors()
+    torch.library.opcheck(ops.forward, (q, k, v, tensors, 0.125, "triton"))
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
+        return attention(q, k, v, mask)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    do = torch.randn_like(q)
+    outputs = [f(q, k, v, mask) for f in (call, compiled)]
+    results = [[o, *torch.autograd.grad(o, [q, k, v], do)] for o in outputs]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_autocast(dtype: torch.dtype, device: str) -> None:
+    q, k, v = make_qkv(1, 2, 2, 200, 200, 64, device=device, requires_grad=True)
+    with torch.autocast("cuda", dtype):
+        o = attention(q, k, v, causal())
+    assert torch.equal(o, attention(q.to(dtype), k.to(dtype), v.to(dtype), causal()))
+    assert torch.autograd.grad(o.float().sum(), q)[0].dtype == F32
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.int64, F16, F32], ids=str)
+def test_custom_mask(mask_dtype: torch.dtype, device: str) -> None:
+    q, k, v = make_qkv(2, 2, 2, 300, 300, 64, dtype=F16, device=device)
+    mask = torch.randint(0, 2, (2, 2, 300, 300), device=device).to(mask_dtype)
+    assert torch.equal(flash_attention_custom_mask(q, k, v, mask), attention(q, k, v, mask != 0))
