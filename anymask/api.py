@@ -146,9 +146,7 @@ def scaled_dot_product_attention(
     return o.view(*query.shape[:-1], value.shape[-1])
 
 
-def flash_attention_custom_mask(
-    q: Q, k: K, v: V, mask: Tensor | None = None, sm_scale: float | None = None
-) -> O:
+def flash_attention_custom_mask(q: Q, k: K, v: V, mask: Tensor | None = None, sm_scale: float | None = None) -> O:
     """Attention under a tensor mask, with the call of the package `flashattention2-custom-mask`.
 
     Args:
@@ -166,8 +164,7 @@ def flash_attention_custom_mask(
     sm_scale = _check_call(q, k, v, sm_scale, False, None, False, None, scale_name="sm_scale")
     if mask is not None:
         _check_tensor("mask", mask)
-        mask = _block_mask(q, k, mask, any_dtype=True)
-    return attention(q, k, v, mask, scale=sm_scale)
+    return attention(q, k, v, _block_mask(q, k, mask, any_dtype=True), scale=sm_scale)
 
 
 @dataclass(frozen=True)
@@ -197,8 +194,12 @@ class Explanation:
         else:
             empty, partial, full = self.tiles
             lines.append(f"tiles of 128 x 128: {empty} empty (skipped), {partial} partial, {full} full")
-            lines.append(f"mask: {self.density:.1%} of pairs, {self.mask_bytes:,} bytes packed, {self.dense_bytes:,} dense")
-        lines.append(f"forward: {self.pair_flops:.3e} FLOP over attended pairs, {self.tile_flops:.3e} over visited tiles")
+            lines.append(
+                f"mask: {self.density:.1%} of pairs, {self.mask_bytes:,} bytes packed, {self.dense_bytes:,} dense"
+            )
+        lines.append(
+            f"forward: {self.pair_flops:.3e} FLOP over attended pairs, {self.tile_flops:.3e} over visited tiles"
+        )
         return "\n".join(lines)
 
 
@@ -302,7 +303,7 @@ def _check_call(
     if is_causal and mask is not None:
         raise ValueError("is_causal is True and mask is given; allowed is one of them: pass mask=causal() & ...")
     if scale is None:
-        return q.shape[3] ** -0.5
+        return 1 / math.sqrt(q.shape[3])
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{scale_name} is {scale!r} of type {type(scale).__name__}; allowed are None and a float")
     if not math.isfinite(scale):

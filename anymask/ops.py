@@ -24,14 +24,18 @@ def _block_mask(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask | N
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor[] mask, float sm_scale, str? backend) -> (Tensor, Tensor)",
 )
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
     """`(o, lse)` of validated inputs by the named backend, or by the first that can."""
     if q.numel() == 0 or k.shape[2] == 0 or v.shape[3] == 0:
         o, lse = _forward_fake(q, k, v, mask, sm_scale, backend)
         return o.zero_(), lse.fill_(-float("inf"))
     q, k, v = (_unit_last_stride(t) for t in (q, k, v))
     block_mask = _block_mask(mask, q.shape[2], k.shape[2])
-    return backends.choose(q, k, v, block_mask, backend).forward(q, k, v, block_mask, sm_scale)
+    outputs: tuple[Tensor, Tensor]
+    outputs = backends.choose(q, k, v, block_mask, backend).forward(q, k, v, block_mask, sm_scale)
+    return outputs
 
 
 @forward.register_fake
@@ -66,7 +70,9 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, do = (_unit_last_stride(t) for t in (q, k, v, do))
     block_mask = _block_mask(mask, q.shape[2], k.shape[2])
-    return backends.choose(q, k, v, block_mask, backend).backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
+    chosen = backends.choose(q, k, v, block_mask, backend)
+    grads: tuple[Tensor, Tensor, Tensor] = chosen.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
+    return grads
 
 
 @backward.register_fake

@@ -38,9 +38,9 @@ def candidates(which: str) -> Iterator[TileConfig]:
         yield TileConfig(block_m, block_n, warps, stages)
 
 
-def use(which: str, head_dim: int, config: TileConfig) -> None:
-    """Make `config` the table's choice on the current device."""
-    tuning.TABLE[tuning.family(*backend._target())][which][max(64, head_dim)] = config
+def row(which: str, use_tma: bool) -> dict[int, TileConfig]:
+    """The table's row of a pass on the current device, by padded head_dim."""
+    return tuning.TABLE[tuning.family(*backend._target(), use_tma)][which]
 
 
 def make_inputs(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -59,13 +59,20 @@ def run_pass(which: str, inputs: Inputs, mask: anymask.BlockMask | None) -> Call
     return lambda: backend.backward(q, k, v, o, lse, do, None, mask, scale)
 
 
-def compile_one(which: str, head_dim: int, dtype: torch.dtype, config: TileConfig) -> str | None:
+def read_through_pointers() -> None:
+    """Make the launchers take the path of inputs that the copy engine cannot read."""
+    backend._tma = lambda *_: False
+
+
+def compile_one(which: str, head_dim: int, dtype: torch.dtype, use_tma: bool, config: TileConfig) -> str | None:
     """Compile the kernels of `config` into Triton's cache; the reason if it does not fit the machine."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
 
-    before = tuning.TABLE[tuning.family(*backend._target())][which][max(64, head_dim)]
-    use(which, head_dim, config)
+    if not use_tma:
+        read_through_pointers()
+    configs = row(which, use_tma)
+    before, configs[max(64, head_dim)] = configs[max(64, head_dim)], config
     q, k, v, do = make_inputs(2, 2, 256, head_dim, dtype)
     o, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
     try:
@@ -75,7 +82,7 @@ def compile_one(which: str, head_dim: int, dtype: torch.dtype, config: TileConfi
         return str(error).splitlines()[0]
     finally:
         # the next candidate may be one of another pass
-        use(which, head_dim, before)
+        configs[max(64, head_dim)] = before
     return None
 
 
@@ -101,6 +108,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--shape", type=int, nargs=3, default=(2, 16, 8192), metavar=("BATCH", "HEADS", "LENGTH"))
+    parser.add_argument("--pointers", action="store_true", help="tune for inputs that the copy engine cannot read")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--top", type=int, default=12)
     args = parser.parse_args()
@@ -108,25 +116,29 @@ def main() -> None:
     passes = args.passes or list(PASSES)
     jobs = [(which, config) for which in passes for config in candidates(which)]
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
-        reasons = list(pool.map(compile_one, *zip(*[(w, args.head_dim, dtype, c) for w, c in jobs], strict=True)))
+        work = [(which, args.head_dim, dtype, not args.pointers, config) for which, config in jobs]
+        reasons = list(pool.map(compile_one, *zip(*work, strict=True)))
+    if args.pointers:
+        read_through_pointers()
     fits = [job for job, reason in zip(jobs, reasons, strict=True) if reason is None]
     print(f"{torch.cuda.get_device_name()}: {len(fits)} of {len(jobs)} candidates fit", flush=True)
     q, k, v, do = make_inputs(*args.shape, args.head_dim, dtype)
     packed = {n: None if m is None else anymask.pack(m) for n, m in masks(args.shape[2]).items()}
     for which in passes:
-        defaults = {w: backend._options(w, q, v)[0] for w in PASSES}
+        configs = row(which, not args.pointers)
+        default = configs[max(64, args.head_dim)]
         rows: list[tuple[list[float], TileConfig]] = []
         inputs = {n: (q, k, v, do, *backend.forward(q, k, v, m, args.head_dim**-0.5)) for n, m in packed.items()}
         expected = run_pass(which, inputs["random50"], packed["random50"])()
         for config in (c for w, c in fits if w == which):
-            use(which, args.head_dim, config)
+            configs[max(64, args.head_dim)] = config
             actual = run_pass(which, inputs["random50"], packed["random50"])()
             close = all(((a - e).norm() / e.norm()).item() < 2e-3 for a, e in zip(actual, expected, strict=True))
             times = [do_bench(run_pass(which, inputs[n], m), 10, 50, return_mode="median") for n, m in packed.items()]
             rows.append((times if close else [math.nan] * len(times), config))
-        use(which, args.head_dim, defaults[which])
-        rows.sort(key=lambda row: row[0][1])
-        print(f"{which} D{args.head_dim} {args.dtype} ms for {list(packed)}; default {defaults[which]}")
+        configs[max(64, args.head_dim)] = default
+        rows.sort(key=lambda entry: entry[0][1])
+        print(f"{which} D{args.head_dim} {args.dtype} ms for {list(packed)}; default {default}")
         for times, config in rows[: args.top]:
             print("  ", *(f"{t:7.3f}" for t in times), config, flush=True)
 

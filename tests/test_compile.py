@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles, without a GPU, for each architecture, and keeps its registers.
+"""Every Triton kernel compiles, without a GPU, for each architecture, keeps its registers and fits shared memory.
 
 The launchers run as they are, on CPU tensors, against a driver that knows only its target; each launch is turned into a
 compilation.
@@ -6,7 +6,6 @@ compilation.
 
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,21 +19,25 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from anymask import causal, from_dense, pack
+from anymask import causal, pack
 from anymask.backends import triton as backend
 from anymask.mask import triton_pack
+from anymask.mask.expr import Grid
 
 pytestmark = [
     pytest.mark.compile,
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"),
 ]
 
+# target and the bytes of shared memory a program may have
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
+    "sm_89": (GPUTarget("cuda", 89, 32), 101_376),
+    "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
+    "sm_100": (GPUTarget("cuda", 100, 32), 232_448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
 }
+PASSES = ["_fwd_kernel", "_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel"]
 
 
 class TargetOnly:
@@ -52,35 +55,34 @@ class TargetOnly:
     def get_current_stream(self, device):
         return 0
 
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """A function that makes a target current and returns the list its compiled kernels are added to."""
-    kernels = []
+    """A function that makes a target current and returns the list that its compiled kernels are added to."""
+    kernels, ran = [], set()
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        # it remembers the first target it ran for
-        self.device_caches.clear()
+        if self not in ran:
+            # it remembers the first target it ever ran for
+            self.device_caches.clear()
+            ran.add(self)
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
 
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-
     def start(target):
-        monkeypatch.setattr(driver, "_active", TargetOnly(TARGETS[target]))
+        monkeypatch.setattr(JITFunction, "run", compile_only)
+        monkeypatch.setattr(driver, "_active", TargetOnly(TARGETS[target][0]))
         return kernels
 
     yield start
+    for function in ran:
+        function.device_caches.clear()
 
 
 def spilled_bytes(kernel) -> int:
-    """Bytes a thread keeps in local memory (CUDA) or registers spilled (AMD)."""
+    """Bytes a thread keeps in local memory (CUDA), or registers spilled (AMD)."""
     if "amdgcn" in kernel.asm:
-        text = kernel.asm["amdgcn"]
-        return sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text))
+        return sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -91,33 +93,93 @@ def spilled_bytes(kernel) -> int:
     return sum(map(int, found.groups()))
 
 
-def qkv(dtype, dim, v_dim=None, q_len=300, kv_len=300, kv_heads=2):
-    shapes = (2, 2, q_len, dim), (2, kv_heads, kv_len, dim), (2, kv_heads, kv_len, v_dim or dim)
-    return [torch.zeros(shape, dtype=dtype) for shape in shapes]
-
-
-def run_passes(dtype, dim, mask, v_dim=None):
-    q, k, v = qkv(dtype, dim, v_dim)
+def compile_passes(dtype, dim, mask, v_dim=None, shape=(2, 2, 300)):
+    """Forward and backward over zeros: a launcher reads their shapes, strides and addresses only."""
+    q, k = torch.zeros(*shape, dim, dtype=dtype), torch.zeros(*shape, dim, dtype=dtype)
+    v = torch.zeros(*shape, v_dim or dim, dtype=dtype)
     o, lse = backend.forward(q, k, v, mask, 0.1)
     backend.backward(q, k, v, o, lse, o, None, mask, 0.1)
 
 
-@pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
+def causal_mask():
+    return pack(causal(), q_len=300, kv_len=300)
+
+
+def padded_mask():
+    """Keys no query attends to, so that tiles come through pointers with a predicate."""
+    return pack(torch.arange(300).expand(300, 300) < 200)
+
+
+def assert_fits(kernels, target, names):
+    assert [k.metadata.name for k in kernels] == names
+    shared = {k.metadata.name: k.metadata.shared for k in kernels}
+    assert max(shared.values()) <= TARGETS[target][1], shared
+
+
+@pytest.mark.parametrize("mask", [causal_mask, padded_mask, lambda: None], ids=["causal", "padded", "none"])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("target", TARGETS)
-def test_no_spills(compiled, target, dim, masked):
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_no_spills(compiled, target, dim, mask):
+    if target == "gfx942" and mask is padded_mask:
+        pytest.skip("there is no other path for tiles than pointers")
     kernels = compiled(target)
-    run_passes(torch.float16, dim, pack(causal(), q_len=300, kv_len=300) if masked else None)
-    assert {k.metadata.name: spilled_bytes(k) for k in kernels} == dict.fromkeys(
-        ["_fwd_kernel", "_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel"], 0
-    )
+    compile_passes(torch.float16, dim, mask())
+    assert_fits(kernels, target, PASSES)
+    assert {k.metadata.name: spilled_bytes(k) for k in kernels} == dict.fromkeys(PASSES, 0)
 
 
+def test_spills_are_seen(compiled, monkeypatch):
+    """The helper above is no constant: a config far too large for its warps spills."""
+    config = backend.tuning.TileConfig(128, 128, 4, 2)
+    monkeypatch.setitem(backend.tuning.TABLE["hopper"]["dkdv"], 128, config)
+    kernels = compiled("sm_90")
+    compile_passes(torch.float16, 128, causal_mask())
+    assert spilled_bytes(kernels[-1]) > 0
+
+
+@pytest.mark.parametrize("dim", [128, 256])
 @pytest.mark.parametrize("target", TARGETS)
-def test_packing_compiles(compiled, target):
+def test_bf16_fits(compiled, target, dim):
     kernels = compiled(target)
-    mask = torch.zeros(1, 1, 300, 300, dtype=torch.bool)
-    # the sizes that the launcher would read back are not there: take them from the definition
-    triton_pack.pack_dense(mask, 300, 300)
-    triton_pack.lists_from_tiles(torch.ones(1, 1, 3, 3, dtype=torch.int8), torch.zeros(9, 128, 4, dtype=torch.int32), None)
-    print([(k.metadata.name, spilled_bytes(k)) for k in kernels])
+    compile_passes(torch.bfloat16, dim, causal_mask())
+    assert_fits(kernels, target, PASSES)
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(31, 72), (96, 64), (192, 128)])
+def test_uneven_dims_compile(compiled, dim, v_dim):
+    kernels = compiled("sm_90")
+    compile_passes(torch.float16, dim, padded_mask(), v_dim)
+    assert_fits(kernels, "sm_90", PASSES)
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_fp32_keeps_its_precision(compiled, target, dim):
+    """No tensor-core product, which would be TF32, in any fp32 kernel."""
+    kernels = compiled(target)
+    compile_passes(torch.float32, dim, causal_mask())
+    assert_fits(kernels, target, PASSES)
+    for kernel in kernels:
+        assert "tf32" not in kernel.asm.get("ptx", "")
+
+
+def test_new_lengths_and_masks_compile_nothing(compiled):
+    """A length is no part of a kernel, nor what a mask holds: 40 lengths share one, two where strides are odd."""
+    kernels = compiled("sm_90")
+    for length in range(4, 164, 4):
+        compile_passes(torch.float16, 128, pack(causal(), q_len=length, kv_len=length), shape=(1, 8, length))
+    by_name = {name: {id(k) for k in kernels if k.metadata.name == name} for name in PASSES}
+    assert {name: len(ids) for name, ids in by_name.items()} == dict.fromkeys(PASSES, 1)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_packing_fits(compiled, monkeypatch, target):
+    kernels = compiled(target)
+    # the sizes that a launcher would read back from the device
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [3, 3, 384, 384])
+    triton_pack.pack_dense(torch.zeros(1, 1, 384, 384, dtype=torch.bool), 384, 384)
+    kinds, words = torch.ones(1, 1, 3, 3, dtype=torch.int8), torch.zeros(3, 128, 4, dtype=torch.int32)
+    triton_pack.lists_from_tiles(kinds, words, Grid(384, 384, torch.device("cpu")))
+    lists = ["_live_kernel", "_count_kernel", "_scan_kernel", "_fill_kernel", "_words_kernel"]
+    assert_fits(kernels, target, ["_classify_kernel", *lists, *lists])
+    assert max(spilled_bytes(k) for k in kernels) == 0

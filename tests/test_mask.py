@@ -81,6 +81,22 @@ def test_a_mask_means_its_dense_definition(name: str, q_len: int, kv_len: int) -
     )
 
 
+@pytest.mark.parametrize("edge", [1, 2, 126, 127, 128, 129, 130, 255, 256, 257, 300, 512])
+def test_bands_whose_edge_meets_a_tile(edge: int) -> None:
+    # an edge that touches a tile in one corner pair is where a classification is off by one
+    distance = torch.arange(384)[None, :] - torch.arange(384)[:, None]
+    for mask, dense in (
+        (causal(offset=edge), distance <= edge),
+        (causal(offset=-edge), distance <= -edge),
+        (sliding_window(edge), (distance <= 0) & (distance >= -edge)),
+        (sliding_window(0, edge), (distance <= edge) & (distance >= 0)),
+        (~sliding_window(edge, edge), distance.abs() > edge),
+    ):
+        tiles = dense.unflatten(1, (3, TILE)).unflatten(0, (3, TILE)).transpose(1, 2).flatten(2)
+        assert torch.equal(mask.classify(Grid(384, 384, CPU))[0, 0], (tiles.any(-1).to(torch.int8) + tiles.all(-1)))
+        assert torch.equal(pack(mask, q_len=384, kv_len=384).to_dense()[0, 0], dense)
+
+
 def test_kleene_tables() -> None:
     kinds = {EMPTY: ~Band(None, None), FULL: Band(None, None), PARTIAL: from_dense(torch.ones(4, 4, dtype=torch.bool))}
     grid = Grid(4, 4, CPU)

@@ -41,7 +41,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     o = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
     lse = torch.full(q.shape[:3], -float("inf"), dtype=call.compute)
     for line in call.lines():
-        q_line = call.rows(q, line) * (sm_scale * LOG2_E)
+        q_line = call.live_rows(q, line) * (sm_scale * LOG2_E)
         acc = q_line.new_zeros(*q_line.shape[:-1], v.shape[3])
         m = q_line.new_full(q_line.shape[:-1], -float("inf"))
         l = torch.zeros_like(m)  # noqa: E741
@@ -80,13 +80,12 @@ def backward(
     delta = (o.to(call.compute) * do.to(call.compute)).sum(-1)
     if dlse is not None:
         delta = delta - dlse.to(call.compute)
-    # rows without a key give and receive nothing, whatever q, do or dlse hold there
+    # queries without a key give and receive nothing, whatever q, do or dlse hold there
     lives = lse != -float("inf")
     delta = torch.where(lives, delta, 0)
     lse2 = torch.where(lives, lse * LOG2_E, 0)
     for line in call.lines():
-        alive = call.rows(lives[..., None], line) != 0
-        q_line, do_line = (torch.where(alive, call.rows(t, line), 0) for t in (q, do))
+        q_line, do_line = (call.live_rows(t, line) for t in (q, do))
         lse_line, delta_line = (call.rows(t[..., None], line) for t in (lse2, delta))
         q_scaled = q_line * (sm_scale * LOG2_E)
         dq_line = torch.zeros_like(q_line)
@@ -202,12 +201,21 @@ class _Call:
         """Query rows of the line `[1, kv_heads, group * rows, dim]` in the compute dtype."""
         return self._rows(t, line).to(self.compute).flatten(2, 3)
 
+    def live_rows(self, t: Tensor, line: _Line) -> Tensor:
+        """`rows` with 0 for queries that have no key."""
+        rows = self.rows(t, line)
+        live = self.mask.rows.live
+        if live.numel():
+            of_line = live.view(self.mask.batch, self.mask.heads, -1)[line.plane][line.rows, None] != 0
+            rows = torch.where(of_line, rows.unflatten(2, (-1, of_line.shape[0])), 0).flatten(2, 3)
+        return rows
+
     def put_rows(self, t: Tensor, line: _Line, rows: Tensor) -> None:
         target = self._rows(t, line)
         target.copy_(rows.view(target.shape))
 
     def _rows(self, t: Tensor, line: _Line) -> Tensor:
-        grouped = t.unflatten(1, (-1, self.group))[line.b, line.g, :, line.rows]
+        grouped: Tensor = t.unflatten(1, (-1, self.group))[line.b, line.g, :, line.rows]
         return grouped if line.head is None else grouped[:, :, line.head : line.head + 1]
 
     def tiles(self, t: Tensor, line: _Line, step: _Step) -> Tensor:
@@ -215,10 +223,8 @@ class _Call:
         chosen = t[line.b, line.g, step.tiles].flatten(2, 3)
         live = self.mask.cols.live
         if live.numel():
-            extra = tiles_over(self.mask.kv_len) * TILE - self.mask.kv_len
-            by_tile = pad(live.view(self.mask.batch, self.mask.heads, -1)[line.plane], (0, extra)).view(-1, TILE)[
-                step.tiles
-            ]
+            of_plane = live.view(self.mask.batch, self.mask.heads, -1)[line.plane]
+            by_tile = pad(of_plane, (0, t.shape[2] * TILE - of_plane.numel())).view(-1, TILE)[step.tiles]
             chosen = torch.where(by_tile.reshape(-1, 1) != 0, chosen, 0)
         return chosen
 

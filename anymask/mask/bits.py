@@ -35,7 +35,8 @@ def pack_bits(tiles: TileBits) -> Words:
         return torch.zeros(*tiles.shape[:-1], WORDS, dtype=torch.int32, device=tiles.device)
     pairs = tiles.contiguous().view(torch.uint8).view(torch.int16).unflatten(-1, (16, WORDS))
     eights = pairs.transpose(-1, -2).contiguous().view(torch.int64)
-    return ((eights * _GATHER_BITS) >> 56).to(torch.uint8).view(torch.int32).squeeze(-1)
+    words: Tensor = ((eights * _GATHER_BITS) >> 56).to(torch.uint8).view(torch.int32)
+    return words.squeeze(-1)
 
 
 def unpack_bits(words: Words) -> TileBits:

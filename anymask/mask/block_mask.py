@@ -1,8 +1,8 @@
 """`BlockMask`: the packed mask that kernels read.
 
 A plane is the mask of one (batch, head); a tile is 128 x 128 positions of a plane. The mask is two views of the same
-tiles: `rows` lists, for each query tile, the kv tiles it attends to; `cols` is the transpose, for dk and dv. Empty tiles
-appear nowhere, full tiles cost one index, partial tiles one index and 2,048 bytes of words in each view.
+tiles: `rows` lists, for each query tile, the kv tiles it attends to; `cols` is the transpose, for dk and dv. Empty
+tiles appear nowhere, full tiles cost one index, partial tiles one index and 2,048 bytes of words in each view.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TileLists:
     partial_offsets: Tensor
     # int32 [n_partial]
     partial_tiles: Tensor
-    # int32 [n_partial, 128, 4], bits of partial_tiles in the order of bits.py, one row of words per position of the line
+    # int32 [n_partial, 128, 4], bits of partial_tiles in the order of bits.py, four words per position of the line
     words: Tensor
     # int32 [mask_batch, mask_heads, lines], lines in descending order of tiles, ties in ascending order of line
     order: Tensor
@@ -47,6 +47,7 @@ class TileLists:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all seven tensors."""
         return sum(t.nbytes for t in _tensors(self))
 
 
@@ -86,6 +87,7 @@ class BlockMask:
 
     @property
     def device(self) -> torch.device:
+        """Where all tensors live."""
         return self.rows.words.device
 
     @property

@@ -1,8 +1,8 @@
 """`Mask`: a lazy expression that says which pairs attend, before any length or device is known.
 
-A leaf answers two questions: `classify` a whole grid of tiles from bounds alone (empty / unknown / full), and `evaluate`
-the booleans of chosen pairs. `& | ~` combine both; on tiles that is three-valued (Kleene) logic with 0 = empty,
-1 = unknown, 2 = full, so that "and" is the minimum, "or" the maximum and "not" is `2 - x`.
+A leaf answers two questions: `classify` a whole grid of tiles from bounds alone (empty / unknown / full), and
+`evaluate` the booleans of chosen pairs. `& | ~` combine both; on tiles that is three-valued (Kleene) logic with
+0 = empty, 1 = unknown, 2 = full, so that "and" is the minimum, "or" the maximum and "not" is `2 - x`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ class Grid:
 
     @property
     def q_tiles(self) -> int:
+        """Lines of tiles along the queries."""
         return tiles_over(self.q_len)
 
     @property
     def kv_tiles(self) -> int:
+        """Lines of tiles along the keys."""
         return tiles_over(self.kv_len)
 
     def bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """First and last query `[q_tiles, 1]`, first and last key `[1, kv_tiles]` of each tile, all inside the plane."""
+        """First and last query `[q_tiles, 1]`, first and last key `[1, kv_tiles]` of each tile, inside the plane."""
         first_q = torch.arange(0, self.q_len, TILE, device=self.device)[:, None]
         first_k = torch.arange(0, self.kv_len, TILE, device=self.device)[None, :]
         last_q = (first_q + TILE - 1).clamp(max=self.q_len - 1)
@@ -68,6 +70,7 @@ class Mask(ABC):
     def spec(self, leaves: list[Tensor]) -> str:
         """The expression as a Python literal; tensors are appended to `leaves`. `mask_from_spec` reads it back."""
 
+    @abstractmethod
     def check(self, q_len: int, kv_len: int) -> None:
         """Raise ValueError if the mask cannot describe a plane of these lengths."""
 
@@ -98,6 +101,9 @@ class Band(Mask):
     @property
     def planes(self) -> tuple[int, int]:
         return 1, 1
+
+    def check(self, q_len: int, kv_len: int) -> None:
+        """A band fits any lengths."""
 
     def _limits(self, grid: Grid) -> tuple[float, float]:
         shift = grid.kv_len - grid.q_len if self.lower_right else 0

@@ -53,7 +53,8 @@ def pack(
             raise ValueError(f"{name} is None; a {type(mask).__name__} mask has no length, pass {name}=...")
         if value < 0:
             raise ValueError(f"{name} is {value}; allowed are 0 and more tokens")
-    assert q_len is not None and kv_len is not None
+    assert q_len is not None
+    assert kv_len is not None
     mask.check(q_len, kv_len)
     grid = Grid(q_len, kv_len, torch.device(device or "cpu"))
     if grid.device.type == "cuda":

@@ -41,9 +41,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
     if tensor.dtype not in READABLE:
         tensor = tensor != 0
     kinds = torch.empty(batch, heads, grid.q_tiles, grid.kv_tiles, dtype=torch.int8, device=grid.device)
-    words, words_t = (
-        torch.empty(kinds.numel(), TILE, WORDS, dtype=torch.int32, device=grid.device) for _ in range(2)
-    )
+    words, words_t = (torch.empty(kinds.numel(), TILE, WORDS, dtype=torch.int32, device=grid.device) for _ in range(2))
     if kinds.numel():
         tensor = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
         with torch.cuda.device_of(tensor):
@@ -72,8 +70,7 @@ def lists_from_tiles(kinds: TileKinds, words: Words, grid: Grid) -> BlockMask:
 
 
 def _finish(kinds: TileKinds, words: Words, words_t: Words | None, index: Tensor | None, grid: Grid) -> BlockMask:
-    """`words` and `words_t` hold every tile, in row and in column order; or `words` only the partial ones, which `index`
-    finds."""
+    """`words` and `words_t` hold every tile, in row and in column order; or `words` only the partial ones, by `index`."""
     batch, heads, q_tiles, kv_tiles = kinds.shape
     planes = batch * heads
     n_rows, n_cols = planes * q_tiles, planes * kv_tiles
@@ -164,7 +161,7 @@ def _bits_of_words(w, TILE: tl.constexpr):
 
 @triton.jit
 def _words_of_bits(bits, TILE: tl.constexpr):
-    """Words `[TILE, 4]` of fp16 0/1 `[TILE, TILE]`: a product with powers of two, exact because a byte is at most 255."""
+    """Words `[TILE, 4]` of fp16 0/1 `[TILE, TILE]`: a product with powers of two, exact as a byte is at most 255."""
     column = tl.arange(0, TILE)[:, None]
     octet = tl.arange(0, 16)[None, :]
     bit = 2 * (column // 8) + column % 2
@@ -188,7 +185,8 @@ def _word_offsets(TILE: tl.constexpr):
     return tl.arange(0, TILE)[:, None] * 4 + tl.arange(0, 4)[None, :]
 
 
-@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "q_tiles", "kv_tiles"])
+# kv_len stays specialised: knowing that it is a multiple of 16 makes loads of 16 bytes out of loads of one
+@triton.jit(do_not_specialize=["heads", "q_len", "q_tiles", "kv_tiles"])
 def _classify_kernel(
     tensor, kinds, words, words_t, strides, heads, q_len, kv_len, q_tiles, kv_tiles, TILE: tl.constexpr
 ):
@@ -262,7 +260,7 @@ def _line_of(line, n_rows, q_tiles, kv_tiles):
 def _count_kernel(kinds, counts, n_rows, n_cols, q_tiles, kv_tiles, CHUNK: tl.constexpr):
     """One program a line; `counts` holds full of rows, partial of rows, full of columns, partial of columns."""
     line = tl.program_id(0)
-    is_row, plane, inner, lines, first, stride, length = _line_of(line, n_rows, q_tiles, kv_tiles)
+    is_row, _, _, _, first, stride, length = _line_of(line, n_rows, q_tiles, kv_tiles)
     n_full = 0
     n_partial = 0
     for start in tl.range(0, length, CHUNK):
@@ -350,7 +348,7 @@ def _fill_kernel(
     n_tiles,
     CHUNK: tl.constexpr,
 ):
-    """One program a line: its two lists, its place in the order, and for each partial tile its number (slot) in them."""
+    """One program a line: its two lists, its place in the order, and the number (slot) of each partial tile in them."""
     line = tl.program_id(0)
     is_row, plane, inner, lines, first, stride, length = _line_of(line, n_rows, q_tiles, kv_tiles)
     number = plane * lines + inner

@@ -51,8 +51,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     rows, live = _lists(block_mask, "rows"), _live(block_mask, "cols")
     with _on(q.device):
-        options, sizes = _options("fwd", q, v)
         use_tma = _tma((q, k, v), live)
+        options, sizes = _options("fwd", q, v, use_tma)
         block_m, block_n = options.BLOCK_M, options.BLOCK_N
         qk_scale = (abs(sm_scale) or TINY_SCALE) * LOG2_E
         _fwd_kernel[(tiles_over(q_len) * TILE // block_m, q_heads, batch)](
@@ -99,7 +99,8 @@ def backward(
     lse2, delta = lse.new_empty(2, batch, q_heads, tiles_over(q_len) * TILE)
     live = _live(block_mask, "rows"), _live(block_mask, "cols")
     with _on(q.device):
-        options, sizes = _options("dq", q, v)
+        use_tma = _tma((q, k, v, do), *live)
+        options, sizes = _options("dq", q, v, use_tma)
         _bwd_delta_kernel[(tiles_over(q_len) * TILE // DELTA_ROWS, q_heads, batch)](
             o,
             do,
@@ -117,7 +118,6 @@ def backward(
             BLOCK_M=DELTA_ROWS,
             enable_fp_fusion=True,
         )
-        use_tma = _tma((q, k, v, do), *live)
         shared = (*live, _plane_strides(block_mask), q_heads, q_heads // kv_heads, q_len, kv_len, sm_scale)
         _bwd_dq_kernel[(tiles_over(q_len) * TILE // options.BLOCK_M, q_heads, batch)](
             *_sources(q, k, v, do, use_tma, options, sizes),
@@ -131,7 +131,7 @@ def backward(
             **_launch(options),
             USE_TMA=use_tma,
         )
-        options, sizes = _options("dkdv", q, v)
+        options, sizes = _options("dkdv", q, v, use_tma)
         _bwd_dkdv_kernel[(tiles_over(kv_len) * TILE // options.BLOCK_N, kv_heads, batch)](
             *_sources(q, k, v, do, use_tma, options, sizes),
             lse2,
@@ -179,10 +179,10 @@ def _plane_strides(block_mask: BlockMask | None) -> tuple[int, int]:
     return block_mask.heads * int(block_mask.batch > 1), by_head
 
 
-def _options(which: str, q: Tensor, v: Tensor) -> tuple[tuning.TileConfig, dict[str, Any]]:
+def _options(which: str, q: Tensor, v: Tensor, use_tma: bool) -> tuple[tuning.TileConfig, dict[str, Any]]:
     sizes: dict[str, Any] = {"HEAD_DIM": q.shape[3], "V_DIM": v.shape[3]}
     sizes["BLOCK_D"], sizes["BLOCK_DV"] = (max(16, 1 << (d - 1).bit_length()) for d in (q.shape[3], v.shape[3]))
-    config = tuning.choose(*_target(), q.element_size(), max(sizes["BLOCK_D"], sizes["BLOCK_DV"]), which)
+    config = tuning.choose(*_target(), use_tma, q.element_size(), max(sizes["BLOCK_D"], sizes["BLOCK_DV"]), which)
     sizes |= {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "PRECISION": "ieee", "TILE": TILE}
     return config, sizes
 

@@ -278,7 +278,7 @@ def _bwd_dkdv_loop(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "q_heads", "group"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "q_heads"])
 def _bwd_dkdv_kernel(
     q,
     k,

@@ -21,15 +21,21 @@ class TileConfig:
 TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
     # 227 KiB of shared memory
     "hopper": {
-        "fwd": {64: TileConfig(128, 128, 8, 3), 128: TileConfig(128, 128, 8, 2), 256: TileConfig(128, 64, 8, 2)},
-        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(64, 32, 8, 2)},
-        "dkdv": {64: TileConfig(64, 128, 8, 3), 128: TileConfig(64, 128, 8, 2), 256: TileConfig(32, 64, 8, 2)},
+        "fwd": {64: TileConfig(64, 128, 4, 2), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 2)},
+        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 2)},
+        "dkdv": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 2)},
+    },
+    # the same chips where tiles come through pointers, whose addresses take registers
+    "hopper-pointers": {
+        "fwd": {64: TileConfig(128, 128, 8, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 32, 8, 2)},
+        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 1)},
+        "dkdv": {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 128, 8, 3), 256: TileConfig(32, 64, 8, 1)},
     },
     # 163 KiB, no warpgroup products
     "ampere": {
-        "fwd": {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 4, 2)},
+        "fwd": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 4, 2)},
         "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(64, 32, 8, 1)},
-        "dkdv": {64: TileConfig(64, 128, 8, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 64, 8, 1)},
+        "dkdv": {64: TileConfig(32, 128, 8, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 64, 8, 1)},
     },
     # 99 KiB: consumer GPUs of every generation
     "small": {
@@ -49,17 +55,19 @@ TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
 FP32 = {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)}
 
 
-def family(backend: str, arch: int | str) -> str:
-    """Table family of a Triton target: `("cuda", 90)` -> `"hopper"`."""
+def family(backend: str, arch: int | str, use_tma: bool) -> str:
+    """Table family of a Triton target: `("cuda", 90, True)` -> `"hopper"`."""
     if backend == "hip":
         return "cdna"
     major, minor = divmod(int(arch), 10)
     if (major, minor) in ((8, 6), (8, 9)) or major == 12:
         return "small"
-    return "hopper" if major >= 9 else "ampere"
+    if major < 9:
+        return "ampere"
+    return "hopper" if use_tma else "hopper-pointers"
 
 
-def choose(backend: str, arch: int | str, itemsize: int, block_d: int, which: str) -> TileConfig:
+def choose(backend: str, arch: int | str, use_tma: bool, itemsize: int, block_d: int, which: str) -> TileConfig:
     """Config of pass `which` ("fwd", "dq", "dkdv") for inputs of `itemsize` bytes and a padded head_dim."""
-    by_dim = FP32 if itemsize == 4 else TABLE[family(backend, arch)][which]
+    by_dim = FP32 if itemsize == 4 else TABLE[family(backend, arch, use_tma)][which]
     return by_dim[max(64, block_d)]
