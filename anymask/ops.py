@@ -33,8 +33,9 @@ def forward(
         return o.zero_(), lse.fill_(-float("inf"))
     q, k, v = (_unit_last_stride(t) for t in (q, k, v))
     block_mask = _block_mask(mask, q.shape[2], k.shape[2])
-    outputs: tuple[Tensor, Tensor]
-    outputs = backends.choose(q, k, v, block_mask, backend).forward(q, k, v, block_mask, sm_scale)
+    chosen = backends.choose(q, k, v, block_mask, backend)
+    with torch.autocast(q.device.type, enabled=False):
+        outputs: tuple[Tensor, Tensor] = chosen.forward(q, k, v, block_mask, sm_scale)
     return outputs
 
 
@@ -71,7 +72,8 @@ def backward(
     q, k, v, do = (_unit_last_stride(t) for t in (q, k, v, do))
     block_mask = _block_mask(mask, q.shape[2], k.shape[2])
     chosen = backends.choose(q, k, v, block_mask, backend)
-    grads: tuple[Tensor, Tensor, Tensor] = chosen.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
+    with torch.autocast(q.device.type, enabled=False):
+        grads: tuple[Tensor, Tensor, Tensor] = chosen.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
     return grads
 
 

@@ -17,7 +17,7 @@ else:
     try:
         from jaxtyping import Bool, Float, Int8, Int32
     except ImportError:
-        Q = K = V = O = LSE = Words = TileBits = TileKinds = Tensor
+        Q = K = V = O = LSE = Words = TileBits = TileKinds = Tensor  # noqa: E741
     else:
         Q = Float[Tensor, "batch q_heads q_len head_dim"]
         K = Float[Tensor, "batch kv_heads kv_len head_dim"]

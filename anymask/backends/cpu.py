@@ -58,7 +58,8 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
             m = m_new
         acc /= torch.where(l == 0, 1, l)[..., None]
         call.put_rows(o, line, acc)
-        call.put_rows(lse[..., None], line, (m + torch.log2(l))[..., None] / LOG2_E)
+        # in fp64, so that leaving base 2 rounds once
+        call.put_rows(lse[..., None], line, (m.double() + l.double().log2())[..., None] / LOG2_E)
     return o, lse
 
 

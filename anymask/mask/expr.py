@@ -125,7 +125,9 @@ class Band(Mask):
         return (distance >= low) & (distance <= high)
 
     def spec(self, leaves: list[Tensor]) -> str:
-        return f"('band', {self.low}, {self.high}, {self.lower_right})"
+        # int: a compiled function may have made symbols of them
+        low, high = (None if x is None else int(x) for x in (self.low, self.high))
+        return f"('band', {low}, {high}, {self.lower_right})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,7 +70,7 @@ def lists_from_tiles(kinds: TileKinds, words: Words, grid: Grid) -> BlockMask:
 
 
 def _finish(kinds: TileKinds, words: Words, words_t: Words | None, index: Tensor | None, grid: Grid) -> BlockMask:
-    """`words` and `words_t` hold every tile, in row and in column order; or `words` only the partial ones, by `index`."""
+    """`words`, `words_t` hold all tiles, in row and in column order; or `words` only the partial ones, by `index`."""
     batch, heads, q_tiles, kv_tiles = kinds.shape
     planes = batch * heads
     n_rows, n_cols = planes * q_tiles, planes * kv_tiles
