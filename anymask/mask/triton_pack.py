@@ -57,7 +57,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
                 grid.q_tiles,
                 grid.kv_tiles,
                 TILE,
-                num_warps=8,
+                num_warps=4,
                 **LAUNCH,
             )
     return _finish(kinds, words, words_t, None, grid)
@@ -136,7 +136,7 @@ def _finish(kinds: TileKinds, words: Words, words_t: Words | None, index: Tensor
                     kinds.numel(),
                     *shape,
                     TILE,
-                    num_warps=8,
+                    num_warps=4,
                     **LAUNCH,
                 )
     if q_alive == q_live.numel():
