@@ -205,7 +205,6 @@ class TestCache:
             attention(Q, K, V, mask)
 
 
-@pytest.mark.xfail(strict=True, reason="the CPU backend's own fp32 products run in the autocast dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_is_a_cast_of_the_inputs(dtype: torch.dtype) -> None:
     q, k, v = make_qkv(2, 2, 2, 50, 70, 16, requires_grad=True)

@@ -169,18 +169,7 @@ def test_a_block_mask_with_more_tiles_recompiles_once_at_most() -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "none",
-        "tensor",
-        "built inside",
-        pytest.param(
-            "mask",
-            marks=pytest.mark.xfail(strict=True, reason="Band.spec formats ints that dynamic=True has made symbols"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", ["none", "tensor", "built inside", "mask"])
 def test_dynamic_lengths(kind: str) -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")

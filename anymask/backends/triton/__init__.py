@@ -29,7 +29,7 @@ LOG2_E = 1.4426950408889634
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> str | None:
     """Why this backend cannot run the call, or None."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed"
     if q.dtype not in DTYPES:
         return f"dtype is {q.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
@@ -37,9 +37,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
         return f"head_dim is {q.shape[3]} and v_dim {v.shape[3]}, the kernels take up to {MAX_HEAD_DIM}"
     if not q.is_cuda:
         return None if _interprets() else f"the tensors are on {q.device}, the kernels run on a GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(q.device)} is older than compute capability 8.0"
-    return None
+    return _too_old(q.device)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
@@ -118,7 +116,8 @@ def backward(
             BLOCK_M=DELTA_ROWS,
             enable_fp_fusion=True,
         )
-        shared = (*live, _plane_strides(block_mask), q_heads, q_heads // kv_heads, q_len, kv_len, sm_scale)
+        scales = sm_scale, sm_scale * LOG2_E
+        shared = (*live, _plane_strides(block_mask), q_heads, q_heads // kv_heads, q_len, kv_len, *scales)
         _bwd_dq_kernel[(tiles_over(q_len) * TILE // options.BLOCK_M, q_heads, batch)](
             *_sources(q, k, v, do, use_tma, options, sizes),
             lse2,
@@ -221,6 +220,18 @@ def _source(t: Tensor, use_tma: bool, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(t, list(t.shape), [*t.stride()[:3], 1], [1, 1, rows, columns])
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
 
 
 @cache

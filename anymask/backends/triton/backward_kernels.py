@@ -44,7 +44,9 @@ def _bwd_delta_kernel(
     lse = tl.load(lse_ptr + row * q_len + offs_m, mask=inside, other=-float("inf"))
     has_key = lse != -float("inf")
     padded = row * (tl.num_programs(0) * BLOCK_M) + offs_m
-    tl.store(lse2_ptr + padded, tl.where(has_key, lse * LOG2_E, float("inf")))
+    # a factor in fp32 would be wrong by 2e-8 of itself, and p by that much of lse2
+    lse2 = (lse.to(tl.float64) * LOG2_E).to(tl.float32)
+    tl.store(lse2_ptr + padded, tl.where(has_key, lse2, float("inf")))
     tl.store(delta_ptr + padded, tl.where(has_key, delta, 0.0))
 
 
@@ -138,6 +140,7 @@ def _bwd_dq_kernel(
     q_len,
     kv_len,
     sm_scale,
+    qk_scale,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -199,7 +202,7 @@ def _bwd_dq_kernel(
             off_kvh,
             first_row,
             kv_len,
-            sm_scale * LOG2_E,
+            qk_scale,
             HEAD_DIM,
             V_DIM,
             BLOCK_D,
@@ -308,6 +311,7 @@ def _bwd_dkdv_kernel(
     q_len,
     kv_len,
     sm_scale,
+    qk_scale,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -382,7 +386,7 @@ def _bwd_dkdv_kernel(
                 off_h,
                 first_row,
                 q_len,
-                sm_scale * LOG2_E,
+                qk_scale,
                 HEAD_DIM,
                 V_DIM,
                 BLOCK_D,

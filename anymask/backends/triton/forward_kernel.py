@@ -184,4 +184,8 @@ def _fwd_kernel(
     store_tile(o_ptr, o_strides, off_b, off_h, start_m, q_len, acc, V_DIM, BLOCK_M, BLOCK_DV)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     lse_ptr += (off_b * q_heads + off_h).to(tl.int64) * q_len
-    tl.store(lse_ptr + offs_m, (m_i + tl.math.log2(l_i)) / LOG2_E, mask=offs_m < q_len)
+    if q_tile.dtype == tl.float32:
+        # in fp64, so that leaving base 2 rounds once
+        m_i, l_i = m_i.to(tl.float64), l_i.to(tl.float64)
+    lse = (m_i + tl.math.log2(l_i)) / LOG2_E
+    tl.store(lse_ptr + offs_m, lse.to(tl.float32), mask=offs_m < q_len)

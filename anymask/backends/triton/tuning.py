@@ -29,7 +29,7 @@ TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
     "hopper-pointers": {
         "fwd": {64: TileConfig(128, 128, 8, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 32, 8, 2)},
         "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 1)},
-        "dkdv": {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 128, 8, 3), 256: TileConfig(32, 64, 8, 1)},
+        "dkdv": {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 1)},
     },
     # 163 KiB, no warpgroup products
     "ampere": {
