@@ -10,7 +10,7 @@ from anymask.mask.expr import Grid, mask_from_spec
 from anymask.testing import MASKS, Case, assert_dead_is_zero, assert_same_block_mask, check, reference, run
 from anymask.testing.cases import Inputs, make_qkv
 
-SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+SETTINGS = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from([1, 127, 128, 129, 255, 256, 257]))
 COUNTS = st.tuples(st.integers(1, 3), st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 2), (3, 1), (6, 2)]))
 
