@@ -4,6 +4,7 @@ The mask travels as the tensors of a `BlockMask` plus its two lengths, so backwa
 the same shapes never recompiles. An empty list of tensors means every pair.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def forward(
     q, k, v = (_unit_last_stride(t) for t in (q, k, v))
     block_mask = _block_mask(mask, q.shape[2], k.shape[2])
     chosen = backends.choose(q, k, v, block_mask, backend)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         outputs: tuple[Tensor, Tensor] = chosen.forward(q, k, v, block_mask, sm_scale)
     return outputs
 
@@ -72,7 +73,7 @@ def backward(
     q, k, v, do = (_unit_last_stride(t) for t in (q, k, v, do))
     block_mask = _block_mask(mask, q.shape[2], k.shape[2])
     chosen = backends.choose(q, k, v, block_mask, backend)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         grads: tuple[Tensor, Tensor, Tensor] = chosen.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
     return grads
 
@@ -131,6 +132,12 @@ def _pack_fake(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device:
         ]
 
     return lists(q_len) + lists(kv_len)
+
+
+def _no_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """No cast inside a backend; nothing to do, at no cost, where none is asked for."""
+    kind = t.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _unit_last_stride(t: Tensor) -> Tensor:

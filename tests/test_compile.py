@@ -70,11 +70,13 @@ def compiled(monkeypatch):
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
 
     def start(target):
+        backend._options.cache_clear()
         monkeypatch.setattr(JITFunction, "run", compile_only)
         monkeypatch.setattr(driver, "_active", TargetOnly(TARGETS[target][0]))
         return kernels
 
     yield start
+    backend._options.cache_clear()
     for function in ran:
         function.device_caches.clear()
 

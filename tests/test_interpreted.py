@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-MINIMUM = 300
+MINIMUM = 260
 
 
 @pytest.mark.slow

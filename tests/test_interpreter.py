@@ -74,7 +74,7 @@ def test_masks_and_dtypes(backend: str, case: Case) -> None:
     check(case, backend)
 
 
-@cases(BACKENDS, [Case(m, 150, 140, 16, F16) for m in MASKS if m not in MASK_NAMES])
+@cases(BACKENDS, [Case(m, 100, 140, 16, F16) for m in MASKS if m not in MASK_NAMES])
 def test_every_other_mask(backend: str, case: Case) -> None:
     check(case, backend)
 
@@ -191,8 +191,11 @@ def _sparse_storage(row: torch.Tensor, length: int, stride: int) -> torch.Untype
         return whole.untyped_storage()
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (128, 256), (130, 257), (300, 200)], ids=str)
-@pytest.mark.parametrize("name", [m for m in MASKS if m != "none"])
+@pytest.mark.parametrize(
+    ("name", "q_len", "kv_len"),
+    [(m, 130, 257) for m in MASKS if m != "none"]
+    + [(m, *n) for m in (*MASK_NAMES[1:], "composed_deep", "row") for n in ((1, 1), (128, 256), (300, 200))],
+)
 def test_packing_is_the_same_on_the_device(name: str, q_len: int, kv_len: int) -> None:
     from anymask.mask import triton_pack
 

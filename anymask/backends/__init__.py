@@ -5,6 +5,7 @@ A backend is a module with three functions: `why_not(q, k, v, block_mask)` is No
 (dq, dk, dv)`. Inputs are validated, non-empty, and have a unit last stride; `block_mask` None means every pair.
 """
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from anymask.mask import BlockMask
 NAMES = ("cpu", "triton", "reference")
 
 
+@cache
 def load(name: str) -> ModuleType:
     """The backend's module, imported on first use: `triton` needs Triton installed."""
     return import_module(f"anymask.backends.{name}")

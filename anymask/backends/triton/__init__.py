@@ -44,35 +44,32 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     """`(o, lse)`, contiguous."""
     from anymask.backends.triton.forward_kernel import _fwd_kernel
 
-    batch, q_heads, q_len, _ = q.shape
+    batch, q_heads, q_len, head_dim = q.shape
     o = q.new_empty(batch, q_heads, q_len, v.shape[3])
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
-    rows, live = _lists(block_mask, "rows"), _live(block_mask, "cols")
+    live = _live(block_mask, "cols")
     with _on(q.device):
-        use_tma = _tma((q, k, v), live)
-        options, sizes = _options("fwd", q, v, use_tma)
-        block_m, block_n = options.BLOCK_M, options.BLOCK_N
-        qk_scale = (abs(sm_scale) or TINY_SCALE) * LOG2_E
+        target = _target()
+        use_tma = _tma(target, (q, k, v), live)
+        (block_m, block_n), options = _options("fwd", head_dim, v.shape[3], q.element_size(), use_tma, target)
         _fwd_kernel[(tiles_over(q_len) * TILE // block_m, q_heads, batch)](
-            _source(q, use_tma, block_m, sizes["BLOCK_D"]),
-            _source(k, use_tma, block_n, sizes["BLOCK_D"]),
-            _source(v, use_tma, block_n, sizes["BLOCK_DV"]),
+            _source(q, use_tma, block_m, options["BLOCK_D"]),
+            _source(k, use_tma, block_n, options["BLOCK_D"]),
+            _source(v, use_tma, block_n, options["BLOCK_DV"]),
             o,
             lse,
             *(t.stride()[:3] for t in (q, k, v, o)),
-            *rows,
+            *_lists(block_mask, "rows"),
             live,
             _plane_strides(block_mask),
             q_heads,
             q_heads // k.shape[1],
             q_len,
             k.shape[2],
-            qk_scale,
-            **sizes,
-            **_launch(options),
+            (abs(sm_scale) or TINY_SCALE) * LOG2_E,
+            **options,
             IS_NEGATIVE=sm_scale < 0,
-            USE_TMA=use_tma,
-            USE_ASM=_target()[0] == "cuda" and not _interprets(),
+            USE_ASM=target[0] == "cuda" and not _interprets(),
         )
     return o, lse
 
@@ -91,14 +88,18 @@ def backward(
     """`(dq, dk, dv)`, contiguous, bit-equal from run to run."""
     from anymask.backends.triton.backward_kernels import _bwd_delta_kernel, _bwd_dkdv_kernel, _bwd_dq_kernel
 
-    batch, q_heads, q_len, _ = q.shape
-    kv_heads, kv_len = k.shape[1], k.shape[2]
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     lse2, delta = lse.new_empty(2, batch, q_heads, tiles_over(q_len) * TILE)
     live = _live(block_mask, "rows"), _live(block_mask, "cols")
+    read_strides = tuple(t.stride()[:3] for t in (q, k, v, do))
+    rest = (*live, _plane_strides(block_mask), q_heads, q_heads // kv_heads, q_len, kv_len, sm_scale, sm_scale * LOG2_E)
     with _on(q.device):
-        use_tma = _tma((q, k, v, do), *live)
-        options, sizes = _options("dq", q, v, use_tma)
+        target = _target()
+        use_tma = _tma(target, (q, k, v, do), *live)
+        dims = head_dim, v_dim, q.element_size(), use_tma, target
+        (block_m, block_n), options = _options("dq", *dims)
         _bwd_delta_kernel[(tiles_over(q_len) * TILE // DELTA_ROWS, q_heads, batch)](
             o,
             do,
@@ -107,44 +108,51 @@ def backward(
             lse2,
             delta,
             o.stride()[:3],
-            do.stride()[:3],
+            read_strides[3],
             (0, 0, 0) if dlse is None else dlse.stride(),
             q_heads,
             q_len,
-            V_DIM=sizes["V_DIM"],
-            BLOCK_DV=sizes["BLOCK_DV"],
+            V_DIM=v_dim,
+            BLOCK_DV=options["BLOCK_DV"],
             BLOCK_M=DELTA_ROWS,
             enable_fp_fusion=True,
         )
-        scales = sm_scale, sm_scale * LOG2_E
-        shared = (*live, _plane_strides(block_mask), q_heads, q_heads // kv_heads, q_len, kv_len, *scales)
-        _bwd_dq_kernel[(tiles_over(q_len) * TILE // options.BLOCK_M, q_heads, batch)](
-            *_sources(q, k, v, do, use_tma, options, sizes),
+        _bwd_dq_kernel[(tiles_over(q_len) * TILE // block_m, q_heads, batch)](
+            *_sources(q, k, v, do, options),
             lse2,
             delta,
             dq,
-            *(t.stride()[:3] for t in (q, k, v, do, dq)),
+            *read_strides,
+            dq.stride()[:3],
             *_lists(block_mask, "rows"),
-            *shared,
-            **sizes,
-            **_launch(options),
-            USE_TMA=use_tma,
+            *rest,
+            **options,
         )
-        options, sizes = _options("dkdv", q, v, use_tma)
-        _bwd_dkdv_kernel[(tiles_over(kv_len) * TILE // options.BLOCK_N, kv_heads, batch)](
-            *_sources(q, k, v, do, use_tma, options, sizes),
+        (block_m, block_n), options = _options("dkdv", *dims)
+        _bwd_dkdv_kernel[(tiles_over(kv_len) * TILE // block_n, kv_heads, batch)](
+            *_sources(q, k, v, do, options),
             lse2,
             delta,
             dk,
             dv,
-            *(t.stride()[:3] for t in (q, k, v, do, dk, dv)),
+            *read_strides,
+            dk.stride()[:3],
+            dv.stride()[:3],
             *_lists(block_mask, "cols"),
-            *shared,
-            **sizes,
-            **_launch(options),
-            USE_TMA=use_tma,
+            *rest,
+            **options,
         )
     return dq, dk, dv
+
+
+def _sources(q: Tensor, k: Tensor, v: Tensor, do: Tensor, options: dict[str, Any]) -> tuple[Any, ...]:
+    use_tma, rows, keys = options["USE_TMA"], options["BLOCK_M"], options["BLOCK_N"]
+    return (
+        _source(q, use_tma, rows, options["BLOCK_D"]),
+        _source(k, use_tma, keys, options["BLOCK_D"]),
+        _source(v, use_tma, keys, options["BLOCK_DV"]),
+        _source(do, use_tma, rows, options["BLOCK_DV"]),
+    )
 
 
 def _lists(block_mask: BlockMask | None, view: str) -> tuple[Tensor | None, ...]:
@@ -178,39 +186,39 @@ def _plane_strides(block_mask: BlockMask | None) -> tuple[int, int]:
     return block_mask.heads * int(block_mask.batch > 1), by_head
 
 
-def _options(which: str, q: Tensor, v: Tensor, use_tma: bool) -> tuple[tuning.TileConfig, dict[str, Any]]:
-    sizes: dict[str, Any] = {"HEAD_DIM": q.shape[3], "V_DIM": v.shape[3]}
-    sizes["BLOCK_D"], sizes["BLOCK_DV"] = (max(16, 1 << (d - 1).bit_length()) for d in (q.shape[3], v.shape[3]))
-    config = tuning.choose(*_target(), use_tma, q.element_size(), max(sizes["BLOCK_D"], sizes["BLOCK_DV"]), which)
-    sizes |= {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "PRECISION": "ieee", "TILE": TILE}
-    return config, sizes
+@cache
+def _options(
+    which: str, head_dim: int, v_dim: int, itemsize: int, use_tma: bool, target: tuple[str, int | str]
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The rows and columns of a kernel step, and every keyword that a launch of pass `which` shares."""
+    block_d, block_dv = (max(16, 1 << (d - 1).bit_length()) for d in (head_dim, v_dim))
+    config = tuning.choose(*target, use_tma, itemsize, max(block_d, block_dv), which)
+    return (config.BLOCK_M, config.BLOCK_N), {
+        "HEAD_DIM": head_dim,
+        "V_DIM": v_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "PRECISION": "ieee",
+        "TILE": TILE,
+        "USE_TMA": use_tma,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
 
 
-def _launch(config: tuning.TileConfig) -> dict[str, Any]:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-
-
-def _tma(tensors: tuple[Tensor, ...], *live: Tensor | None) -> bool:
+def _tma(target: tuple[str, int | str], tensors: tuple[Tensor, ...], *live: Tensor | None) -> bool:
     """Whether the copy engine can read all tensors: Hopper on, 16-byte aligned strides, every row wanted."""
-    backend, arch = _target()
+    backend, arch = target
     if backend != "cuda" or int(arch) < 90 or any(x is not None for x in live):
         return False
-    return all(
-        t.data_ptr() % 16 == 0 and t.element_size() == 2 and all(s % 8 == 0 and s > 0 for s in t.stride()[:3])
-        for t in tensors
-    )
-
-
-def _sources(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, use_tma: bool, config: tuning.TileConfig, sizes: dict[str, Any]
-) -> tuple[Any, ...]:
-    block_d, block_dv = sizes["BLOCK_D"], sizes["BLOCK_DV"]
-    return (
-        _source(q, use_tma, config.BLOCK_M, block_d),
-        _source(k, use_tma, config.BLOCK_N, block_d),
-        _source(v, use_tma, config.BLOCK_N, block_dv),
-        _source(do, use_tma, config.BLOCK_M, block_dv),
-    )
+    for t in tensors:
+        b, h, m, _ = t.stride()
+        if t.element_size() != 2 or (t.data_ptr() | 2 * b | 2 * h | 2 * m) % 16 or not min(b, h, m) > 0:
+            return False
+    return True
 
 
 def _source(t: Tensor, use_tma: bool, rows: int, columns: int) -> Any:
@@ -219,7 +227,11 @@ def _source(t: Tensor, use_tma: bool, rows: int, columns: int) -> Any:
         return t
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(t, list(t.shape), [*t.stride()[:3], 1], [1, 1, rows, columns])
+    # `_tma` has checked what its constructor checks again for every call, at 10 us a tensor
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = t, list(t.shape), [*t.stride()[:3], 1]
+    descriptor.block_shape, descriptor.padding = [1, 1, rows, columns], "zero"
+    return descriptor
 
 
 @cache
