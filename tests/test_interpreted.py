@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-MINIMUM = 260
+MINIMUM = 250
 
 
 @pytest.mark.slow
