@@ -99,7 +99,8 @@ def attention(
     scale = _check_call(q, k, v, scale, is_causal, mask, return_lse, deterministic)
     block_mask = _block_mask(q, k, causal() if is_causal else mask)
     backends.check_name(backend)
-    o, lse = ops.forward(q, k, v, block_mask.tensors() if block_mask is not None else [], scale, backend)
+    call: Any = ops.forward if torch.compiler.is_compiling() else ops.Attention.apply
+    o, lse = call(q, k, v, block_mask.tensors() if block_mask is not None else [], scale, backend)
     return (o, lse) if return_lse else o
 
 

@@ -1,8 +1,11 @@
 """What torch sees: three opaque operators with fakes and autograd. No arithmetic here.
 
-The mask travels as the tensors of a `BlockMask` plus its two lengths, so backward cannot lose it, and a new mask with
-the same shapes never recompiles. An empty list of tensors means every pair.
+The mask travels as the tensors of a `BlockMask`, so backward cannot lose it, and a new mask with the same shapes never
+recompiles. An empty list of tensors means every pair. Operators are defined by schema and not by
+`torch.library.custom_op`, whose checks at every call take more host time than a small pass takes on a GPU.
 """
+
+from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,20 +18,31 @@ from anymask.mask import BlockMask, pack
 from anymask.mask.bits import TILE, WORDS, tiles_over
 from anymask.mask.expr import mask_from_spec
 
-
-def _block_mask(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask | None:
-    return BlockMask.from_tensors(tensors, q_len, kv_len) if tensors else None
-
-
-@torch.library.custom_op(
+torch.library.define(
     "anymask::forward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor[] mask, float sm_scale, str? backend) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor[] mask, float sm_scale, str? backend) -> (Tensor, Tensor)",
 )
-def forward(
+torch.library.define(
+    "anymask::backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, Tensor? dlse, Tensor[] mask, float sm_scale, "
+    "str? backend) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "anymask::pack", "(Tensor[] leaves, str spec, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]"
+)
+
+# `(o, lse)` of validated inputs by the named backend, or by the first that can
+forward = torch.ops.anymask.forward.default
+# `(dq, dk, dv)`, contiguous
+backward = torch.ops.anymask.backward.default
+# tensors of `pack(mask_from_spec(spec, leaves), ...)`: packing inside a compiled function
+pack_op = torch.ops.anymask.pack.default
+
+
+@torch.library.impl("anymask::forward", "CompositeExplicitAutograd")
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """`(o, lse)` of validated inputs by the named backend, or by the first that can."""
     if q.numel() == 0 or k.shape[2] == 0 or v.shape[3] == 0:
         o, lse = _forward_fake(q, k, v, mask, sm_scale, backend)
         return o.zero_(), lse.fill_(-float("inf"))
@@ -40,7 +54,7 @@ def forward(
     return outputs
 
 
-@forward.register_fake
+@torch.library.register_fake("anymask::forward")
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
@@ -48,13 +62,8 @@ def _forward_fake(
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-@torch.library.custom_op(
-    "anymask::backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, Tensor? dlse, Tensor[] mask, "
-    "float sm_scale, str? backend) -> (Tensor, Tensor, Tensor)",
-)
-def backward(
+@torch.library.impl("anymask::backward", "CompositeExplicitAutograd")
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -66,9 +75,8 @@ def backward(
     sm_scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv)`, contiguous."""
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        dq, dk, dv = _backward_fake(q, k, v, o, lse, do, dlse, mask, sm_scale, backend)
+        dq, dk, dv = _backward_fake(q, k, v)
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, do = (_unit_last_stride(t) for t in (q, k, v, do))
     block_mask = _block_mask(mask, q.shape[2], k.shape[2])
@@ -78,7 +86,7 @@ def backward(
     return grads
 
 
-@backward.register_fake
+@torch.library.register_fake("anymask::backward")
 def _backward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -89,7 +97,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(q, k, v, *output, *mask)
 
 
-def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, o, lse, *mask = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
@@ -97,20 +105,32 @@ def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
     return *grads, [None] * len(mask), None, None
 
 
-forward.register_autograd(_autograd, setup_context=_setup_context)
+def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError("anymask has first derivatives only; attention was differentiated twice")
 
 
-@torch.library.custom_op(
-    "anymask::pack",
-    mutates_args=(),
-    schema="(Tensor[] leaves, str spec, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]",
-)
-def pack_op(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
-    """Tensors of `pack(mask_from_spec(spec, leaves), ...)`: packing inside a compiled function."""
+torch.library.register_autograd("anymask::forward", _gradients, setup_context=_setup_context)
+torch.library.register_autograd("anymask::backward", _no_second_derivative)
+
+
+class Attention(torch.autograd.Function):
+    """`forward` with the same autograd, by the faster of torch's two ways to say it; for eager calls."""
+
+    forward = staticmethod(forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        """Gradients of q, k and v; the mask has none."""
+        return *_gradients(ctx, do, dlse)[:3], None, None, None
+
+
+@torch.library.impl("anymask::pack", "CompositeExplicitAutograd")
+def _pack(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
     return pack(mask_from_spec(spec, leaves), q_len=q_len, kv_len=kv_len, device=device).tensors()
 
 
-@pack_op.register_fake
+@torch.library.register_fake("anymask::pack")
 def _pack_fake(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
     batch, heads = mask_from_spec(spec, leaves).planes
     context = torch.library.get_ctx()
@@ -132,6 +152,10 @@ def _pack_fake(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device:
         ]
 
     return lists(q_len) + lists(kv_len)
+
+
+def _block_mask(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask | None:
+    return BlockMask.from_tensors(tensors, q_len, kv_len) if tensors else None
 
 
 def _no_autocast(t: Tensor) -> AbstractContextManager[Any]:
