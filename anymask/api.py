@@ -111,6 +111,7 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -306,7 +307,7 @@ def _check_call(
     if scale is None:
         return 1 / math.sqrt(q.shape[3])
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{scale_name} is {scale!r} of type {type(scale).__name__}; allowed are None and a float")
+        raise TypeError(f"{scale_name} is a {type(scale).__name__}; allowed are None and a float")
     if not math.isfinite(scale):
         raise ValueError(f"{scale_name} is {scale}; allowed are finite numbers")
     return float(scale)

@@ -155,17 +155,17 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "scale is a string": (
         lambda: attention(Q, K, V, scale="1"),
         TypeError,
-        "scale is '1' of type str; allowed are None",
+        "scale is a str; allowed are None",
     ),
     "scale is a bool": (
         lambda: attention(Q, K, V, scale=True),
         TypeError,
-        "scale is True of type bool; allowed are None",
+        "scale is a bool; allowed are None",
     ),
     "scale is a tensor": (
         lambda: attention(Q, K, V, scale=torch.tensor(1.0)),
         TypeError,
-        "of type Tensor; allowed are None",
+        "scale is a Tensor; allowed are None",
     ),
     "is_causal is an int": (
         lambda: attention(Q, K, V, is_causal=1),

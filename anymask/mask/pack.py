@@ -15,7 +15,7 @@ from anymask.mask.builders import from_dense
 from anymask.mask.expr import Dense, Grid, Mask
 from anymask.shapes import TileKinds, Words
 
-# tiles evaluated at a time: 16 MiB of booleans, the bound on temporary memory
+# tiles evaluated at a time: 16 MiB of booleans, and as int64 the positions they are computed from, 128 MiB
 CHUNK_TILES = 1024
 
 

@@ -1,7 +1,9 @@
 """Launch options of the Triton kernels: a literal table and a pure lookup.
 
-Measured rows say on which GPU and when; `python -m benchmarks.tune` measures them again. The others are derived from
-the shared memory of their family.
+Rows of "hopper" for head_dim 64 and 128 are the fastest without register spills of those that
+`python -m benchmarks.tune [--head-dim 64] [--pointers]` timed on an NVIDIA H200 (Triton 3.6, fp16, B2 H16 L8192) on
+2026-11-22. All others are chosen to fit the shared memory and the registers of their family, and wait for a
+measurement.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
         "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 2)},
         "dkdv": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 2)},
     },
-    # the same chips where tiles come through pointers, whose addresses take registers
+    # the same chip where tiles come through pointers, whose addresses take registers
     "hopper-pointers": {
         "fwd": {64: TileConfig(128, 128, 8, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 32, 8, 2)},
         "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 1)},
@@ -62,7 +64,8 @@ def family(backend: str, arch: int | str, use_tma: bool) -> str:
     major, minor = divmod(int(arch), 10)
     if (major, minor) in ((8, 6), (8, 9)) or major == 12:
         return "small"
-    if major < 9:
+    # addresses of Hopper's long steps do not fit the registers that Blackwell's products leave
+    if major < 9 or (major > 9 and not use_tma):
         return "ampere"
     return "hopper" if use_tma else "hopper-pointers"
 
