@@ -50,7 +50,8 @@ def test_case_02_dense_mask_per_head_small(dtype: torch.dtype) -> None:
     mask = torch.ones(4, 4, 200, 200).tril().to(dtype)
     grads = torch.autograd.grad(flash_attention_custom_mask(q, k, v, mask).float().square().sum(), [q, k, v])
     expected = torch.autograd.grad(attention(q, k, v, is_causal=True).float().square().sum(), [q, k, v])
-    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    # heads with a plane of their own go one at a time, and products of one head may sum in another order
+    torch.testing.assert_close(grads, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_case_03_mask_expanded_over_heads_with_a_remainder() -> None:

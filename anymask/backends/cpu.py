@@ -22,8 +22,10 @@ from anymask.shapes import LSE, K, O, Q, V
 
 # torch's exp2 keeps its speed on -inf and on tiny results, its exp does not
 LOG2_E = math.log2(math.e)
-# kv tiles of a step: 128 x 2048 fp32 scores are 1 MiB a head, about the L2 cache of a core
+# kv tiles of a step: 128 x 1024 fp32 scores are 512 KiB a head, so that a few heads fit the L2 cache
 STEP_TILES = 8
+# largest |score| in base 2 whose exponentials fp32 can sum over any length without a running maximum
+STEADY = 60.0
 # scores of a step over all its heads
 STEP_SCORES = 1 << 20
 
@@ -42,20 +44,24 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     lse = torch.full(q.shape[:3], -float("inf"), dtype=call.compute)
     for line in call.lines():
         q_line = call.live_rows(q, line) * (sm_scale * LOG2_E)
+        steady = call.is_steady(q_line, line)
         acc = q_line.new_zeros(*q_line.shape[:-1], v.shape[3])
-        m = q_line.new_full(q_line.shape[:-1], -float("inf"))
+        m = q_line.new_full(q_line.shape[:-1], 0.0 if steady else -float("inf"))
         l = torch.zeros_like(m)  # noqa: E741
         for step in call.steps(line):
-            s = q_line @ call.tiles(call.k, line, step).mT
-            step.hide(s)
-            m_new = torch.maximum(m, s.amax(-1))
-            # a row with no key yet has m = -inf, and -inf - -inf would be NaN
-            m_safe = torch.where(m_new == -float("inf"), 0, m_new)
-            p = s.sub_(m_safe[..., None]).exp2_()
-            alpha = torch.exp2(m - m_safe)
-            l = l * alpha + p.sum(-1)  # noqa: E741
-            acc = acc.mul_(alpha[..., None]).add_(p @ call.tiles(call.v, line, step))
-            m = m_new
+            s = step.hide(q_line @ call.tiles(call.k, line, step).mT)
+            if not steady:
+                m_new = torch.maximum(m, s.amax(-1))
+                # a row with no key yet has m = -inf, and -inf - -inf would be NaN
+                m_safe = torch.where(m_new == -float("inf"), 0, m_new)
+                s.sub_(m_safe[..., None])
+                alpha = torch.exp2(m - m_safe)
+                l *= alpha  # noqa: E741
+                acc *= alpha[..., None]
+                m = m_new
+            p = s.exp2_()
+            l += p.sum(-1)  # noqa: E741
+            acc += p @ call.tiles(call.v, line, step)
         acc /= torch.where(l == 0, 1, l)[..., None]
         call.put_rows(o, line, acc)
         # in fp64, so that leaving base 2 rounds once
@@ -77,7 +83,8 @@ def backward(
     """`dq, dk, dv` in the dtypes of `q, k, v`."""
     call = _Call.of(q, k, v, block_mask)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    dk, dv = torch.zeros_like(call.k), torch.zeros_like(call.v)
+    # [batch, kv_heads, dim, kv_tiles, 128]: products that end in this form are faster
+    dk_t, dv_t = (t.new_zeros(*t.shape[:2], t.shape[4], *t.shape[2:4]) for t in (call.k, call.v))
     delta = (o.to(call.compute) * do.to(call.compute)).sum(-1)
     if dlse is not None:
         delta = delta - dlse.to(call.compute)
@@ -89,16 +96,21 @@ def backward(
         q_line, do_line = (call.live_rows(t, line) for t in (q, do))
         lse_line, delta_line = (call.rows(t[..., None], line) for t in (lse2, delta))
         q_scaled = q_line * (sm_scale * LOG2_E)
+        steady = call.is_steady(q_scaled, line)
+        if steady:
+            # p = 2^s * 2^-lse: the second factor goes to the rows of do and delta, which are far smaller than p
+            do_line, delta_line = (t * torch.exp2(-lse_line) for t in (do_line, delta_line))
         dq_line = torch.zeros_like(q_line)
         for step in call.steps(line):
             k_step, v_step = call.tiles(call.k, line, step), call.tiles(call.v, line, step)
-            p = step.hide(q_scaled @ k_step.mT).sub_(lse_line).exp2_()
+            s = step.hide(q_scaled @ k_step.mT)
+            p = (s if steady else s.sub_(lse_line)).exp2_()
             ds = (do_line @ v_step.mT).sub_(delta_line).mul_(p)
             dq_line += ds @ k_step
-            call.add_tiles(dk, line, step, ds.mT @ q_line)
-            call.add_tiles(dv, line, step, p.mT @ do_line)
+            call.add_tiles(dk_t, line, step, q_line.mT @ ds)
+            call.add_tiles(dv_t, line, step, do_line.mT @ p)
         call.put_rows(dq, line, dq_line * sm_scale)
-    return dq, call.unpad(dk * sm_scale, k.dtype), call.unpad(dv, v.dtype)
+    return dq, call.keys(dk_t * sm_scale, k.dtype), call.keys(dv_t, v.dtype)
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,8 @@ class _Call:
     k: Tensor
     v: Tensor
     batch: int
+    # [batch, kv_heads, kv_tiles, 128], lengths of the keys
+    k_norm: Tensor
 
     @staticmethod
     def of(q: Q, k: K, v: V, block_mask: BlockMask | None) -> _Call:
@@ -150,8 +164,16 @@ class _Call:
         q_len, kv_len = q.shape[2], k.shape[2]
         mask = block_mask if block_mask is not None else pack(Band(None, None), q_len=q_len, kv_len=kv_len)
         extra = tiles_over(kv_len) * TILE - kv_len
-        k, v = (pad(t.to(compute), (0, 0, 0, extra)).unflatten(2, (-1, TILE)) for t in (k, v))
-        return _Call(mask, q.shape[1] // k.shape[1], compute, k, v, q.shape[0])
+        k, v = (t.to(compute) for t in (k, v))
+        if extra:
+            k, v = (pad(t, (0, 0, 0, extra)) for t in (k, v))
+        k, v = (t.contiguous().unflatten(2, (-1, TILE)) for t in (k, v))
+        return _Call(mask, q.shape[1] // k.shape[1], compute, k, v, q.shape[0], k.norm(dim=-1))
+
+    def is_steady(self, q_scaled: Tensor, line: _Line) -> bool:
+        """Whether every score of the line is within `STEADY`, by the Cauchy-Schwarz bound."""
+        k_norm = self._live(self.k_norm[line.b, line.g, :, :, None], line).amax((-1, -2, -3))
+        return bool((q_scaled.norm(dim=-1).amax(-1) * k_norm <= STEADY).all())
 
     def lines(self) -> Iterator[_Line]:
         """Lines in blocks of heads whose scores fit `STEP_SCORES`."""
@@ -192,8 +214,9 @@ class _Call:
             chunk = tiles[first : first + STEP_TILES]
             n_full = max(0, min(line.full.numel() - first, chunk.numel()))
             begin = first + n_full - line.full.numel()
-            bits = unpack_bits(words[begin : begin + chunk.numel() - n_full, :rows])
-            bias = 1 - 1 / bits.transpose(0, 1).flatten(1).to(self.compute)
+            # [rows, n_partial, 4]: the words are turned, before there are 32 times as many bits to turn
+            chosen = words[begin : begin + chunk.numel() - n_full, :rows].transpose(0, 1)
+            bias = unpack_bits(chosen).flatten(1).to(self.compute).reciprocal_().neg_().add_(1)
             start, stop = int(chunk[0]), int(chunk[-1]) + 1
             neighbours = stop - start == chunk.numel() and bool((chunk.diff() == 1).all())
             yield _Step(slice(start, stop) if neighbours else chunk, n_full, bias)
@@ -221,17 +244,21 @@ class _Call:
 
     def tiles(self, t: Tensor, line: _Line, step: _Step) -> Tensor:
         """Keys or values of the step `[1, kv_heads, 128 * n, dim]`; those no query attends to are 0."""
-        chosen = t[line.b, line.g, step.tiles].flatten(2, 3)
+        return self._live(t[line.b, line.g, step.tiles], line, step.tiles).flatten(2, 3)
+
+    def _live(self, t: Tensor, line: _Line, tiles: slice | Tensor = slice(None)) -> Tensor:
+        """`t [1, kv_heads, n, 128, dim]`, of these tiles, with 0 for keys that no query of the plane attends to."""
         live = self.mask.cols.live
         if live.numel():
             of_plane = live.view(self.mask.batch, self.mask.heads, -1)[line.plane]
-            by_tile = pad(of_plane, (0, t.shape[2] * TILE - of_plane.numel())).view(-1, TILE)[step.tiles]
-            chosen = torch.where(by_tile.reshape(-1, 1) != 0, chosen, 0)
-        return chosen
+            by_tile = pad(of_plane, (0, self.k.shape[2] * TILE - of_plane.numel())).view(-1, TILE)[tiles]
+            t = torch.where(by_tile[..., None] != 0, t, 0)
+        return t
 
-    def add_tiles(self, t: Tensor, line: _Line, step: _Step, grad: Tensor) -> None:
-        """Add a gradient of the step's keys or values to that of all of them."""
-        t[line.b, line.g, step.tiles] += grad.unflatten(2, (-1, TILE))
+    def add_tiles(self, grad_t: Tensor, line: _Line, step: _Step, of_step: Tensor) -> None:
+        """Add the transposed gradient of the step's keys or values to that of all of them."""
+        grad_t[line.b, line.g, :, step.tiles] += of_step.unflatten(3, (-1, TILE))
 
-    def unpad(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        return grad.flatten(2, 3)[:, :, : self.mask.kv_len].to(dtype).contiguous()
+    def keys(self, grad_t: Tensor, dtype: torch.dtype) -> Tensor:
+        """A gradient like k or v, from its transposed and padded form."""
+        return grad_t.flatten(3)[..., : self.mask.kv_len].mT.to(dtype).contiguous()
