@@ -9,8 +9,6 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
-# threads that spin while they wait take the cores they wait for, if the machine has other work
-export OMP_WAIT_POLICY ?= passive
 
 RUN := $(VENV)/bin/python
 # one stamp per set of packages: a second run installs nothing
@@ -23,6 +21,8 @@ DEV_DONE := $(VENV)/.done-dev
 demo: $(DEMO_DONE)
 	$(RUN) -m anymask demo $(DEMO_FLAGS)
 
+# threads that spin while they wait take the cores they wait for, if the machine has other work
+test: export OMP_WAIT_POLICY ?= passive
 test: $(DEV_DONE)
 	$(RUN) -m pytest $(TEST_FLAGS)
 

@@ -11,7 +11,7 @@ from bad_calls import BAD, TRUE, K, Q, V, qkv
 
 import anymask
 from anymask import api, attention, causal, explain, flash_attention_custom_mask, pack, scaled_dot_product_attention
-from anymask.backends import NAMES
+from anymask.backends import NAMES, load
 from anymask.testing import LAYOUTS, MASKS, Case, make_inputs, make_qkv, reference
 
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
@@ -266,3 +266,14 @@ def test_explain_without_a_mask_and_with_a_backend() -> None:
 def test_public_names() -> None:
     assert set(anymask.__all__) == {n for n in anymask.__all__ if hasattr(anymask, n)}
     assert {"attention", "pack", "explain", "Mask", "BlockMask", "causal", "sliding_window"} <= set(anymask.__all__)
+
+
+def test_why_the_kernels_cannot_run() -> None:
+    def why_not(batch: int, dim: int, dtype: torch.dtype) -> str | None:
+        q = torch.empty(batch, 1, 1, dim, dtype=dtype, device="meta")
+        return load("triton").why_not(q, q, q, None)
+
+    assert "the kernels take up to 65535 of each" in str(why_not(65536, 16, torch.float16))
+    assert "head_dim is 257" in str(why_not(1, 257, torch.float16))
+    assert "dtype is torch.float64" in str(why_not(1, 16, torch.float64))
+    assert "the kernels run on a GPU" in str(why_not(65535, 256, torch.bfloat16))

@@ -21,6 +21,8 @@ from anymask.mask.block_mask import TileLists
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+# of a launch grid's second and third axis, which are heads and samples
+MAX_GRID = 65535
 DELTA_ROWS = 64
 # any positive scale whose products round to 0 stands for 0, since 0 * -inf would be NaN
 TINY_SCALE = 1e-30
@@ -35,6 +37,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
         return f"dtype is {q.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"head_dim is {q.shape[3]} and v_dim {v.shape[3]}, the kernels take up to {MAX_HEAD_DIM}"
+    if max(q.shape[:2]) > MAX_GRID:
+        return f"q has {q.shape[0]} samples and {q.shape[1]} heads, the kernels take up to {MAX_GRID} of each"
     if not q.is_cuda:
         return None if _interprets() else f"the tensors are on {q.device}, the kernels run on a GPU"
     return _too_old(q.device)
