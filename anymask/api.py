@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 import torch
@@ -71,7 +72,8 @@ def attention(
         v: `[batch, kv_heads, kv_len, v_dim]`.
         mask: None; a bool tensor broadcastable to `[batch, q_heads, q_len, kv_len]`, True = attend, packed on first use
             and cached by identity and version (writes that bypass the version counter, such as through `.data` or
-            NumPy, are not seen; tensors made in inference mode have no version and are packed each time); a `Mask`;
+            NumPy, are not seen; tensors made in inference mode have no version and are packed each time); a `Mask`,
+            remembered if it holds no tensor, as `causal()`, else packed each time;
             or a `BlockMask` from `pack`, with which the call never synchronises with the host.
         scale: factor of the scores, finite; default `1 / sqrt(head_dim)`.
         is_causal: the same as `mask=causal()`, upper-left aligned; excludes `mask`.
@@ -331,10 +333,12 @@ def _block_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Blo
     _check_planes(lazy.planes, q)
     if isinstance(mask, Tensor):
         _check_device(mask.device, q)
+    leaves: list[Tensor] = []
+    spec = lazy.spec(leaves)
     if torch.compiler.is_compiling():
-        leaves: list[Tensor] = []
-        spec = lazy.spec(leaves)
         return BlockMask.from_tensors(ops.pack_op(leaves, spec, q_len, kv_len, q.device), q_len, kv_len)
+    if not leaves:
+        return _pack_symbolic(lazy, q_len, kv_len, q.device)
     if not isinstance(mask, Tensor) or mask.is_inference():
         return pack(lazy, q_len=q_len, kv_len=kv_len, device=q.device)
     key = (mask._version, q_len, kv_len)
@@ -342,9 +346,24 @@ def _block_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Blo
     if known is None or key not in known:
         # older versions of the tensor can never be asked for again
         known = {k: m for k, m in (known or {}).items() if k[0] == mask._version}
-        _packed[mask] = known | {key: pack(lazy, q_len=q_len, kv_len=kv_len, device=q.device)}
+        _packed[mask] = known | {key: _pack_to_keep(lazy, q_len, kv_len, q.device)}
     found: BlockMask = _packed[mask][key]
     return found
+
+
+@lru_cache(maxsize=16)
+def _pack_symbolic(mask: Mask, q_len: int, kv_len: int, device: torch.device) -> BlockMask:
+    """A mask without tensors, such as `causal()`, is the same whenever it is asked for."""
+    return _pack_to_keep(mask, q_len, kv_len, device)
+
+
+def _pack_to_keep(mask: Mask, q_len: int, kv_len: int, device: torch.device) -> BlockMask:
+    """`pack` for later calls, which may record gradients or run on another stream than this one."""
+    with torch.inference_mode(False):
+        packed = pack(mask, q_len=q_len, kv_len=kv_len, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return packed
 
 
 def _check_planes(planes: tuple[int, int], q: Tensor) -> None:

@@ -277,3 +277,27 @@ def test_why_the_kernels_cannot_run() -> None:
     assert "head_dim is 257" in str(why_not(1, 257, torch.float16))
     assert "dtype is torch.float64" in str(why_not(1, 16, torch.float64))
     assert "the kernels run on a GPU" in str(why_not(65535, 256, torch.bfloat16))
+
+
+def test_what_inference_mode_packed_serves_training_too() -> None:
+    q, k, v = make_qkv(1, 2, 2, 50, 70, 16, requires_grad=True)
+    api._pack_symbolic.cache_clear()
+    for mask in (torch.rand(50, 70) < 0.5, causal()):
+        with torch.inference_mode():
+            o = attention(q, k, v, mask)
+        trained = attention(q, k, v, mask)
+        assert torch.equal(o, trained)
+        trained.sum().backward()
+
+
+def test_a_mask_without_tensors_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    api._pack_symbolic.cache_clear()
+    packs = []
+    monkeypatch.setattr(api, "pack", lambda mask, **sizes: packs.append(mask) or pack(mask, **sizes))
+    q, k, v = make_qkv(1, 2, 2, 50, 70, 16)
+    for _ in range(3):
+        attention(q, k, v, is_causal=True)
+        attention(q, k, v, causal())
+        attention(q, k, v, causal(1) & ~causal(-1))
+    attention(q[:, :, :49], k, v, causal())
+    assert packs == [causal(), causal(1) & ~causal(-1), causal()]
