@@ -87,6 +87,8 @@ def test_scales(backend: str, case: Case) -> None:
         for m in ("none", "random", "tiles", "documents", "empty_columns")
         for t in (F32, F16)
     ]
+    # scores large enough to need a running maximum over several steps
+    + [Case(m, 140, 2200, 16, t, batch=1, scale=2.0) for m in ("none", "random", "documents") for t in (F32, F16)]
     + [Case(m, 130, 1100, 8, F32, batch=1, q_heads=20, kv_heads=20) for m in ("none", "per_head")]
     + [Case(m, 130, 1100, 8, F32, batch=1, q_heads=20, kv_heads=10) for m in ("random", "per_head")],
 )
