@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from anymask import backends, ops
 from anymask.mask import BlockMask, Mask, causal, pack
+from anymask.mask.bits import TILE
 from anymask.mask.builders import dense, from_dense
 from anymask.shapes import LSE, K, O, Q, V
 
@@ -73,12 +74,13 @@ def attention(
         mask: None; a bool tensor broadcastable to `[batch, q_heads, q_len, kv_len]`, True = attend, packed on first use
             and cached by identity and version (writes that bypass the version counter, such as through `.data` or
             NumPy, are not seen; tensors made in inference mode have no version and are packed each time); a `Mask`,
-            remembered if it holds no tensor, as `causal()`, else packed each time;
-            or a `BlockMask` from `pack`, with which the call never synchronises with the host.
+            remembered if it holds no tensor, as `causal()`, else packed each time; or a `BlockMask` from `pack`, with
+            which the call never synchronises with the host.
         scale: factor of the scores, finite; default `1 / sqrt(head_dim)`.
         is_causal: the same as `mask=causal()`, upper-left aligned; excludes `mask`.
         return_lse: also return the log-sum-exp of the scaled scores, differentiable.
-        deterministic: bit-equal gradients from run to run. All present backends are; None follows torch.
+        deterministic: whether gradients must be bit-equal from run to run. Those of every present backend are, so any
+            value is honoured.
         backend: a name of `anymask.backends.NAMES`, which raises if it cannot run the call; None takes the first that
             can. `explain` says which.
 
@@ -99,8 +101,8 @@ def attention(
     """
     q, k, v = _autocast(q, k, v)
     scale = _check_call(q, k, v, scale, is_causal, mask, return_lse, deterministic)
-    block_mask = _block_mask(q, k, causal() if is_causal else mask)
     backends.check_name(backend)
+    block_mask = _block_mask(q, k, causal() if is_causal else mask)
     call: Any = ops.forward if torch.compiler.is_compiling() else ops.Attention.apply
     o, lse = call(q, k, v, block_mask.tensors() if block_mask is not None else [], scale, backend)
     return (o, lse) if return_lse else o
@@ -243,7 +245,7 @@ def explain(
         block_mask.nbytes,
         planes * q.shape[2] * k.shape[2],
         round(pairs * density) * per_pair,
-        (partial + full) * 128 * 128 * repeats * per_pair,
+        (partial + full) * TILE * TILE * repeats * per_pair,
     )
 
 
