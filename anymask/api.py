@@ -79,8 +79,9 @@ def attention(
         scale: factor of the scores, finite; default `1 / sqrt(head_dim)`.
         is_causal: the same as `mask=causal()`, upper-left aligned; excludes `mask`.
         return_lse: also return the log-sum-exp of the scaled scores, differentiable.
-        deterministic: whether gradients must be bit-equal from run to run. Those of every present backend are, so any
-            value is honoured.
+        deterministic: whether gradients must be bit-equal from run to run; None asks
+            `torch.are_deterministic_algorithms_enabled()` when they are computed. Only `hopper` needs to be asked:
+            its backward pass then takes up to a third longer.
         backend: a name of `anymask.backends.NAMES`, which raises if it cannot run the call; None takes the first that
             can. `explain` says which.
 
@@ -104,7 +105,7 @@ def attention(
     backends.check_name(backend)
     block_mask = _block_mask(q, k, causal() if is_causal else mask)
     call: Any = ops.forward if torch.compiler.is_compiling() else ops.Attention.apply
-    o, lse = call(q, k, v, block_mask.tensors() if block_mask is not None else [], scale, backend)
+    o, lse = call(q, k, v, block_mask.tensors() if block_mask is not None else [], scale, backend, bool(deterministic))
     return (o, lse) if return_lse else o
 
 

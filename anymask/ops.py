@@ -20,12 +20,12 @@ from anymask.mask.expr import mask_from_spec
 
 torch.library.define(
     "anymask::forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor[] mask, float sm_scale, str? backend) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor[] mask, float sm_scale, str? backend, bool deterministic) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "anymask::backward",
     "(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, Tensor? dlse, Tensor[] mask, float sm_scale, "
-    "str? backend) -> (Tensor, Tensor, Tensor)",
+    "str? backend, bool deterministic) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "anymask::pack", "(Tensor[] leaves, str spec, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]"
@@ -41,10 +41,10 @@ pack_op = torch.ops.anymask.pack.default
 
 @torch.library.impl("anymask::forward", "CompositeExplicitAutograd")
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None
+    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.shape[2] == 0 or v.shape[3] == 0:
-        o, lse = _forward_fake(q, k, v, mask, sm_scale, backend)
+        o, lse = _forward_fake(q, k, v, mask, sm_scale, backend, deterministic)
         return o.zero_(), lse.fill_(-float("inf"))
     q, k, v = (_unit_last_stride(t) for t in (q, k, v))
     block_mask = _block_mask(mask, q.shape[2], k.shape[2])
@@ -56,7 +56,7 @@ def _forward(
 
 @torch.library.register_fake("anymask::forward")
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None
+    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
@@ -74,6 +74,7 @@ def _backward(
     mask: list[Tensor],
     sm_scale: float,
     backend: str | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         dq, dk, dv = _backward_fake(q, k, v)
@@ -81,8 +82,11 @@ def _backward(
     q, k, v, do = (_unit_last_stride(t) for t in (q, k, v, do))
     block_mask = _block_mask(mask, q.shape[2], k.shape[2])
     chosen = backends.choose(q, k, v, block_mask, backend)
+    repeatable = deterministic or torch.are_deterministic_algorithms_enabled()
     with _no_autocast(q):
-        grads: tuple[Tensor, Tensor, Tensor] = chosen.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
+        grads: tuple[Tensor, Tensor, Tensor] = chosen.backward(
+            q, k, v, o, lse, do, dlse, block_mask, sm_scale, repeatable
+        )
     return grads
 
 
@@ -92,7 +96,7 @@ def _backward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, ctx.sm_scale, ctx.backend = inputs
+    q, k, v, mask, ctx.sm_scale, ctx.backend, ctx.deterministic = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, *mask)
 
@@ -101,8 +105,8 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, .
     q, k, v, o, lse, *mask = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    grads = backward(q, k, v, o, lse, do, dlse, mask, ctx.sm_scale, ctx.backend)
-    return *grads, [None] * len(mask), None, None
+    grads = backward(q, k, v, o, lse, do, dlse, mask, ctx.sm_scale, ctx.backend, ctx.deterministic)
+    return *grads, [None] * len(mask), None, None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:
@@ -122,7 +126,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         """Gradients of q, k and v; the mask has none."""
-        return *_gradients(ctx, do, dlse)[:3], None, None, None
+        return *_gradients(ctx, do, dlse)[:3], None, None, None, None
 
 
 @torch.library.impl("anymask::pack", "CompositeExplicitAutograd")

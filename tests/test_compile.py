@@ -101,7 +101,7 @@ def compile_passes(dtype, dim, mask, v_dim=None, shape=(2, 2, 300), group=1):
     q, k = (torch.zeros(batch, heads, length, dim, dtype=dtype) for heads in (kv_heads * group, kv_heads))
     v = torch.zeros(*shape, v_dim or dim, dtype=dtype)
     o, lse = backend.forward(q, k, v, mask, 0.1)
-    backend.backward(q, k, v, o, lse, o, None, mask, 0.1)
+    backend.backward(q, k, v, o, lse, o, None, mask, 0.1, True)
 
 
 def causal_mask():

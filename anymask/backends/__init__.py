@@ -1,8 +1,8 @@
 """The backends in order of preference, and how one is chosen.
 
 A backend is a module with three functions: `why_not(q, k, v, block_mask)` is None or the reason it cannot run the call;
-`forward(q, k, v, block_mask, sm_scale) -> (o, lse)`; `backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale) ->
-(dq, dk, dv)`. Inputs are validated, non-empty, and have a unit last stride; `block_mask` None means every pair.
+`forward(q, k, v, block_mask, sm_scale) -> (o, lse)`; `backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale,
+deterministic) -> (dq, dk, dv)`, bit-equal from run to run if `deterministic`. Inputs are validated, non-empty, and have a unit last stride; `block_mask` None means every pair.
 """
 
 from functools import cache
@@ -14,12 +14,12 @@ from torch import Tensor
 from anymask.mask import BlockMask
 
 # fastest first; `reference` runs anything, in memory proportional to q_len * kv_len
-NAMES = ("cpu", "triton", "reference")
+NAMES = ("cpu", "hopper", "triton", "reference")
 
 
 @cache
 def load(name: str) -> ModuleType:
-    """The backend's module, imported on first use: `triton` needs Triton installed."""
+    """The backend's module, imported on first use: `hopper` and `triton` need Triton installed."""
     return import_module(f"anymask.backends.{name}")
 
 

@@ -80,6 +80,7 @@ def backward(
     dlse: LSE | None,
     block_mask: BlockMask | None,
     sm_scale: float,
+    deterministic: bool,
 ) -> tuple[Q, K, V]:
     """`dq, dk, dv` in the dtypes of `q, k, v`."""
     call = _Call.of(q, k, v, block_mask)

@@ -88,9 +88,10 @@ def backward(
     dlse: Tensor | None,
     block_mask: BlockMask | None,
     sm_scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)`, contiguous, bit-equal from run to run."""
-    from anymask.backends.triton.backward_kernels import _bwd_delta_kernel, _bwd_dkdv_kernel, _bwd_dq_kernel
+    from anymask.backends.triton.backward_kernels import _bwd_dkdv_kernel, _bwd_dq_kernel
 
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -104,23 +105,7 @@ def backward(
         use_tma = _tma(target, (q, k, v, do), *live)
         dims = head_dim, v_dim, q.element_size(), use_tma, target
         (block_m, block_n), options = _options("dq", *dims)
-        _bwd_delta_kernel[(tiles_over(q_len) * TILE // DELTA_ROWS, q_heads, batch)](
-            o,
-            do,
-            lse.contiguous(),
-            dlse,
-            lse2,
-            delta,
-            o.stride()[:3],
-            read_strides[3],
-            (0, 0, 0) if dlse is None else dlse.stride(),
-            q_heads,
-            q_len,
-            V_DIM=v_dim,
-            BLOCK_DV=options["BLOCK_DV"],
-            BLOCK_M=DELTA_ROWS,
-            enable_fp_fusion=True,
-        )
+        _launch_delta(o, do, lse, dlse, lse2, delta)
         _bwd_dq_kernel[(tiles_over(q_len) * TILE // block_m, q_heads, batch)](
             *_sources(q, k, v, do, options),
             lse2,
@@ -147,6 +132,30 @@ def backward(
             **options,
         )
     return dq, dk, dv
+
+
+def _launch_delta(o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, lse2: Tensor, delta: Tensor) -> None:
+    """Fill `lse2` and `delta`, `[batch, q_heads, whole tiles]`."""
+    from anymask.backends.triton.backward_kernels import _bwd_delta_kernel
+
+    batch, q_heads, q_len, v_dim = o.shape
+    _bwd_delta_kernel[(lse2.shape[2] // DELTA_ROWS, q_heads, batch)](
+        o,
+        do,
+        lse.contiguous(),
+        dlse,
+        lse2,
+        delta,
+        o.stride()[:3],
+        do.stride()[:3],
+        (0, 0, 0) if dlse is None else dlse.stride(),
+        q_heads,
+        q_len,
+        V_DIM=v_dim,
+        BLOCK_DV=_block_d(v_dim),
+        BLOCK_M=DELTA_ROWS,
+        enable_fp_fusion=True,
+    )
 
 
 def _sources(q: Tensor, k: Tensor, v: Tensor, do: Tensor, options: dict[str, Any]) -> tuple[Any, ...]:
@@ -195,7 +204,7 @@ def _options(
     which: str, head_dim: int, v_dim: int, itemsize: int, use_tma: bool, target: tuple[str, int | str]
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """The rows and columns of a kernel step, and every keyword that a launch of pass `which` shares."""
-    block_d, block_dv = (max(16, 1 << (d - 1).bit_length()) for d in (head_dim, v_dim))
+    block_d, block_dv = _block_d(head_dim), _block_d(v_dim)
     config = tuning.choose(*target, use_tma, itemsize, max(block_d, block_dv), which)
     return (config.BLOCK_M, config.BLOCK_N), {
         "HEAD_DIM": head_dim,
@@ -211,6 +220,11 @@ def _options(
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
     }
+
+
+def _block_d(dim: int) -> int:
+    """The power of two that a kernel pads a head_dim to."""
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def _tma(target: tuple[str, int | str], tensors: tuple[Tensor, ...], *live: Tensor | None) -> bool:
@@ -269,4 +283,6 @@ def _target() -> tuple[str, int | str]:
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

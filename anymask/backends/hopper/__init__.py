@@ -1,0 +1,250 @@
+"""Kernels in Gluon for Hopper (sm_90): fp16 and bf16 through the tensor memory accelerator and warpgroup products.
+
+Triton is imported when a call runs, so that this module imports without it. Allocation and launches only; the kernels
+are in forward_kernel.py and backward_kernel.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask.backends import triton as portable
+from anymask.backends.hopper import tuning
+from anymask.mask import BlockMask
+from anymask.mask.bits import TILE, tiles_over
+
+DTYPES = (torch.float16, torch.bfloat16)
+# below, the portable kernels pad less; above, the accumulators do not fit the registers
+MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 128
+
+# what a kernel is compiled for -> the compiled kernel; new lengths, masks and scales are in none of the keys
+_kernels: dict[tuple[Any, ...], Any] = {}
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> str | None:
+    """Why this backend cannot run the call, or None."""
+    if not q.is_cuda:
+        return f"the tensors are on {q.device}, the kernels run on a Hopper GPU"
+    reason = _unusable(q.device)
+    if reason is not None:
+        return reason
+    if q.dtype not in DTYPES:
+        return f"dtype is {q.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
+    if not MIN_HEAD_DIM <= max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM:
+        return (
+            f"head_dim is {q.shape[3]} and v_dim {v.shape[3]}, the kernels take a larger one of "
+            f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+        )
+    if max(q.shape[:2]) > portable.MAX_GRID:
+        return f"q has {q.shape[0]} samples and {q.shape[1]} heads, the kernels take up to {portable.MAX_GRID} of each"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not _loadable(t):
+            return (
+                f"{name} has strides {t.stride()} at an address {t.data_ptr() % 16} beyond a multiple of 16, the copy "
+                "engine takes multiples of 16 bytes"
+            )
+    if block_mask is not None and block_mask.cols.live.numel() and block_mask.heads > 1 and q.shape[1] > k.shape[1]:
+        return "the query heads of a group have different masks, some with keys that no query attends to"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
+    """`(o, lse)`, contiguous."""
+    from anymask.backends.hopper.forward_kernel import _fwd_kernel
+
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
+    o = q.new_empty(batch, q_heads, q_len, v_dim)
+    lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
+    v = _without_dead(v, block_mask, "cols")
+    block_d = _block_d(head_dim, v_dim)
+    config = tuning.FORWARD[block_d]
+    q_tiles = tiles_over(q_len)
+    n_items = programs = q_tiles * q_heads * batch
+    if config.is_persistent[block_mask is not None]:
+        programs = min(n_items, _multiprocessors(q.device))
+    with portable._on(q.device):
+        _launch(
+            _fwd_kernel,
+            (programs, 1, 1),
+            (
+                _tiles(q, 64, block_d),
+                _tiles(k, TILE, block_d),
+                _tiles(v, TILE, block_d),
+                _tiles(o, 64, block_d),
+                lse,
+                *portable._lists(block_mask, "rows"),
+                *portable._plane_strides(block_mask),
+                q_tiles,
+                q_heads,
+                q_heads // kv_heads,
+                q_len,
+                kv_len,
+                n_items,
+                (abs(sm_scale) or portable.TINY_SCALE) * portable.LOG2_E,
+            ),
+            {
+                "HEAD_DIM": block_d,
+                "IS_NEGATIVE": sm_scale < 0,
+                "STAGES": config.STAGES,
+                "Q_STAGES": config.Q_STAGES,
+                "DEEP": config.DEEP,
+                "HIDE": False,
+            },
+            4,
+            (q.device, q.dtype, block_mask is None),
+        )
+    return o, lse
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    block_mask: BlockMask | None,
+    sm_scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dq, dk, dv)`, contiguous. dq sums in the order in which tiles finish, unless `deterministic`.
+
+    The deterministic variant is that of the portable kernels: they compute the scores twice and need no atomics.
+    """
+    if deterministic:
+        return portable.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)
+    from anymask.backends.hopper.backward_kernel import _bwd_kernel, _dq_kernel
+
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    if not _loadable(do):
+        do = do.contiguous()
+    q, do = (_without_dead(t, block_mask, "rows") for t in (q, do))
+    k, v = (_without_dead(t, block_mask, "cols") for t in (k, v))
+    block_d = _block_d(head_dim, v_dim)
+    block_m = tuning.BLOCK_M[block_d]
+    lse2, delta = lse.new_empty(2, batch, q_heads, tiles_over(q_len) * TILE)
+    # rows of 32 floats, in the order of the kernel
+    dq_acc = lse.new_zeros(lse2.numel() * block_d // 32, 32)
+    has_tail = block_mask is None and kv_len % TILE != 0
+    with portable._on(q.device):
+        portable._launch_delta(o, do, lse, dlse, lse2, delta)
+        _launch(
+            _bwd_kernel,
+            (tiles_over(kv_len), kv_heads, batch),
+            (
+                _tiles(q, block_m, block_d),
+                _tiles(k, TILE, block_d),
+                _tiles(v, TILE, block_d),
+                _tiles(do, block_m, block_d),
+                _rows(lse2.view(-1), block_m),
+                _rows(delta.view(-1), block_m),
+                _rows(dq_acc, block_m * block_d // 32),
+                _tiles(dk, TILE, block_d),
+                _tiles(dv, TILE, block_d),
+                *portable._lists(block_mask, "cols"),
+                *portable._plane_strides(block_mask),
+                q_len,
+                kv_len,
+                q_heads // kv_heads,
+                sm_scale,
+                sm_scale * portable.LOG2_E,
+            ),
+            {"HEAD_DIM": block_d, "BLOCK_M": block_m, "STAGES": 2, "MASKED": block_mask is not None, "HAS_TAIL": has_tail},
+            8,
+            (q.device, q.dtype, q_heads // kv_heads),
+        )
+        _dq_kernel[(tiles_over(q_len) * 2, q_heads * batch)](
+            dq_acc, dq, q_len, sm_scale, DIM=head_dim, HEAD_DIM=block_d, enable_fp_fusion=True
+        )
+    return dq, dk, dv
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    key: tuple[Any, ...],
+) -> None:
+    """`kernel[grid](*args, **constants)`; after the first launch without Triton's look at every argument.
+
+    `key` with `constants` says all that the compiled kernel depends on.
+    """
+    key = (kernel, *key, *constants.values())
+    known = _kernels.get(key)
+    if known is None:
+        _kernels[key] = kernel[grid](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+    else:
+        known[grid](*args, *constants.values())
+
+
+def _block_d(head_dim: int, v_dim: int) -> int:
+    return 64 if max(head_dim, v_dim) <= 64 else 128
+
+
+def _loadable(t: Tensor) -> bool:
+    """Whether the copy engine can read `t`: 16-byte aligned, and no stride of 0."""
+    b, h, m, _ = t.stride()
+    return (t.data_ptr() | 2 * b | 2 * h | 2 * m) % 16 == 0 and min(b, h, m) > 0
+
+
+def _without_dead(t: Tensor, block_mask: BlockMask | None, view: str) -> Tensor:
+    """`t` with zeros at positions that no pair of its plane needs: 0 times a NaN there would reach a sum."""
+    live = portable._live(block_mask, view)
+    if live is None or block_mask is None:
+        return t
+    return t.masked_fill(live.view(block_mask.batch, block_mask.heads, -1, 1) == 0, 0.0)
+
+
+def _tiles(t: Tensor, rows: int, columns: int) -> Any:
+    """A descriptor of tiles `[1, 1, rows, columns]` of `t [batch, heads, length, dim]`."""
+    return _descriptor(t, list(t.shape), [*t.stride()[:3], 1], [1, 1, rows, columns], t.dtype)
+
+
+def _rows(t: Tensor, rows: int) -> Any:
+    """A descriptor of `rows` leading indices of contiguous fp32 `t`."""
+    return _descriptor(t, list(t.shape), list(t.stride()), [rows, *t.shape[1:]], t.dtype)
+
+
+def _descriptor(t: Tensor, shape: list[int], strides: list[int], block: list[int], dtype: torch.dtype) -> Any:
+    # `_loadable` has checked what the constructor checks again for every call
+    descriptor_type, layout = _layout(tuple(block), dtype)
+    descriptor = object.__new__(descriptor_type)
+    descriptor.base, descriptor.shape, descriptor.strides = t, shape, strides
+    descriptor.block_shape, descriptor.layout, descriptor.padding = block, layout, "zero"
+    return descriptor
+
+
+@cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> tuple[type, Any]:
+    """Gluon's descriptor class and the shared-memory layout of a block."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}[dtype]
+    return TensorDescriptor, gl.NVMMASharedLayout.get_default_for(list(block), element)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _unusable(device: torch.device) -> str | None:
+    if not portable._installed():
+        return "Triton is not installed"
+    if portable._interprets():
+        return "Triton interprets its kernels, and has no interpreter for these"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+        return f"{torch.cuda.get_device_name(device)} is not of compute capability 9.0"
+    return None

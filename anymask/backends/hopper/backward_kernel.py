@@ -1,0 +1,383 @@
+"""The backward kernel: one program computes dk and dv of 128 keys and adds their share to dq.
+
+Two warpgroups hold 64 keys each, with dk and dv in registers, and compute on transposed scores. `ds^T` of both meets in
+shared memory, from where each group multiplies its half of dq; one warp fills the rings of q and do, another adds dq to an
+fp32 accumulator in global memory. docs/kernels.md has the equations and draws who waits for whom.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from anymask.backends.hopper.compat import tma_add, tma_load, tma_store
+from anymask.backends.hopper.tiles import TILE, barriers, exp2
+
+
+@gluon.jit
+def _runs(lists, line, q_tiles, MASKED: gl.constexpr):
+    """Where the line's full and partial tiles begin and how many there are; without a mask all are full."""
+    full_offsets, _, partial_offsets, _ = lists
+    full_begin, n_full, partial_begin, n_partial = 0, q_tiles, 0, 0
+    if MASKED:
+        full_begin = gl.load(full_offsets + line)
+        n_full = gl.load(full_offsets + line + 1) - full_begin
+        partial_begin = gl.load(partial_offsets + line)
+        n_partial = gl.load(partial_offsets + line + 1) - partial_begin
+    return full_begin, n_full, partial_begin, n_partial
+
+
+@gluon.jit
+def _listed(lists, full_begin, partial_begin, n_partial, j, MASKED: gl.constexpr):
+    """The j-th tile of a line, partial ones first."""
+    _, full_tiles, _, partial_tiles = lists
+    tile = j
+    if MASKED:
+        if j < n_partial:
+            tile = gl.load(partial_tiles + partial_begin + j)
+        else:
+            tile = gl.load(full_tiles + full_begin + j - n_partial)
+    return tile
+
+
+@gluon.jit
+def _produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    do_desc,
+    lse_desc,
+    delta_desc,
+    k_bufs,
+    v_bufs,
+    kv_ready,
+    q_bufs,
+    lse_bufs,
+    q_ready,
+    do_bufs,
+    delta_bufs,
+    do_ready,
+    free,
+    lists,
+    first_plane,
+    head_planes,
+    sample,
+    kv_head,
+    tile,
+    q_tiles,
+    kv_tiles,
+    group,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Keeps the rings of q, lse2 and of do, delta filled, in the order in which `_consume` walks the lists."""
+    mbarrier.expect(kv_ready, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma_load(k_desc, [sample, kv_head, tile * TILE, 0], kv_ready, k_bufs.index(0))
+    tma_load(v_desc, [sample, kv_head, tile * TILE, 0], kv_ready, v_bufs.index(0))
+    pos = 0
+    for i in range(group):
+        head = kv_head * group + i
+        line = (first_plane + i * head_planes) * kv_tiles + tile
+        full_begin, n_full, partial_begin, n_partial = _runs(lists, line, q_tiles, MASKED)
+        row = (sample * gl.num_programs(1) * group + head) * q_tiles * TILE
+        for j in range(n_full + n_partial):
+            start = _listed(lists, full_begin, partial_begin, n_partial, j, MASKED) * TILE
+            for _ in gl.static_range(TILE // BLOCK_M):
+                stage = pos & (STAGES - 1)
+                mbarrier.wait(free.index(stage), ((pos // STAGES) & 1) ^ 1)
+                mbarrier.expect(q_ready.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+                tma_load(q_desc, [sample, head, start, 0], q_ready.index(stage), q_bufs.index(stage))
+                tma_load(lse_desc, [row + start], q_ready.index(stage), lse_bufs.index(stage))
+                mbarrier.expect(do_ready.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+                tma_load(do_desc, [sample, head, start, 0], do_ready.index(stage), do_bufs.index(stage))
+                tma_load(delta_desc, [row + start], do_ready.index(stage), delta_bufs.index(stage))
+                start += BLOCK_M
+                pos += 1
+    # consumers compute the scores of one step too many, from whatever the buffer holds
+    mbarrier.wait(free.index(pos & (STAGES - 1)), ((pos // STAGES) & 1) ^ 1)
+    mbarrier.arrive(q_ready.index(pos & (STAGES - 1)))
+
+
+@gluon.jit
+def _add_dq(
+    dq_desc,
+    dq_buf,
+    dq_full,
+    dq_empty,
+    lists,
+    first_plane,
+    head_planes,
+    sample,
+    kv_head,
+    tile,
+    q_tiles,
+    kv_tiles,
+    group,
+    BLOCK_M: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Adds the dq of each step to global memory."""
+    pos = 0
+    for i in range(group):
+        head = kv_head * group + i
+        line = (first_plane + i * head_planes) * kv_tiles + tile
+        full_begin, n_full, partial_begin, n_partial = _runs(lists, line, q_tiles, MASKED)
+        head_tile = (sample * gl.num_programs(1) * group + head) * q_tiles
+        for j in range(n_full + n_partial):
+            row = (head_tile + _listed(lists, full_begin, partial_begin, n_partial, j, MASKED)) * (TILE * HEAD_DIM // 32)
+            for _ in gl.static_range(TILE // BLOCK_M):
+                mbarrier.wait(dq_full, pos & 1)
+                tma_add(dq_desc, [row, 0], dq_buf)
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty)
+                row += BLOCK_M * HEAD_DIM // 32
+                pos += 1
+
+
+@gluon.jit
+def _consume(
+    dk_desc,
+    dv_desc,
+    k_bufs,
+    v_bufs,
+    kv_ready,
+    q_bufs,
+    lse_bufs,
+    q_ready,
+    do_bufs,
+    delta_bufs,
+    do_ready,
+    free,
+    ds_bufs,
+    dq_buf,
+    dq_full,
+    dq_empty,
+    lists,
+    words,
+    first_plane,
+    head_planes,
+    sample,
+    kv_head,
+    tile,
+    q_tiles,
+    kv_tiles,
+    kv_len,
+    group,
+    sm_scale,
+    qk_scale,
+    BLOCK_M: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+    HAS_TAIL: gl.constexpr,
+):
+    """dk and dv of the tile's keys, and their share of every dq: equations (5) to (9), transposed."""
+    STEPS: gl.constexpr = TILE // BLOCK_M
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
+    KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD_DIM, 16])
+    # the groups share dq by rows where there are rows enough, else by columns
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_M // 16, STEPS], [16, 64, 16])
+    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, KV_LAYOUT, 2)
+    COL_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    S4_LAYOUT: gl.constexpr = gl.zeros([TILE, BLOCK_M], gl.float32, S_LAYOUT).reshape([TILE, BLOCK_M // 8, 4, 2]).type.layout
+    W_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, S4_LAYOUT))
+    PAIR_LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, S4_LAYOUT)))
+    BIT_LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, S4_LAYOUT)))
+    dtype: gl.constexpr = dk_desc.dtype
+    zero_s = gl.zeros([TILE, BLOCK_M], gl.float32, S_LAYOUT)
+    zero_dq = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, DQ_LAYOUT)
+    dk = gl.zeros([TILE, HEAD_DIM], gl.float32, KV_LAYOUT)
+    dv = gl.zeros([TILE, HEAD_DIM], gl.float32, KV_LAYOUT)
+    # [TILE, 4]: row and quad of this thread's words; [1, BLOCK_M // 8, 1, 2]: the bit of a word that is a column
+    rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
+    place = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
+    bit = 2 * gl.arange(0, BLOCK_M // 8, layout=PAIR_LAYOUT).expand_dims(0).expand_dims(2).expand_dims(3)
+    bit += gl.arange(0, 2, layout=BIT_LAYOUT).expand_dims(0).expand_dims(1).expand_dims(2)
+    # without a mask the same words in every tile hide the keys beyond kv_len
+    w = gl.where(tile * TILE + place // 4 < kv_len, -1, 0)
+    mbarrier.wait(kv_ready, 0)
+    mbarrier.wait(q_ready.index(0), 0)
+    k = k_bufs.index(0).reshape([TILE, HEAD_DIM])
+    q = q_bufs.index(0).reshape([BLOCK_M, HEAD_DIM])
+    s = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    pos = 0
+    for i in range(group):
+        line = (first_plane + i * head_planes) * kv_tiles + tile
+        _, n_full, partial_begin, n_partial = _runs(lists, line, q_tiles, MASKED)
+        if MASKED:
+            next_w = gl.load(words + partial_begin.to(gl.int64) * (TILE * 4) + place, mask=place * 0 < n_partial, other=-1)
+        for step in range((n_full + n_partial) * STEPS):
+            if MASKED:
+                w = next_w >> (step % STEPS) * (BLOCK_M // 4)
+                ahead = (step + 1) // STEPS
+                entry = (partial_begin + ahead).to(gl.int64)
+                next_w = gl.load(words + entry * (TILE * 4) + place, mask=place * 0 + ahead < n_partial, other=-1)
+            # always 0 and not known to be: addresses that never change would be computed before the loop, and spilled
+            zero = pos >> 30
+            k = k_bufs.index(zero).reshape([TILE, HEAD_DIM])
+            v = v_bufs.index(zero).reshape([TILE, HEAD_DIM])
+            ds_buf = ds_bufs.index(zero)
+            stage = pos & (STAGES - 1)
+            q = q_bufs.index(stage).reshape([BLOCK_M, HEAD_DIM])
+            do = do_bufs.index(stage).reshape([BLOCK_M, HEAD_DIM])
+            mbarrier.wait(do_ready.index(stage), (pos // STAGES) & 1)
+            # dp - delta, by starting the sum at -delta
+            dp = zero_s - delta_bufs.index(stage).load(COL_LAYOUT).expand_dims(0)
+            dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)
+            lse2 = lse_bufs.index(stage).load(COL_LAYOUT)
+            # [TILE, BLOCK_M]
+            p = exp2(s * qk_scale - lse2.expand_dims(0))
+            if MASKED or HAS_TAIL:
+                p4 = p.reshape([TILE, BLOCK_M // 8, 4, 2])
+                p4 = gl.where(((w.expand_dims(1).expand_dims(3) >> bit) & 1) != 0, p4, 0.0)
+                p = gl.convert_layout(p4.reshape([TILE, BLOCK_M]), S_LAYOUT, assert_trivial=True)
+            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), A_LAYOUT), do, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp])
+            ds = (p * dp).to(dtype)
+            ds_buf.store(ds)
+            fence_async_shared()
+            dk = warpgroup_mma(gl.convert_layout(ds, A_LAYOUT), q, dk, is_async=True)
+            dq = warpgroup_mma(ds_buf.permute((1, 0)), k, zero_dq, use_acc=False, is_async=True)
+            # with dv done, the registers of p are free for the scores of the next step, which run while dq is moved
+            dv = warpgroup_mma_wait(2, deps=[dv])
+            following = (pos + 1) & (STAGES - 1)
+            mbarrier.wait(q_ready.index(following), ((pos + 1) // STAGES) & 1)
+            q = q_bufs.index(following).reshape([BLOCK_M, HEAD_DIM])
+            s = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+            dk = warpgroup_mma_wait(2, deps=[dk])
+            mbarrier.arrive(free.index(stage))
+            dq = warpgroup_mma_wait(1, deps=[dq])
+            mbarrier.wait(dq_empty, (pos & 1) ^ 1)
+            _store_dq(dq_buf, dq)
+            fence_async_shared()
+            mbarrier.arrive(dq_full)
+            # a product in flight cannot cross the end of a loop: ptxas would serialise all of them
+            s = warpgroup_mma_wait(0, deps=[s])
+            pos += 1
+    k_bufs.index(0).reshape([TILE, HEAD_DIM]).store((dk * sm_scale).to(dtype))
+    v_bufs.index(0).reshape([TILE, HEAD_DIM]).store(dv.to(dtype))
+    fence_async_shared()
+    tma_store(dk_desc, [sample, kv_head, tile * TILE, 0], k_bufs.index(0))
+    tma_store(dv_desc, [sample, kv_head, tile * TILE, 0], v_bufs.index(0))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _store_dq(buf, dq):
+    """Write `dq [BLOCK_M, HEAD_DIM]` so that a thread writes 16 bytes at once and eight threads 128 in a row.
+
+    Column `8 * (2 * a + b) + 2 * t + p` of row `r` becomes float `4 * t + 2 * b + p` of the 16 of `(a, r)`, in blocks of 64
+    rows. `_dq_kernel` reads this order.
+    """
+    x = dq.reshape([dq.shape[0] // 64, 64, dq.shape[1] // 16, 2, 4, 2]).permute((0, 2, 1, 4, 3, 5))
+    buf.store(x.reshape([dq.shape[0] * dq.shape[1] // 32, 32]))
+
+
+@gluon.jit(
+    do_not_specialize=["sample_planes", "head_planes", "q_len", "kv_len"],
+    do_not_specialize_on_alignment=["full_offsets", "full_tiles", "partial_offsets", "partial_tiles", "words", "order"],
+)
+def _bwd_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    do_desc,
+    lse_desc,
+    delta_desc,
+    dq_desc,
+    dk_desc,
+    dv_desc,
+    full_offsets,
+    full_tiles,
+    partial_offsets,
+    partial_tiles,
+    words,
+    order,
+    sample_planes,
+    head_planes,
+    q_len,
+    kv_len,
+    group,
+    sm_scale,
+    qk_scale,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+    HAS_TAIL: gl.constexpr,
+):
+    """Writes `dk`, `dv` of 128 keys of one kv head, summed over its group of query heads, and adds to `dq`.
+
+    Grid: (kv tiles, kv_heads, batch). `sample_planes`, `head_planes`: planes from one sample or query head to the next.
+    """
+    kv_head = gl.program_id(1)
+    sample = gl.program_id(2)
+    kv_tiles = gl.num_programs(0)
+    q_tiles = (q_len + TILE - 1) // TILE
+    first_plane = sample * sample_planes + kv_head * group * head_planes
+    tile = gl.program_id(0)
+    if MASKED:
+        # heads of a group may have planes of their own: any order is right, the first head's is as good as another
+        tile = gl.load(order + first_plane * kv_tiles + tile)
+    dtype: gl.constexpr = q_desc.dtype
+    DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_M], dtype)
+    k_bufs = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [1] + v_desc.block_type.shape, v_desc.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse_desc.layout)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [1, TILE, BLOCK_M], DS_LAYOUT)
+    dq_buf = gl.allocate_shared_memory(gl.float32, dq_desc.block_type.shape, dq_desc.layout)
+    q_ready, do_ready, free = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    single = barriers(3, 1)
+    kv_ready, dq_full, dq_empty = single.index(0), single.index(1), single.index(2)
+    lists = (full_offsets, full_tiles, partial_offsets, partial_tiles)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consume, (
+                dk_desc, dv_desc, k_bufs, v_bufs, kv_ready, q_bufs, lse_bufs, q_ready, do_bufs, delta_bufs, do_ready, free,
+                ds_bufs, dq_buf, dq_full, dq_empty, lists, words, first_plane, head_planes, sample, kv_head, tile, q_tiles,
+                kv_tiles, kv_len, group, sm_scale, qk_scale, BLOCK_M, HEAD_DIM, STAGES, MASKED, HAS_TAIL,
+            )),
+            (_produce, (
+                q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, k_bufs, v_bufs, kv_ready, q_bufs, lse_bufs, q_ready,
+                do_bufs, delta_bufs, do_ready, free, lists, first_plane, head_planes, sample, kv_head, tile, q_tiles,
+                kv_tiles, group, BLOCK_M, STAGES, MASKED,
+            )),
+            (_add_dq, (
+                dq_desc, dq_buf, dq_full, dq_empty, lists, first_plane, head_planes, sample, kv_head, tile, q_tiles,
+                kv_tiles, group, BLOCK_M, HEAD_DIM, MASKED,
+            )),
+        ],
+        [1, 1],
+        [24, 24],
+    )
+    # fmt: on
+
+
+@triton.jit(do_not_specialize=["q_len"])
+def _dq_kernel(dq_acc, dq_ptr, q_len, sm_scale, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Writes `dq [heads, q_len, DIM]`, scaled, of 64 queries from the fp32 accumulator in the order of `_store_dq`.
+
+    Grid: (query tiles * 2, heads of all samples).
+    """
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.arange(0, 64)[:, None]
+    c = tl.arange(0, HEAD_DIM)[None, :]
+    place = c // 16 * 1024 + r * 16 + c % 8 // 2 * 4 + c % 16 // 8 * 2 + c % 2
+    dq = tl.load(dq_acc + (head * tl.num_programs(0) + tl.program_id(0)) * (64 * HEAD_DIM) + place)
+    rows = tl.program_id(0) * 64 + r
+    out = dq_ptr + (head * q_len + rows) * DIM + c
+    tl.store(out, (dq * sm_scale).to(dq_ptr.dtype.element_ty), mask=(rows < q_len) & (c < DIM))
