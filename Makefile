@@ -15,6 +15,9 @@ RUN := $(VENV)/bin/python
 TORCH_DONE := $(VENV)/.done-torch
 DEMO_DONE := $(VENV)/.done-demo
 DEV_DONE := $(VENV)/.done-dev
+# the oldest Triton that is supported, beside the installed one
+OLDEST := $(VENV)/oldest
+OLDEST_DONE := $(VENV)/.done-oldest
 
 .PHONY: demo test lint clean
 
@@ -23,8 +26,10 @@ demo: $(DEMO_DONE)
 
 # threads that spin while they wait take the cores they wait for, if the machine has other work
 test: export OMP_WAIT_POLICY ?= passive
-test: $(DEV_DONE)
+test: $(DEV_DONE) $(OLDEST_DONE)
 	$(RUN) -m pytest $(TEST_FLAGS)
+	@echo "==> kernels of Hopper with the oldest Triton"
+	@if [ -d $(OLDEST) ]; then PYTHONPATH=$(OLDEST) $(RUN) -m pytest -m compile tests/test_compile_hopper.py; fi
 
 lint: $(DEV_DONE)
 	$(RUN) -m ruff check .
@@ -32,7 +37,7 @@ lint: $(DEV_DONE)
 	$(RUN) -m mypy
 
 clean:
-	rm -f $(TORCH_DONE) $(DEMO_DONE) $(DEV_DONE)
+	rm -rf $(TORCH_DONE) $(DEMO_DONE) $(DEV_DONE) $(OLDEST_DONE) $(OLDEST)
 
 $(TORCH_DONE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -52,4 +57,8 @@ $(DEMO_DONE): $(TORCH_DONE) pyproject.toml
 $(DEV_DONE): $(TORCH_DONE) pyproject.toml
 	@echo "==> anymask with what its tests and linters need"
 	$(RUN) -m pip install --progress-bar on '$(TORCH)' -e '.[dev]'
+	@touch $@
+
+$(OLDEST_DONE): $(DEV_DONE)
+	@if $(RUN) -c 'import triton' 2>/dev/null; then $(RUN) -m pip install --no-deps --target $(OLDEST) 'triton==3.6.0'; fi
 	@touch $@

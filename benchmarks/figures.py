@@ -76,6 +76,42 @@ def gpu_figures() -> list[Figure]:
     return figures
 
 
+def hopper_figures(suite: str) -> list[Figure]:
+    """The Hopper kernels, in parts of the time of cuDNN without any mask unless said; all rivals in the same case."""
+    if suite == "hopper-short":
+        return [Figure("no mask, forward", 1.10, "x", "cuDNN", _against("none", "forward_ms", "cudnn")), _host()]
+    limits = {"hopper-d128": (0.93, 0.99, 0.70), "hopper-d64": (0.88, 0.98, 0.75)}[suite]
+    bases = {
+        ("none", "cudnn", "cuDNN"): (limits[0], 1.00),
+        ("random50", "cudnn-unmasked", "cuDNN without the mask"): (limits[1], 1.03),
+        ("causal", "cudnn-causal", "cuDNN's built-in causal"): (1.00, 1.05),
+        ("window1024", "flex", "FlexAttention, closed form"): (limits[2], limits[2]),
+        ("documents8_causal", "flex", "FlexAttention, closed form"): (limits[2], limits[2]),
+    }
+    figures = []
+    for (case, rival, of), both in bases.items():
+        for step, limit in zip(("forward", "backward"), both, strict=True):
+            figures.append(Figure(f"{case} {step}", limit, "x", of, _against(case, f"{step}_ms", rival)))
+    for case in ("none", "random50"):
+        measure = _against_own(case, "backward_ms", ":deterministic")
+        figures.append(Figure(f"{case} backward, deterministic", 1.35, "x", "the default", measure))
+    return [*figures, _host()]
+
+
+def _host() -> Figure:
+    def measure(rows: Rows, ours: str) -> Measured:
+        row = _usable(rows, "attention", "none", ours, "forward_host_us")
+        if isinstance(row, str):
+            return Measured(None, row)
+        return Measured(row.values["forward_host_us"], "eager, gradients recorded")
+
+    return Figure("forward, host time a call", 60, "us", "", measure)
+
+
+def _against_own(case: str, key: str, variant: str) -> Callable[[Rows, str], Measured]:
+    return lambda rows, ours: _against(case, key, ours)(rows, ours + variant)
+
+
 def cpu_figures() -> list[Figure]:
     """A CPU: ratios only."""
     figures = [

@@ -6,7 +6,7 @@ import functools
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ def prepare(problem: Problem, provider: str, expected: References) -> Ready | Ro
         leaves = (problem.q, problem.k, problem.v)
         out = prepared.attend(*leaves)
         grads = torch.autograd.grad(out, leaves, problem.do, retain_graph=True)
+        if prepared.unmasked:
+            expected = check.references(replace(problem, mask=None))
         errors = check.errors((out, *grads), expected, problem.shape.dtype)
     except Unsupported as why:
         return row(SKIPPED, str(why))
@@ -67,11 +69,16 @@ def error_values(errors: check.Errors) -> dict[str, float]:
 
 def attention_rows(suite: Suite, problem: Problem, ready: dict[str, Ready]) -> Iterator[Row]:
     """The timed rows of the providers that are ready."""
-    values = {name: error_values(r.errors) | {"pairs": float(problem.pairs)} for name, r in ready.items()}
+    pairs = {
+        name: replace(problem, mask=None).pairs if r.prepared.unmasked else problem.pairs for name, r in ready.items()
+    }
+    values = {name: error_values(r.errors) | {"pairs": float(pairs[name])} for name, r in ready.items()}
     calls = {name: _calls(problem, r) for name, r in ready.items()}
     if suite.baseline is None:
         for name in ready:
             values[name] |= _memory(problem, calls[name])
+            if name.startswith(OURS):
+                values[name] |= {f"{step}_host_us": timing.host_us(calls[name][step]) for step in suite.passes}
     elif suite.baseline not in ready:
         for name in ready:
             yield Row("attention", problem.case.name, name, SKIPPED, f"{suite.baseline} is not there to compare with")
@@ -87,7 +94,7 @@ def attention_rows(suite: Suite, problem: Problem, ready: dict[str, Ready]) -> I
         for name, found in timing.cuda_ms(functions).items():
             flop = FLOPS[step] * problem.shape.head_dim
             values[name] |= _quantiles(f"{step}_ms", found)
-            values[name][f"{step}_tflops"] = flop * problem.pairs / found.median / 1e9
+            values[name][f"{step}_tflops"] = flop * pairs[name] / found.median / 1e9
             if name.startswith(OURS):
                 values[name][f"{step}_tile_tflops"] = flop * problem.tile_pairs / found.median / 1e9
     for name, r in ready.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,25 +35,29 @@ class Prepared:
 
     attend: Attend
     note: str
+    # it computes without the mask: what the same shape costs at best, checked against attention without a mask
+    unmasked: bool = False
 
 
 def find(name: str) -> Callable[[Problem], Prepared]:
-    """The provider called `name`; `anymask:<backend>` is ours."""
+    """The provider called `name`; `anymask:<backend>` is ours, with `:deterministic` gradients if its name ends so."""
     if name.startswith(OURS):
-        return functools.partial(ours, backend=name.removeprefix(OURS))
+        backend, _, rest = name.removeprefix(OURS).partition(":")
+        return functools.partial(ours, backend=backend, deterministic=rest == "deterministic")
     return PROVIDERS[name]
 
 
-def ours(problem: Problem, backend: str) -> Prepared:
+def ours(problem: Problem, backend: str, deterministic: bool = False) -> Prepared:
     """`anymask.attention` by a named backend, the dense mask packed once."""
     reason = backends.load(backend).why_not(problem.q, problem.k, problem.v, problem.block_mask)
     if reason is not None:
         raise Unsupported(reason)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return anymask.attention(q, k, v, problem.block_mask, backend=backend)
+        return anymask.attention(q, k, v, problem.block_mask, backend=backend, deterministic=deterministic)
 
-    return Prepared(attend, "dense mask packed once" if problem.mask is not None else "no mask")
+    note = "dense mask packed once" if problem.mask is not None else "no mask"
+    return Prepared(attend, f"{note}, deterministic gradients" if deterministic else note)
 
 
 def flex(problem: Problem) -> Prepared:
@@ -103,6 +107,13 @@ def sdpa(problem: Problem) -> Prepared:
 def cudnn(problem: Problem) -> Prepared:
     """SDPA, cuDNN backend."""
     return _sdpa(problem, SDPBackend.CUDNN_ATTENTION)
+
+
+def cudnn_unmasked(problem: Problem) -> Prepared:
+    """SDPA, cuDNN backend, without the mask of the case."""
+    return replace(
+        _sdpa(replace(problem, mask=None), SDPBackend.CUDNN_ATTENTION), note="the mask left out", unmasked=True
+    )
 
 
 def efficient(problem: Problem) -> Prepared:
@@ -170,6 +181,7 @@ PROVIDERS: dict[str, Callable[[Problem], Prepared]] = {
     "sdpa": sdpa,
     "cudnn": cudnn,
     "cudnn-bias": cudnn_bias,
+    "cudnn-unmasked": cudnn_unmasked,
     "cudnn-causal": cudnn_causal,
     "efficient": efficient,
     "flash": flash,

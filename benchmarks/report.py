@@ -20,6 +20,7 @@ COLOURS = {
     "cudnn": "#6aa56a",
     "cudnn-bias": "#a6cfa6",
     "cudnn-causal": "#3d7a3d",
+    "cudnn-unmasked": "#86c5a8",
     "efficient": "#b9a3cc",
     "flash": "#c9b458",
     "flash-causal": "#9c8a34",
@@ -71,7 +72,8 @@ def to_markdown(results: Results, verdicts: list[Verdict], pictures: Iterable[Pa
     for case in rows.cases("attention"):
         found = [r for r in rows if (r.group, r.case) == ("attention", case)]
         parts += [f"## {case}", _cpu_table(found) if on_cpu else _gpu_table(found)]
-    parts += ["## Building the mask", _pack_table([r for r in rows if r.group == "pack"])]
+    if any(r.group == "pack" for r in rows):
+        parts += ["## Building the mask", _pack_table([r for r in rows if r.group == "pack"])]
     parts += ["## How it was measured", METHOD_CPU if on_cpu else METHOD, CHECK]
     parts.append(_table(("", ""), [(key, f"`{value}`") for key, value in env.items()]))
     return "\n\n".join(parts) + "\n"
@@ -83,12 +85,23 @@ def _table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
 
 
 def _gpu_table(rows: list[Row]) -> str:
-    head = ("provider", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error o, dq, dk, dv", "memory MiB", "how")
+    head = (
+        "provider",
+        "forward ms",
+        "TFLOP/s",
+        "backward ms",
+        "TFLOP/s",
+        "error o, dq, dk, dv",
+        "memory MiB",
+        "host us",
+        "how",
+    )
     lines = []
     for r in rows:
         speed = [cell for step in ("forward", "backward") for cell in (_spread(r, f"{step}_ms", 3), _flops(r, step))]
         memory = [_mib(r, f"{step}_extra_bytes") for step in ("forward", "backward")]
-        lines.append((_name(r), *speed, _errors(r), " / ".join(memory), _how(r)))
+        host = [_us(r, f"{step}_host_us") for step in ("forward", "backward")]
+        lines.append((_name(r), *speed, _errors(r), " / ".join(memory), " / ".join(host), _how(r)))
     return _table(head, lines)
 
 
@@ -144,6 +157,11 @@ def _errors(row: Row) -> str:
 def _mib(row: Row, key: str) -> str:
     value = row.get(key)
     return "-" if row.status != OK or value is None else f"{value / 2**20:.1f}"
+
+
+def _us(row: Row, key: str) -> str:
+    value = row.get(key)
+    return "-" if row.status != OK or value is None else f"{value:.0f}"
 
 
 def summary_line(row: Row) -> str:

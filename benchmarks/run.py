@@ -21,10 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from anymask import backends
 from benchmarks import check, measure, report
-from benchmarks.figures import Figure, Verdict, cpu_figures, gpu_figures, judge
+from benchmarks.figures import Figure, Verdict, cpu_figures, gpu_figures, hopper_figures, judge
 from benchmarks.providers import OURS, failures
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Results, Row, Rows, environment, reason, slug
-from benchmarks.suites import Case, Suite, make_problem, quick_cpu, quick_gpu, resized
+from benchmarks.suites import GPU_SUITES, Case, Suite, make_problem, quick_cpu, resized
 
 BUDGET = "the time budget is spent"
 GPU_BACKENDS = tuple(name for name in backends.NAMES if name not in ("cpu", "reference"))
@@ -116,7 +116,7 @@ def plan(suite: Suite, ours: tuple[str, ...], only: str) -> list[Job]:
     jobs = []
     for case in suite.cases:
         wanted = [("attention", name) for name in (*ours, *case.rivals)]
-        if case.dense is not None:
+        if case.dense is not None and suite.packs:
             wanted += [("pack", name) for name in measure.pack_providers(suite, case.closed_form is not None)]
         kept = {(g, p): None for g, p in wanted if only in f"{g}/{case.name}/{p}"}
         if suite.baseline is not None and any(g == "attention" for g, _ in kept):
@@ -129,7 +129,9 @@ def plan(suite: Suite, ours: tuple[str, ...], only: str) -> list[Job]:
 
 def verdicts_of(suite: Suite, results: Results, ours: str) -> list[Verdict]:
     """The table of figures; at another length than theirs, none is measured."""
-    figures: list[Figure] = gpu_figures() if suite.baseline is None else cpu_figures()
+    figures: list[Figure] = cpu_figures() if suite.baseline is not None else gpu_figures()
+    if suite.name.startswith("hopper"):
+        figures = hopper_figures(suite.name)
     if suite.shape.length == suite.figure_length:
         return judge(figures, results.rows, ours)
     note = f"stated for {suite.figure_length} tokens, this run has {suite.shape.length}"
@@ -151,7 +153,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    p.add_argument("--quick", action="store_true", required=True, help="the suite that measures the figures to reach")
+    chosen = p.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--quick", action="store_const", dest="suite", const="quick", help="the same as --suite quick")
+    chosen.add_argument("--suite", choices=tuple(GPU_SUITES), help="each ends in its figures to reach; a CPU has quick")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     p.add_argument(
         "--backend", action="append", help=f"ours to measure, repeatable; on a GPU default {', '.join(GPU_BACKENDS)}"
@@ -182,7 +186,9 @@ def main(argv: list[str] | None = None) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.threads:
         torch.set_num_threads(options.threads)
-    suite = quick_cpu() if device == "cpu" else quick_gpu()
+    if device == "cpu" and options.suite != "quick":
+        parser().error(f"--suite {options.suite} needs a GPU; a CPU has quick")
+    suite = quick_cpu() if device == "cpu" else GPU_SUITES[options.suite]()
     if options.length:
         suite = resized(suite, options.length)
     partial = options.only or options.length
@@ -194,7 +200,10 @@ def main(argv: list[str] | None = None) -> int:
         results = Results.start(folder / f"{suite.name}.json", env, options.resume)
     except ValueError as error:
         parser().error(str(error))
-    ours = tuple(OURS + name for name in options.backend or (("cpu",) if device == "cpu" else GPU_BACKENDS))
+    names = ("cpu",) if device == "cpu" else GPU_BACKENDS
+    if options.suite.startswith("hopper"):
+        names = ("hopper", "hopper:deterministic")
+    ours = tuple(OURS + name for name in options.backend or names)
     return drive(suite, ours, device, options, results, started)
 
 

@@ -60,6 +60,8 @@ class Suite:
     baseline: str | None = None
     # the length the stated figures hold for, in tokens
     figure_length: int = 0
+    # whether building the masks is measured too
+    packs: bool = True
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,27 @@ def quick_gpu() -> Suite:
         Case("none", None, None, ("flex", "cudnn", "flash", "efficient")),
     )
     return Suite("quick", shape, cases, ("forward", "backward"), figure_length=shape.length)
+
+
+def hopper(name: str, shape: Shape) -> Suite:
+    """Against cuDNN without any mask, its own causal one, and FlexAttention: what the Hopper kernels are judged by."""
+    cases = [Case("none", None, None, ("cudnn",))]
+    if shape.length >= 8192:
+        cases += [
+            random(0.5, ("cudnn-unmasked",)),
+            causal(("cudnn-causal",)),
+            window(1024, ("flex",)),
+            documents(8, shape.length, ("flex",)),
+        ]
+    return Suite(name, shape, tuple(cases), ("forward", "backward"), figure_length=shape.length, packs=False)
+
+
+GPU_SUITES: dict[str, Callable[[], Suite]] = {
+    "quick": lambda: quick_gpu(),
+    "hopper-d128": lambda: hopper("hopper-d128", Shape(2, 16, 8192, 128, torch.float16)),
+    "hopper-d64": lambda: hopper("hopper-d64", Shape(2, 32, 8192, 64, torch.float16)),
+    "hopper-short": lambda: hopper("hopper-short", Shape(16, 16, 1024, 128, torch.float16)),
+}
 
 
 def quick_cpu() -> Suite:

@@ -162,6 +162,19 @@ def wall_ms(functions: list[Function], rounds: int = 5) -> Quantiles:
     return Quantiles.of(samples)
 
 
+def host_us(function: Function, calls: int = 100, rounds: int = 5) -> float:
+    """Median us of host time a call takes while the device lags behind; `calls` fit into its queue."""
+    samples = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        samples.append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(samples)
+
+
 def extra_bytes(function: Function) -> tuple[int, int]:
     """Peak of the bytes a call adds, its result included: as requested, and with the allocator's rounding."""
     torch.cuda.synchronize()

@@ -56,7 +56,7 @@ def run_pass(which: str, inputs: Inputs, mask: anymask.BlockMask | None) -> Call
     scale = q.shape[3] ** -0.5
     if which == "fwd":
         return lambda: backend.forward(q, k, v, mask, scale)
-    return lambda: backend.backward(q, k, v, o, lse, do, None, mask, scale)
+    return lambda: backend.backward(q, k, v, o, lse, do, None, mask, scale, True)
 
 
 def read_through_pointers() -> None:

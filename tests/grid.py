@@ -25,15 +25,31 @@ DEAD_MASKS = ["empty_columns", "key_padding", "all_empty", "one_pair", "empty_he
 
 def cases(backends: tuple[str, ...], many: list[Case]) -> pytest.MarkDecorator:
     """Parametrise `backend, case` with ids such as `triton-documents-q239-kv129-d64-bf16`."""
-    pairs = [(backend, case) for case in many for backend in backends]
+    pairs = [(backend, case) for case in many for backend in backends if backend != "hopper" or _fits_hopper(case)]
     return pytest.mark.parametrize(("backend", "case"), pairs, ids=[f"{b}-{c}" for b, c in pairs])
 
 
-def same(a: Results, b: Results, names: tuple[str, ...] = Results._fields) -> None:
-    """Assert bit-equal results."""
-    for name in names:
+def _fits_hopper(case: Case) -> bool:
+    """Whether the copy engine and the registers of that backend can hold the case."""
+    aligned = case.head_dim % 8 == 0 and (case.v_dim or case.head_dim) % 8 == 0
+    dim = max(case.head_dim, case.v_dim or 0)
+    return aligned and 33 <= dim <= 128 and case.dtype in (F16, BF16) and case.layout != "expanded"
+
+
+def same(a: Results, b: Results, backend: str | None = None) -> None:
+    """Assert bit-equal results, but for dq of `hopper`, whose tiles add to it in the order in which they finish."""
+    for name in Results._fields:
         x, y = getattr(a, name), getattr(b, name)
-        assert torch.equal(x, y), f"{name} differs in {int((x != y).sum())} of {x.numel()} elements"
+        if name == "dq" and backend == "hopper":
+            assert_nearly(x, y)
+        else:
+            assert torch.equal(x, y), f"{name} differs in {int((x != y).sum())} of {x.numel()} elements"
+
+
+def assert_nearly(x: Tensor, y: Tensor) -> None:
+    """Assert that two sums of the same terms, in any order, differ by roundings only; a NaN fails."""
+    error, size = float((x.double() - y.double()).norm()), float(y.double().norm())
+    assert error <= 1e-3 * size, f"{error} of {size}"
 
 
 def _with(t: Tensor, dead: Tensor, value: float) -> Tensor:
@@ -56,7 +72,7 @@ def check_dead_keys_reach_nothing(case: Case, backend: str, device: str, value: 
         run(inputs._replace(k=_with(inputs.k, dead, x), v=_with(inputs.v, dead, x)), case.scale, backend)
         for x in (0.0, value)
     )
-    same(clean, dirty)
+    same(clean, dirty, backend)
     assert_dead_is_zero(dirty, inputs.dense)
 
 
@@ -71,7 +87,7 @@ def check_dead_queries_reach_nothing(case: Case, backend: str, device: str, valu
         q, do = _with(inputs.q, dead, x), _with(inputs.do, dead, x)
         return run(inputs._replace(q=q, do=do, dlse=dlse), case.scale, backend)
 
-    same(filled(0.0), filled(value))
+    same(filled(0.0), filled(value), backend)
 
 
 def check_emptied_rows_leave_the_others(case: Case, backend: str, device: str) -> None:
@@ -83,7 +99,11 @@ def check_emptied_rows_leave_the_others(case: Case, backend: str, device: str) -
     assert_dead_is_zero(after, dense)
     kept = ~emptied
     for name in ("o", "lse", "dq"):
-        assert torch.equal(getattr(before, name)[:, :, kept], getattr(after, name)[:, :, kept]), name
+        x, y = (getattr(r, name)[:, :, kept] for r in (before, after))
+        if name == "dq" and backend == "hopper":
+            assert_nearly(x, y)
+        else:
+            assert torch.equal(x, y), name
 
 
 def check_forms_of_a_mask_agree(case: Case, backend: str, device: str) -> None:
@@ -97,18 +117,18 @@ def check_forms_of_a_mask_agree(case: Case, backend: str, device: str) -> None:
         pack(inputs.mask, **lens, device=device),
         pack(inputs.dense[:1, :1]),
     ):
-        same(symbolic, run(inputs._replace(mask=mask), backend=backend))
+        same(symbolic, run(inputs._replace(mask=mask), backend=backend), backend)
     q, k, v, _, _, do, dlse = inputs
     o, lse = attention(q, k, v, is_causal=True, return_lse=True, backend=backend)
-    same(symbolic, Results(o.detach(), lse.detach(), *torch.autograd.grad([o, lse], [q, k, v], [do, dlse])))
+    same(symbolic, Results(o.detach(), lse.detach(), *torch.autograd.grad([o, lse], [q, k, v], [do, dlse])), backend)
 
 
-def check_repeats(case: Case, backend: str, device: str, times: int) -> None:
-    """Run after run, the same bits."""
+def check_repeats(case: Case, backend: str, device: str, times: int, deterministic: bool | None = None) -> None:
+    """Run after run, the same bits; of dq too if `deterministic`."""
     inputs = make_inputs(case, device)
-    first = run(inputs, case.scale, backend)
+    first = run(inputs, case.scale, backend, deterministic)
     for _ in range(times - 1):
-        same(first, run(inputs, case.scale, backend))
+        same(first, run(inputs, case.scale, backend, deterministic), None if deterministic else backend)
 
 
 def check_a_mask_does_not_outlive_its_call(backend: str, device: str, dtype: torch.dtype = F32) -> None:

@@ -204,6 +204,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     one = timing.Quantiles(1.0, 0.9, 1.1)
     monkeypatch.setattr(timing, "cuda_ms", lambda functions: dict.fromkeys(functions, one))
     monkeypatch.setattr(timing, "extra_bytes", lambda function: (1024, 2048))
+    monkeypatch.setattr(timing, "host_us", lambda function: 50.0)
     monkeypatch.setattr(timing, "device_work_ms", lambda functions: 0.05)
     monkeypatch.setattr(timing, "wall_ms", lambda functions: one)
 
@@ -241,6 +242,40 @@ def test_gpu_suite_with_failing_rivals(gpu_suite_on_cpu: None, tmp_path: Path) -
     assert str(tmp_path) not in text + json.dumps(data)
     assert (tmp_path / "quick-attention-forward.png").stat().st_size > 1000
     assert (tmp_path / "quick.csv").read_text().count("\n") == len(rows) + 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_clock(monkeypatch)
+    suite = suites.hopper("hopper-d64", replace(SMALL, length=8192))
+    one_case = replace(suite, shape=SMALL, cases=tuple(c for c in suite.cases if c.name == "random50"))
+    monkeypatch.setattr(run, "quick_cpu", lambda: one_case)
+    plain = providers._sdpa
+    monkeypatch.setattr(providers, "_sdpa", lambda problem, kernel, *rest: plain(problem, None, *rest))
+    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = {r["provider"]: r for r in json.loads((tmp_path / "hopper-d64.json").read_text())["rows"]}
+    assert rows["cudnn-unmasked"]["status"] == OK
+    pairs = {name: row["values"]["pairs"] for name, row in rows.items()}
+    assert pairs["cudnn-unmasked"] == SMALL.batch * SMALL.heads * 256 * 256 > pairs["anymask:cpu"]
+    monkeypatch.setattr(providers, "_sdpa", lambda problem, kernel, *rest: providers.ours(problem, "cpu"))
+    monkeypatch.setattr(providers.anymask, "attention", lambda q, k, v, *a, **o: q * k * v)
+    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize("suite", [name for name in suites.GPU_SUITES if name != "quick"])
+def test_hopper_figures_name_rows_that_their_suite_has(suite: str) -> None:
+    rows = Rows()
+    for job in run.plan(suites.GPU_SUITES[suite](), ("anymask:hopper", "anymask:hopper:deterministic"), ""):
+        for group, provider in job.wanted:
+            values = {"forward_ms": 1.0, "backward_ms": 1.0, "forward_host_us": 61.0}
+            rows.append(Row(group, job.case.name, provider, OK, "", values))
+    verdicts = {v.figure: v for v in figures.judge(figures.hopper_figures(suite), rows, "anymask:hopper")}
+    assert figures.NOT_MEASURED not in {v.reached for v in verdicts.values()}
+    assert verdicts["forward, host time a call"].reached == figures.MISSED
+    with pytest.raises(SystemExit):
+        run.main(["--suite", suite, "--device", "cpu"])
 
 
 @pytest.mark.filterwarnings("ignore")

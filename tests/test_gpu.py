@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU: the grid of the CPU tests at larger sizes, and what only a GPU can show.
+"""The GPU backends: the grid of the CPU tests at larger sizes, and what only a GPU can show.
 
 Head dimensions and mask forms are few on purpose: each combination compiles its own kernels.
 """
@@ -14,7 +14,7 @@ from anymask import attention, causal, explain, flash_attention_custom_mask, ops
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, make_inputs, make_qkv, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
-BACKENDS = ("triton",)
+BACKENDS = ("hopper", "triton")
 DIMS = [(16, 16), (31, 31), (64, 32), (72, 72), (96, 96), (128, 128), (192, 128), (256, 256)]
 SIZES = [(1000, 1000), (513, 1025)]
 
@@ -36,6 +36,7 @@ def test_lengths(backend: str, case: Case, device: str) -> None:
     BACKENDS,
     [Case("random", 700, 900, d, F16, dv) for d, dv in DIMS]
     + [Case("none", 700, 900, d, F16, dv) for d, dv in DIMS if d in (96, 128)]
+    + [Case(m, 700, 900, d, BF16) for d in (40, 80, 128) for m in ("random", "none", "causal")]
     + [Case("empty_columns", 700, 900, d, BF16) for d in (128, 256)]
     + [Case("random", 300, 500, d, F32) for d in (72, 128, 256)],
 )
@@ -110,6 +111,56 @@ def test_runs_repeat(backend: str, case: Case, device: str) -> None:
     grid.check_repeats(case, backend, device, 20)
 
 
+@cases(BACKENDS, [Case("random", 700, 900, 64, F16), Case("documents", 1000, 1000, 128, BF16, q_heads=4, kv_heads=2)])
+def test_deterministic_gradients(backend: str, case: Case, device: str) -> None:
+    grid.check_repeats(case, backend, device, 100, deterministic=True)
+
+
+@cases(("hopper",), [Case(m, 1000, 1100, d, t) for m, d, t in (("random", 128, F16), ("none", 64, BF16))])
+def test_a_thousand_forwards(backend: str, case: Case, device: str) -> None:
+    inputs = make_inputs(case, device)
+    mask = inputs.mask if inputs.mask is None or isinstance(inputs.mask, torch.Tensor) else pack(inputs.mask)
+    first = attention(inputs.q, inputs.k, inputs.v, mask, backend=backend).detach()
+    differ = [(attention(inputs.q, inputs.k, inputs.v, mask, backend=backend) != first).any() for _ in range(1000)]
+    assert not torch.stack(differ).any()
+
+
+@pytest.mark.parametrize("kv_len", [1, 100, 128, 300])
+@pytest.mark.parametrize("q_len", [1, 5, 127, 4000])
+def test_many_items_a_program(q_len: int, kv_len: int, device: str) -> None:
+    """More query tiles than multiprocessors, so that programs take several; and fewer."""
+    for dim in (64, 128):
+        check(Case("random", q_len, kv_len, dim, F16, q_heads=16, kv_heads=4, batch=3), "hopper", device)
+
+
+class TestHopperSaysNo:
+    def why(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None) -> str:
+        with pytest.raises(ValueError, match="backend 'hopper' cannot run this call: ") as error:
+            attention(q, k, v, mask, backend="hopper")
+        assert explain(q, k, v, mask).backend == "triton"
+        return str(error.value)
+
+    def test_to_strides(self, device: str) -> None:
+        q, k, v = make_qkv(2, 4, 4, 200, 200, 64, dtype=F16, device=device)
+        odd = torch.randn(2, 4, 200, 65, dtype=F16, device=device)[..., :64]
+        assert "k has strides" in self.why(q, odd, v)
+        assert "v has strides (0," in self.why(q, k, v[:1].expand_as(v))
+        assert "an address 2 beyond" in self.why(
+            torch.randn(q.numel() + 1, dtype=F16, device=device)[1:].view_as(q), k, v
+        )
+
+    def test_to_dims_and_dtypes(self, device: str) -> None:
+        assert "head_dim is 32" in self.why(*make_qkv(1, 1, 1, 9, 9, 32, dtype=F16, device=device))
+        assert "head_dim is 192" in self.why(*make_qkv(1, 1, 1, 9, 9, 192, dtype=F16, device=device))
+        assert "dtype is torch.float32" in self.why(*make_qkv(1, 1, 1, 9, 9, 64, device=device))
+
+    def test_to_keys_dead_in_one_head_of_a_group(self, device: str) -> None:
+        q, k, v = make_qkv(1, 4, 2, 200, 200, 64, dtype=F16, device=device)
+        mask = torch.ones(1, 4, 200, 200, dtype=torch.bool, device=device)
+        mask[:, 1, :, :50] = False
+        assert "the query heads of a group have different masks" in self.why(q, k, v, mask)
+
+
 @pytest.mark.parametrize("shift", [-50.0, -89.0, -1000.0, -10000.0, 1000.0])
 @cases(BACKENDS, [Case("random", 200, kv, 64, t) for kv in (1, 64, 192, 257) for t in (F32, BF16)])
 def test_far_from_zero_scores(backend: str, case: Case, shift: float, device: str) -> None:
@@ -180,7 +231,7 @@ def test_no_synchronisation_with_a_packed_mask(device: str) -> None:
         again, unmasked = run(inputs), run(inputs._replace(mask=None))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    grid.same(expected, again)
+    grid.same(expected, again, explain(*inputs[:4]).backend)
     assert unmasked.o.isfinite().all()
 
 
@@ -228,13 +279,13 @@ def test_cuda_graph(device: str) -> None:
     with torch.no_grad():
         inputs.q.add_(0.5)
     graph.replay()
-    grid.same(captured, run(inputs))
+    grid.same(captured, run(inputs), explain(*inputs[:4]).backend)
 
 
 def test_the_choice_and_its_reasons(device: str) -> None:
     q, k, v = make_qkv(1, 2, 2, 200, 200, 64, dtype=F16, device=device)
     e = explain(q, k, v, causal())
-    assert e.backend == "triton"
+    assert e.backend == ("hopper" if torch.cuda.get_device_capability() == (9, 0) else "triton")
     assert "this backend runs on the CPU" in e.not_chosen["cpu"]
     wide = make_qkv(1, 1, 1, 20, 20, 300, dtype=F16, device=device)
     assert explain(*wide).backend == "reference"
@@ -258,7 +309,7 @@ def test_opcheck_and_compile(kind: str, device: str) -> None:
     torch.library.opcheck(ops.forward, (q, k, v, tensors, 0.125, "triton", False))
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
-        return attention(q, k, v, mask)
+        return attention(q, k, v, mask, deterministic=True)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     do = torch.randn_like(q)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import grid
 import pytest
 import torch
 from torch import Tensor
@@ -52,7 +53,11 @@ def test_case_02_masks_of_more_than_2_to_the_31_elements(
     expected = _grads(q, k, v, causal(), do)
     for name in ("o", "dq", "dk", "dv"):
         x, y = (getattr(r, name).flatten(0, 1)[:-1] for r in (got, expected))
-        assert torch.equal(x, y), name
+        if name == "dq":
+            # which may be summed in any order
+            grid.assert_nearly(x, y)
+        else:
+            assert torch.equal(x, y), name
     dense = mask[-1, -1] != 0
     one = [t[-1:, -1:] for t in (q, k, v)]
     args = *one, dense, None, do[-1:, -1:]

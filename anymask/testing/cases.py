@@ -81,9 +81,12 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     return Inputs(q, k, v, mask, dense.expand(*q.shape[:3], k.shape[2]), do, dlse)
 
 
-def run(inputs: Inputs, scale: float | None = None, backend: str | None = None) -> Results:
+def run(
+    inputs: Inputs, scale: float | None = None, backend: str | None = None, deterministic: bool | None = None
+) -> Results:
     """o, lse, dq, dk, dv of `attention`."""
-    o, lse = attention(inputs.q, inputs.k, inputs.v, inputs.mask, scale=scale, return_lse=True, backend=backend)
+    q, k, v, mask = inputs[:4]
+    o, lse = attention(q, k, v, mask, scale=scale, return_lse=True, backend=backend, deterministic=deterministic)
     dlse = inputs.dlse.to(lse.dtype)
     return Results(o.detach(), lse.detach(), *torch.autograd.grad([o, lse], inputs[:3], [inputs.do, dlse]))
 

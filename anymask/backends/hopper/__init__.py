@@ -157,7 +157,13 @@ def backward(
                 sm_scale,
                 sm_scale * portable.LOG2_E,
             ),
-            {"HEAD_DIM": block_d, "BLOCK_M": block_m, "STAGES": 2, "MASKED": block_mask is not None, "HAS_TAIL": has_tail},
+            {
+                "HEAD_DIM": block_d,
+                "BLOCK_M": block_m,
+                "STAGES": 2,
+                "MASKED": block_mask is not None,
+                "HAS_TAIL": has_tail,
+            },
             8,
             (q.device, q.dtype, q_heads // kv_heads),
         )
@@ -218,7 +224,7 @@ def _rows(t: Tensor, rows: int) -> Any:
 def _descriptor(t: Tensor, shape: list[int], strides: list[int], block: list[int], dtype: torch.dtype) -> Any:
     # `_loadable` has checked what the constructor checks again for every call
     descriptor_type, layout = _layout(tuple(block), dtype)
-    descriptor = object.__new__(descriptor_type)
+    descriptor: Any = object.__new__(descriptor_type)
     descriptor.base, descriptor.shape, descriptor.strides = t, shape, strides
     descriptor.block_shape, descriptor.layout, descriptor.padding = block, layout, "zero"
     return descriptor

@@ -1,8 +1,8 @@
 """The backward kernel: one program computes dk and dv of 128 keys and adds their share to dq.
 
 Two warpgroups hold 64 keys each, with dk and dv in registers, and compute on transposed scores. `ds^T` of both meets in
-shared memory, from where each group multiplies its half of dq; one warp fills the rings of q and do, another adds dq to an
-fp32 accumulator in global memory. docs/kernels.md has the equations and draws who waits for whom.
+shared memory, from where each group multiplies its half of dq; one warp fills the rings of q and do, another adds dq to
+an fp32 accumulator in global memory. docs/kernels.md has the equations and draws who waits for whom.
 """
 
 import triton
@@ -133,7 +133,9 @@ def _add_dq(
         full_begin, n_full, partial_begin, n_partial = _runs(lists, line, q_tiles, MASKED)
         head_tile = (sample * gl.num_programs(1) * group + head) * q_tiles
         for j in range(n_full + n_partial):
-            row = (head_tile + _listed(lists, full_begin, partial_begin, n_partial, j, MASKED)) * (TILE * HEAD_DIM // 32)
+            row = (head_tile + _listed(lists, full_begin, partial_begin, n_partial, j, MASKED)) * (
+                TILE * HEAD_DIM // 32
+            )
             for _ in gl.static_range(TILE // BLOCK_M):
                 mbarrier.wait(dq_full, pos & 1)
                 tma_add(dq_desc, [row, 0], dq_buf)
@@ -188,7 +190,9 @@ def _consume(
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_M // 16, STEPS], [16, 64, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, KV_LAYOUT, 2)
     COL_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    S4_LAYOUT: gl.constexpr = gl.zeros([TILE, BLOCK_M], gl.float32, S_LAYOUT).reshape([TILE, BLOCK_M // 8, 4, 2]).type.layout
+    S4_LAYOUT: gl.constexpr = (
+        gl.zeros([TILE, BLOCK_M], gl.float32, S_LAYOUT).reshape([TILE, BLOCK_M // 8, 4, 2]).type.layout
+    )
     W_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, S4_LAYOUT))
     PAIR_LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, S4_LAYOUT)))
     BIT_LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, S4_LAYOUT)))
@@ -210,16 +214,19 @@ def _consume(
     q = q_bufs.index(0).reshape([BLOCK_M, HEAD_DIM])
     s = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    pos = 0
+    begin = 0
     for i in range(group):
         line = (first_plane + i * head_planes) * kv_tiles + tile
         _, n_full, partial_begin, n_partial = _runs(lists, line, q_tiles, MASKED)
         if MASKED:
-            next_w = gl.load(words + partial_begin.to(gl.int64) * (TILE * 4) + place, mask=place * 0 < n_partial, other=-1)
-        for step in range((n_full + n_partial) * STEPS):
+            next_w = gl.load(
+                words + partial_begin.to(gl.int64) * (TILE * 4) + place, mask=place * 0 < n_partial, other=-1
+            )
+        end = begin + (n_full + n_partial) * STEPS
+        for pos in range(begin, end):
             if MASKED:
-                w = next_w >> (step % STEPS) * (BLOCK_M // 4)
-                ahead = (step + 1) // STEPS
+                w = next_w >> (pos % STEPS) * (BLOCK_M // 4)
+                ahead = (pos + 1 - begin) // STEPS
                 entry = (partial_begin + ahead).to(gl.int64)
                 next_w = gl.load(words + entry * (TILE * 4) + place, mask=place * 0 + ahead < n_partial, other=-1)
             # always 0 and not known to be: addresses that never change would be computed before the loop, and spilled
@@ -263,7 +270,7 @@ def _consume(
             mbarrier.arrive(dq_full)
             # a product in flight cannot cross the end of a loop: ptxas would serialise all of them
             s = warpgroup_mma_wait(0, deps=[s])
-            pos += 1
+        begin = end
     k_bufs.index(0).reshape([TILE, HEAD_DIM]).store((dk * sm_scale).to(dtype))
     v_bufs.index(0).reshape([TILE, HEAD_DIM]).store(dv.to(dtype))
     fence_async_shared()
@@ -276,8 +283,8 @@ def _consume(
 def _store_dq(buf, dq):
     """Write `dq [BLOCK_M, HEAD_DIM]` so that a thread writes 16 bytes at once and eight threads 128 in a row.
 
-    Column `8 * (2 * a + b) + 2 * t + p` of row `r` becomes float `4 * t + 2 * b + p` of the 16 of `(a, r)`, in blocks of 64
-    rows. `_dq_kernel` reads this order.
+    Column `8 * (2 * a + b) + 2 * t + p` of row `r` becomes float `4 * t + 2 * b + p` of the 16 of `(a, r)`, in blocks
+    of 64 rows. `_dq_kernel` reads this order.
     """
     x = dq.reshape([dq.shape[0] // 64, 64, dq.shape[1] // 16, 2, 4, 2]).permute((0, 2, 1, 4, 3, 5))
     buf.store(x.reshape([dq.shape[0] * dq.shape[1] // 32, 32]))
@@ -347,14 +354,14 @@ def _bwd_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                dk_desc, dv_desc, k_bufs, v_bufs, kv_ready, q_bufs, lse_bufs, q_ready, do_bufs, delta_bufs, do_ready, free,
-                ds_bufs, dq_buf, dq_full, dq_empty, lists, words, first_plane, head_planes, sample, kv_head, tile, q_tiles,
-                kv_tiles, kv_len, group, sm_scale, qk_scale, BLOCK_M, HEAD_DIM, STAGES, MASKED, HAS_TAIL,
+                dk_desc, dv_desc, k_bufs, v_bufs, kv_ready, q_bufs, lse_bufs, q_ready, do_bufs, delta_bufs, do_ready,
+                free, ds_bufs, dq_buf, dq_full, dq_empty, lists, words, first_plane, head_planes, sample, kv_head, tile,
+                q_tiles, kv_tiles, kv_len, group, sm_scale, qk_scale, BLOCK_M, HEAD_DIM, STAGES, MASKED, HAS_TAIL,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, k_bufs, v_bufs, kv_ready, q_bufs, lse_bufs, q_ready,
-                do_bufs, delta_bufs, do_ready, free, lists, first_plane, head_planes, sample, kv_head, tile, q_tiles,
-                kv_tiles, group, BLOCK_M, STAGES, MASKED,
+                q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, k_bufs, v_bufs, kv_ready, q_bufs, lse_bufs,
+                q_ready, do_bufs, delta_bufs, do_ready, free, lists, first_plane, head_planes, sample, kv_head, tile,
+                q_tiles, kv_tiles, group, BLOCK_M, STAGES, MASKED,
             )),
             (_add_dq, (
                 dq_desc, dq_buf, dq_full, dq_empty, lists, first_plane, head_planes, sample, kv_head, tile, q_tiles,

@@ -16,14 +16,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.hopper.compat import tma_load, tma_store
+from anymask.backends.hopper.softmax import (
+    ROWS,
+    decay_sums,
+    end_words,
+    hide,
+    load_words,
+    no_words,
+    partial_sums,
+    rescale,
+    softmax_step,
+)
 from anymask.backends.hopper.tiles import TILE, barriers, exp2
 
 LN_2 = gl.constexpr(0.6931471805599453)
-# consumer groups, and the query rows of each
+# consumer groups
 GROUPS = gl.constexpr(2)
-ROWS = gl.constexpr(64)
-# p may be as large as 2**HEADROOM, which fp16 holds with its full precision
-HEADROOM = gl.constexpr(8.0)
 
 
 @gluon.jit
@@ -149,120 +157,12 @@ def _listed(t, lists, partial_begin, n_partial, full_begin, n_full, MASKED: gl.c
 
 
 @gluon.jit
-def _no_words(S_LAYOUT: gl.constexpr):
-    """int32 `[ROWS, 4]` zeros, in the layout that gives every thread the words of its own scores."""
-    L4: gl.constexpr = gl.zeros([ROWS, TILE], gl.int32, S_LAYOUT).reshape([ROWS, TILE // 8, 4, 2]).type.layout
-    return gl.zeros([ROWS, 4], gl.int32, gl.SliceLayout(1, gl.SliceLayout(3, L4)))
-
-
-@gluon.jit
-def _load_words(words, first_row, pred, other, W_LAYOUT: gl.constexpr):
-    """int32 `[ROWS, 4]`: words of the rows of a tile that starts at `words`, `other` without `pred`."""
-    rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT))
-    offs = rows.expand_dims(1) * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    return gl.load(words + offs, mask=pred, other=other)
-
-
-@gluon.jit
-def _end_words(columns, W_LAYOUT: gl.constexpr):
-    """int32 `[ROWS, 4]`: words of a tile that ends after `columns` of its 128 columns."""
-    c = gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT))
-    # columns ascend with the bits of a word (mask/bits.py), so a word is a run of ones from its lowest bit
-    bits = columns // 8 * 2 + gl.minimum(gl.maximum(columns % 8 - 2 * c, 0), 2)
-    words = gl.where(bits == 32, -1, (1 << (bits & 31)) - 1)
-    return words.expand_dims(0) + gl.zeros([ROWS, 4], gl.int32, W_LAYOUT)
-
-
-@gluon.constexpr_function
-def _hide_asm():
-    """PTX that keeps 64 scores whose bit is set: of one thread, 4 at a time 2 of its first row, 2 of its second.
-
-    One row after the other, with the bit as a constant: so ptxas moves several bits at once to predicates (R2P).
-    """
-    lines = []
-    for row in (0, 2):
-        for b in range(32):
-            i = b // 2 * 4 + row + b % 2
-            lines.append(f"and.b32 t, ${128 + row}, {1 << b}; setp.ne.u32 p, t, 0; selp.f32 ${i}, ${64 + i}, 0fFF800000, p;")
-    return "{ .reg .pred p; .reg .b32 t; " + "\n".join(lines) + " }"
-
-
-@gluon.constexpr_function
-def _hide_operands():
-    return ",".join(["=f"] * 64 + ["f"] * 64 + ["r"] * 64)
-
-
-@gluon.jit
-def _hide(s, w):
-    """Scores `s [ROWS, TILE]` where the pair attends, else -inf. `w [ROWS, 4]` are the words of the rows."""
-    LAYOUT: gl.constexpr = s.type.layout
-    s4 = s.reshape([ROWS, TILE // 8, 4, 2])
-    s4 = gl.inline_asm_elementwise(
-        _hide_asm(), _hide_operands(), [s4, w.expand_dims(1).expand_dims(3)], dtype=gl.float32, is_pure=True, pack=64
-    )
-    return gl.convert_layout(s4.reshape([ROWS, TILE]), LAYOUT, assert_trivial=True)
-
-
-@gluon.constexpr_function
-def _rescale_asm(n: int):
-    """PTX that multiplies `n` elements of a thread by their factors, unless those of all its warp are 1."""
-    lines = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
-    return (
-        "{ .reg .pred p, q; "
-        f"setp.neu.f32 p, ${2 * n}, 0f3F800000; setp.neu.or.f32 q, ${2 * n + 2}, 0f3F800000, p; "
-        "vote.sync.any.pred p, q, 0xffffffff; @!p bra KEEP; " + "\n".join(lines) + " KEEP: }"
-    )
-
-
-@gluon.constexpr_function
-def _rescale_operands(n: int):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
-
-
-@gluon.jit
-def _rescale(acc, alpha):
-    """`acc [ROWS, D] * alpha [ROWS]`; most tiles leave every maximum where it was, and cost a branch."""
-    D: gl.constexpr = acc.shape[1]
-    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), assert_trivial=True).expand_dims(1)
-    return gl.inline_asm_elementwise(
-        _rescale_asm(D // 2), _rescale_operands(D // 2), [acc, alpha], dtype=gl.float32, is_pure=True, pack=D // 2
-    )
-
-
-@gluon.jit
 def _scores(q, k_buf):
     """Issue `q @ k.T`, `[ROWS, TILE]`, without waiting for it."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     zero = gl.zeros([ROWS, TILE], gl.float32, S_LAYOUT)
     k = k_buf.reshape([TILE, q.shape[1]])
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _softmax(s, m_i, qk_scale):
-    """Fold scores `s [ROWS, TILE]` into the reference `m` of the exponents: (exponents of p, m, exponent of alpha).
-
-    Any m that keeps `p` in range is exact, so m follows the maximum only when that has grown by 2**HEADROOM.
-    """
-    # by pairs, fours and fours: one chain over a row would wait for every comparison
-    s5 = s.reshape([ROWS, 4, 4, 4, 2])
-    m_max = gl.max(gl.max(gl.max(gl.max(s5, 4), 2), 1), 1) * qk_scale
-    m_max = gl.convert_layout(m_max, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
-    m_new = gl.where(m_max > m_i + HEADROOM, m_max, m_i)
-    # a row with no key yet has m = -inf, and -inf - -inf would be NaN
-    m_safe = gl.where(m_new == -float("inf"), 0.0, m_new)
-    return s * qk_scale - m_safe.expand_dims(1), m_new, m_i - m_safe
-
-
-@gluon.jit
-def _sum(p):
-    """The part `[ROWS, 4]` of the row sums of `p [ROWS, TILE]` that each thread of a quad holds."""
-    return gl.sum(gl.sum(p.reshape([ROWS, TILE // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _decay(l_i, alpha):
-    return l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout), assert_trivial=True).expand_dims(1)
 
 
 @gluon.jit
@@ -294,29 +194,29 @@ def _attend(
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    W_LAYOUT: gl.constexpr = _no_words(S_LAYOUT).type.layout
+    W_LAYOUT: gl.constexpr = no_words(S_LAYOUT).type.layout
     FIRST_ROW: gl.constexpr = GROUP * ROWS
     # words of this tile and, read one tile ahead, of the next
     if MASKED:
-        w = _load_words(words, FIRST_ROW, n_partial > 0, -1, W_LAYOUT)
+        w = load_words(words, FIRST_ROW, n_partial > 0, -1, W_LAYOUT)
         words += TILE * 4
-        w_next = _load_words(words, FIRST_ROW, n_partial > 1, -1, W_LAYOUT)
+        w_next = load_words(words, FIRST_ROW, n_partial > 1, -1, W_LAYOUT)
     else:
-        w = _end_words(kv_len - (n - 1) * TILE, W_LAYOUT)
+        w = end_words(kv_len - (n - 1) * TILE, W_LAYOUT)
         w_next = w
     mbarrier.wait(k_ready.index(stage), phase)
     s = _scores(q, k_bufs.index(stage))
     s = warpgroup_mma_wait(0, deps=[s])
     if IS_NEGATIVE:
         s = -s
-    s = _hide(s, w)
+    s = hide(s, w)
     m_i = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    x, m_i, _ = _softmax(s, m_i, qk_scale)
+    x, m_i, _ = softmax_step(s, m_i, qk_scale)
     s_flying = 0
     if DEEP:
         s_flying = _scores_ahead(q, k_bufs, k_ready, stage, phase, n > 1, STAGES)
     x = exp2(x)
-    l_i = _sum(x)
+    l_i = partial_sums(x)
     mbarrier.wait(v_ready.index(stage), phase)
     mbarrier.arrive(kv_empty.index(stage))
     p = gl.convert_layout(x.to(dtype), P_LAYOUT)
@@ -327,7 +227,7 @@ def _attend(
         w = w_next
         if MASKED:
             words += TILE * 4
-            w_next = _load_words(words, FIRST_ROW, t + 1 < n_partial, -1, W_LAYOUT)
+            w_next = load_words(words, FIRST_ROW, t + 1 < n_partial, -1, W_LAYOUT)
         if DEEP:
             # ptxas serialises a product from the last step of the loop unless nothing else flies when it is waited for
             s = warpgroup_mma_wait(0, deps=[s_flying])
@@ -340,23 +240,21 @@ def _attend(
             s_flying = 0
         if IS_NEGATIVE:
             s = -s
-        if MASKED:
-            # one loop and a uniform branch: between two loops p would be unpacked and packed again
-            if HIDE:
-                s = _hide(s, w)
-            elif t < n_partial:
-                s = _hide(s, w)
-        x, m_i, decay = _softmax(s, m_i, qk_scale)
+        # one loop and a uniform branch: between two loops p would be unpacked and packed again
+        if MASKED:  # noqa: SIM102
+            if HIDE or t < n_partial:
+                s = hide(s, w)
+        x, m_i, decay = softmax_step(s, m_i, qk_scale)
         if DEEP:
             s_flying = _scores_ahead(q, k_bufs, k_ready, stage, phase, t + 1 < n, STAGES)
         x = exp2(x)
         alpha = exp2(decay)
-        l_i = _decay(l_i, alpha) + _sum(x)
+        l_i = decay_sums(l_i, alpha) + partial_sums(x)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(v_ready.index(stage), phase)
         acc, p = warpgroup_mma_wait(1 if DEEP else 0, deps=[acc_flying, p])
         mbarrier.arrive(kv_empty.index(stage))
-        acc = _rescale(acc, alpha)
+        acc = rescale(acc, alpha)
         p = gl.convert_layout(x.to(dtype), P_LAYOUT)
         last = stage
         stage, phase = _next(stage, phase, STAGES)
@@ -418,7 +316,7 @@ def _consume(
         q = q_bufs.index(q_stage * GROUPS + GROUP).reshape([ROWS, HEAD_DIM])
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
         m_i = gl.full([ROWS], -float("inf"), gl.float32, R_LAYOUT)
-        l_i = _no_words(S_LAYOUT).to(gl.float32)
+        l_i = no_words(S_LAYOUT).to(gl.float32)
         mbarrier.wait(q_ready.index(q_stage), q_phase)
         if n_partial + n_full > 0:
             acc, l_i, m_i, stage, phase = _attend(
@@ -457,7 +355,15 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=["sample_planes", "head_planes", "q_tiles", "q_heads", "group", "q_len", "kv_len", "n_items"],
-    do_not_specialize_on_alignment=["lse", "full_offsets", "full_tiles", "partial_offsets", "partial_tiles", "words", "order"],
+    do_not_specialize_on_alignment=[
+        "lse",
+        "full_offsets",
+        "full_tiles",
+        "partial_offsets",
+        "partial_tiles",
+        "words",
+        "order",
+    ],
 )
 def _fwd_kernel(
     q_desc,

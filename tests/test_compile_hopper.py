@@ -1,0 +1,118 @@
+"""Every configuration of the Hopper kernels compiles for sm_90, without a GPU, fits the chip and keeps its registers.
+
+Runs on the installed Triton and, from the Makefile, on the oldest one that is supported.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_compile import TARGETS, causal_mask, compiled, spilled_bytes  # noqa: F401  (compiled is a fixture)
+
+pytest.importorskip("triton")
+
+import triton
+
+from anymask import pack
+from anymask.backends import hopper
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"),
+]
+KERNELS = ["_fwd_kernel", "_bwd_delta_kernel", "_bwd_kernel", "_dq_kernel"]
+# scalars of the walk over heads, kept outside the loops
+FEW_BYTES = 64
+# loop constants read back from there, of some 750 instructions: in one loop of dk, dv at head_dim 64 on Triton 3.9
+FEW_LOADS = 8
+
+
+@pytest.fixture
+def hopper_kernels(compiled, monkeypatch):  # noqa: F811
+    """The list that kernels are added to as they compile for sm_90."""
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(hopper, "_kernels", {})
+    return compiled("sm_90")
+
+
+def compile_both(kernels, dim, mask, dtype=torch.float16, group=1, scale=0.1, v_dim=None, length=384):
+    """Forward and backward over zeros; returns the four kernels by name."""
+    q, k = (torch.zeros(2, heads, length, dim, dtype=dtype) for heads in (2 * group, 2))
+    v = torch.zeros(2, 2, length, v_dim or dim, dtype=dtype)
+    o, lse = hopper.forward(q, k, v, mask, scale)
+    hopper.backward(q, k, v, o, lse, o, None, mask, scale, False)
+    assert [x.metadata.name for x in kernels] == KERNELS
+    return dict(zip(KERNELS, kernels, strict=True))
+
+
+def loops_with_products(kernel) -> list[list[str]]:
+    """SASS instructions of the innermost loops that hold warpgroup products."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([tool, file.name], capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", sass, re.MULTILINE)
+    places = {label: i for i, (label, _) in enumerate(lines) if label}
+    spans = []
+    for i, (_, op) in enumerate(lines):
+        target = re.match(r"BRA.*`\((\.L_x_\d+)\)", op)
+        if target and places.get(target[1], i) < i:
+            spans.append((places[target[1]], i))
+    bodies = [[op for _, op in lines[a : b + 1] if op] for a, b in spans if not _holds_another((a, b), spans)]
+    # the loop in which idle warps wait for work to do goes round everything, and leaves
+    bodies = [body for body in bodies if "EXIT " not in body and "EXIT" not in body]
+    return [body for body in bodies if any(op.startswith("HGMMA") for op in body)]
+
+
+def _holds_another(span, spans) -> bool:
+    # barriers spin in loops of a few instructions
+    return any(span[0] <= a and b <= span[1] and (a, b) != span and b - a > 50 for a, b in spans)
+
+
+def assert_keeps_its_registers(kernels):
+    for name in ("_fwd_kernel", "_bwd_kernel"):
+        kernel = kernels[name]
+        assert kernel.metadata.shared <= TARGETS["sm_90"][1], name
+        assert spilled_bytes(kernel) <= FEW_BYTES, name
+        loops = loops_with_products(kernel)
+        assert len(loops) == {"_fwd_kernel": 2, "_bwd_kernel": 1}[name], name
+        for body in loops:
+            assert not [op for op in body if op.startswith("STL")], name
+            assert sum(op.startswith("LDL") for op in body) <= FEW_LOADS, name
+            # products that ptxas serialised are each followed by a wait
+            products = sum(op.startswith("HGMMA") for op in body)
+            assert sum(op.startswith("WARPGROUP.DEPBAR") for op in body) <= products // 4, name
+
+
+@pytest.mark.parametrize("mask", [causal_mask, lambda: None], ids=["masked", "unmasked"])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_keeps_its_registers(hopper_kernels, dim, group, mask):
+    mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if mask() is not None else None
+    assert_keeps_its_registers(compile_both(hopper_kernels, dim, mask, group=group))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_bf16_with_a_tail(hopper_kernels, dim):
+    assert_keeps_its_registers(compile_both(hopper_kernels, dim, None, torch.bfloat16, length=300))
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(40, 64), (96, 96), (128, 72)])
+def test_other_dims_fit(hopper_kernels, dim, v_dim):
+    kernels = compile_both(hopper_kernels, dim, causal_mask(), torch.bfloat16, scale=-0.1, v_dim=v_dim, length=300)
+    assert max(k.metadata.shared for k in kernels.values()) <= TARGETS["sm_90"][1]
+
+
+def test_new_lengths_and_masks_compile_nothing(hopper_kernels):
+    for length in (8, 128, 200, 384):
+        for heads in (1, 3, 16):
+            q = torch.zeros(1, heads, length, 64, dtype=torch.float16)
+            mask = pack(torch.ones(1, heads, length, length, dtype=torch.bool).tril())
+            o, lse = hopper.forward(q, q, q, mask, 0.1)
+            hopper.backward(q, q, q, o, lse, o, None, mask, 0.1, False)
+    by_name = {name: {id(k) for k in hopper_kernels if k.metadata.name == name} for name in KERNELS}
+    assert {name: len(ids) for name, ids in by_name.items()} == dict.fromkeys(KERNELS, 1)
