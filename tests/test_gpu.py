@@ -27,6 +27,18 @@ def test_masks(backend: str, case: Case, device: str) -> None:
     check(case, backend, device)
 
 
+@cases(
+    ("hopper",),
+    [
+        Case(m, 1000, 700, d, F16, q_heads=4, kv_heads=4)
+        for m in ("tiles", "empty_columns", "empty_head")
+        for d in (64, 128)
+    ],
+)
+def test_keys_without_a_query(backend: str, case: Case, device: str) -> None:
+    check(case, backend, device)
+
+
 @cases(BACKENDS, [Case(m, q, kv, 64, t) for q, kv in grid.LENGTHS for m in grid.LENGTH_MASKS for t in (F16, F32)])
 def test_lengths(backend: str, case: Case, device: str) -> None:
     check(case, backend, device)

@@ -93,7 +93,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 "STAGES": config.STAGES,
                 "Q_STAGES": config.Q_STAGES,
                 "DEEP": config.DEEP,
-                "HIDE": False,
             },
             4,
             (q.device, q.dtype, block_mask is None),

@@ -181,7 +181,6 @@ def _attend(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     DEEP: gl.constexpr,
-    HIDE: gl.constexpr,
 ):
     """The `n >= 1` tiles of an item, partial ones first: output `[ROWS, D]` before division, row sums and maxima.
 
@@ -242,7 +241,7 @@ def _attend(
             s = -s
         # one loop and a uniform branch: between two loops p would be unpacked and packed again
         if MASKED:  # noqa: SIM102
-            if HIDE or t < n_partial:
+            if t < n_partial:
                 s = hide(s, w)
         x, m_i, decay = softmax_step(s, m_i, qk_scale)
         if DEEP:
@@ -296,7 +295,6 @@ def _consume(
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DEEP: gl.constexpr,
-    HIDE: gl.constexpr,
 ):
     """A consumer warpgroup: ROWS queries of every item, their `o` and `lse`."""
     q_bufs, q_ready, q_empty = q_ring
@@ -334,7 +332,6 @@ def _consume(
                 GROUP,
                 STAGES,
                 DEEP,
-                HIDE,
             )
         l_i = gl.convert_layout(gl.sum(l_i, 1), R_LAYOUT, assert_trivial=True)
         mbarrier.arrive(q_empty.index(q_stage))
@@ -391,7 +388,6 @@ def _fwd_kernel(
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DEEP: gl.constexpr,
-    HIDE: gl.constexpr,
 ):
     """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md.
 
@@ -421,11 +417,11 @@ def _fwd_kernel(
         [
             (_consume, (
                 o_desc, lse, q_ring, kv_ring, o_bufs, lists, plane_strides, sizes, n_items, qk_scale,
-                HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(0), STAGES, Q_STAGES, DEEP, HIDE,
+                HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(0), STAGES, Q_STAGES, DEEP,
             )),
             (_consume, (
                 o_desc, lse, q_ring, kv_ring, o_bufs, lists, plane_strides, sizes, n_items, qk_scale,
-                HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(1), STAGES, Q_STAGES, DEEP, HIDE,
+                HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(1), STAGES, Q_STAGES, DEEP,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_ring, kv_ring, lists, plane_strides, sizes, group, n_items,
