@@ -6,6 +6,7 @@ Runs on the installed Triton and, from the Makefile, on the oldest one that is s
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,20 @@ def assert_keeps_its_registers(kernels):
 def test_keeps_its_registers(hopper_kernels, dim, group, mask):
     mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if mask() is not None else None
     assert_keeps_its_registers(compile_both(hopper_kernels, dim, mask, group=group))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_candidate_of_the_tuner_fits(hopper_kernels, monkeypatch, dim):
+    from benchmarks.tune_hopper import forward_candidates
+
+    candidates = list(forward_candidates(dim))
+    chosen = hopper.tuning.FORWARD[dim]
+    assert any((c.STAGES, c.Q_STAGES, c.DEEP) == (chosen.STAGES, chosen.Q_STAGES, chosen.DEEP) for c in candidates)
+    q = torch.zeros(1, 1, 128, dim, dtype=torch.float16)
+    for config in {replace(c, is_persistent=(False, False)) for c in candidates}:
+        monkeypatch.setitem(hopper.tuning.FORWARD, dim, config)
+        hopper.forward(q, q, q, None, 0.1)
+        assert hopper_kernels[-1].metadata.shared <= TARGETS["sm_90"][1], config
 
 
 @pytest.mark.parametrize("dim", [64, 128])

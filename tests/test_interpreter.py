@@ -149,6 +149,21 @@ def test_far_from_zero_scores(backend: str, case: Case, shift: float) -> None:
     grid.check_far_from_zero(case, backend, "cpu", shift)
 
 
+@pytest.mark.parametrize(("dim", "padded"), [(64, 64), (40, 64), (128, 128), (96, 128)])
+@pytest.mark.parametrize("q_len", [1, 64, 200, 256])
+def test_dq_leaves_its_accumulator_in_order(q_len: int, dim: int, padded: int) -> None:
+    """The one plain kernel of the Hopper backend: its input has the order that `_store_dq` writes."""
+    from anymask.backends.hopper.backward_kernel import _dq_kernel
+
+    heads, rows = 3, (q_len + 127) // 128 * 128
+    sums = torch.randn(heads, rows, padded)
+    # block of 64 rows, 16 columns (8 b + 2 t + p) at a time -> (block, columns, row, t, b, p)
+    acc = sums.view(heads, rows // 64, 64, padded // 16, 2, 4, 2).permute(0, 1, 3, 2, 5, 4, 6).reshape(-1, 32)
+    dq = torch.full((heads, q_len, dim), float("nan"), dtype=F16)
+    _dq_kernel[(heads * rows // 64,)](acc, dq, q_len, 0.5, DIM=dim, HEAD_DIM=padded, TILE=128)
+    assert torch.equal(dq, (sums[:, :q_len, :dim] * 0.5).to(F16))
+
+
 def test_a_mask_does_not_outlive_its_call() -> None:
     grid.check_a_mask_does_not_outlive_its_call("triton", "cpu", F16)
 

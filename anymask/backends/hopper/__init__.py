@@ -21,6 +21,9 @@ DTYPES = (torch.float16, torch.bfloat16)
 # below, the portable kernels pad less; above, the accumulators do not fit the registers
 MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 128
 
+# queries of a warpgroup in the forward kernel
+GROUP_ROWS = 64
+
 # what a kernel is compiled for -> the compiled kernel; new lengths, masks and scales are in none of the keys
 _kernels: dict[tuple[Any, ...], Any] = {}
 
@@ -72,10 +75,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
             _fwd_kernel,
             (programs, 1, 1),
             (
-                _tiles(q, 64, block_d),
+                _tiles(q, GROUP_ROWS, block_d),
                 _tiles(k, TILE, block_d),
                 _tiles(v, TILE, block_d),
-                _tiles(o, 64, block_d),
+                _tiles(o, GROUP_ROWS, block_d),
                 lse,
                 *portable._lists(block_mask, "rows"),
                 *portable._plane_strides(block_mask),
@@ -166,8 +169,13 @@ def backward(
             8,
             (q.device, q.dtype, q_heads // kv_heads),
         )
-        _dq_kernel[(tiles_over(q_len) * 2, q_heads * batch)](
-            dq_acc, dq, q_len, sm_scale, DIM=head_dim, HEAD_DIM=block_d, enable_fp_fusion=True
+        _launch(
+            _dq_kernel,
+            (lse2.numel() // 64, 1, 1),
+            (dq_acc, dq, q_len, sm_scale),
+            {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
+            4,
+            (q.device, q.dtype),
         )
     return dq, dk, dv
 

@@ -375,16 +375,17 @@ def _bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["q_len"])
-def _dq_kernel(dq_acc, dq_ptr, q_len, sm_scale, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Writes `dq [heads, q_len, DIM]`, scaled, of 64 queries from the fp32 accumulator in the order of `_store_dq`.
+def _dq_kernel(dq_acc, dq_ptr, q_len, sm_scale, DIM: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+    """Writes `dq [heads of all samples, q_len, DIM]`, scaled, from the fp32 accumulator in the order of `_store_dq`.
 
-    Grid: (query tiles * 2, heads of all samples).
+    Grid: (heads of all samples * query tiles * TILE // 64): 64 queries of one head a program.
     """
-    head = tl.program_id(1).to(tl.int64)
+    parts = (q_len + TILE - 1) // TILE * (TILE // 64)
+    head = (tl.program_id(0) // parts).to(tl.int64)
     r = tl.arange(0, 64)[:, None]
     c = tl.arange(0, HEAD_DIM)[None, :]
     place = c // 16 * 1024 + r * 16 + c % 8 // 2 * 4 + c % 16 // 8 * 2 + c % 2
-    dq = tl.load(dq_acc + (head * tl.num_programs(0) + tl.program_id(0)) * (64 * HEAD_DIM) + place)
-    rows = tl.program_id(0) * 64 + r
+    dq = tl.load(dq_acc + tl.program_id(0).to(tl.int64) * (64 * HEAD_DIM) + place)
+    rows = tl.program_id(0) % parts * 64 + r
     out = dq_ptr + (head * q_len + rows) * DIM + c
     tl.store(out, (dq * sm_scale).to(dq_ptr.dtype.element_ty), mask=(rows < q_len) & (c < DIM))
