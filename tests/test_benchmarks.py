@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import anymask
-from benchmarks import check, figures, measure, providers, report, results, run, suites, timing
+from benchmarks import check, figures, measure, providers, report, results, run, sanitize, suites, timing
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Results, Row, Rows
 
 OURS = "anymask:triton"
@@ -262,6 +262,22 @@ def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it(
     monkeypatch.setattr(providers, "_sdpa", lambda problem, kernel, *rest: providers.ours(problem, "cpu"))
     monkeypatch.setattr(providers.anymask, "attention", lambda q, k, v, *a, **o: q * k * v)
     assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "expected"),
+    [
+        ("x\n========= ERROR SUMMARY: 0 errors\n", 0, "clean"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "clean"),
+        ("========= ERROR SUMMARY: 3 errors", 0, "3 errors"),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors)", 1, "2 hazards displayed (2 errors)"),
+        ("AssertionError: dq\n========= ERROR SUMMARY: 0 errors", 1, "exit code 1: AssertionError: dq"),
+        ("Device not supported", 1, "no summary: Device not supported"),
+    ],
+)
+def test_what_a_sanitizer_says(output: str, code: int, expected: str) -> None:
+    assert sanitize.verdict(output, code).startswith(expected)
+    assert len(set(sanitize.CASES)) >= 10
 
 
 @pytest.mark.parametrize("suite", [name for name in suites.GPU_SUITES if name != "quick"])

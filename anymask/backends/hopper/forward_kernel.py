@@ -1,7 +1,7 @@
 """The forward kernel for Hopper: one producer warp feeds two consumer warpgroups.
 
-A work item is one query tile of one head, 128 queries; each consumer group has 64 of them. A grid may have a program for
-every item or one per multiprocessor: with fewer programs than items, the producer loads the next item while the
+A work item is one query tile of one head, 128 queries; each consumer group has 64 of them. A grid may have a program
+for every item or one per multiprocessor: with fewer programs than items, the producer loads the next item while the
 consumers finish the last. docs/kernels.md draws who waits for whom.
 """
 
