@@ -1,7 +1,7 @@
 """Runs the Hopper kernels under compute-sanitizer: `python -m benchmarks.sanitize` checks memory, then races.
 
-Every case is a process of its own, forward and backward, compared with the portable kernels. The exit code is the number
-of cases in which a tool found something or a result was wrong.
+Every case is a process of its own, forward and backward, compared with the portable kernels. The exit code is the
+number of cases in which a tool found something or a result was wrong.
 """
 
 from __future__ import annotations
