@@ -62,6 +62,15 @@ def seed() -> int:
     return 0
 
 
+@pytest.fixture(autouse=True)
+def _hopper(request: pytest.FixtureRequest) -> None:
+    """Skip what needs that GPU where there is another, or none."""
+    if request.node.get_closest_marker("hopper") is None:
+        return
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no GPU of compute capability 9.0")
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
     """The device of tests marked gpu, on which the eager yardstick accumulates in fp32."""

@@ -25,8 +25,14 @@ DEAD_MASKS = ["empty_columns", "key_padding", "all_empty", "one_pair", "empty_he
 
 def cases(backends: tuple[str, ...], many: list[Case]) -> pytest.MarkDecorator:
     """Parametrise `backend, case` with ids such as `triton-documents-q239-kv129-d64-bf16`."""
-    pairs = [(backend, case) for case in many for backend in backends if backend != "hopper" or _fits_hopper(case)]
-    return pytest.mark.parametrize(("backend", "case"), pairs, ids=[f"{b}-{c}" for b, c in pairs])
+    marks = {"hopper": pytest.mark.hopper}
+    pairs = [
+        pytest.param(backend, case, marks=marks.get(backend, ()), id=f"{backend}-{case}")
+        for case in many
+        for backend in backends
+        if backend != "hopper" or _fits_hopper(case)
+    ]
+    return pytest.mark.parametrize(("backend", "case"), pairs)
 
 
 def _fits_hopper(case: Case) -> bool:

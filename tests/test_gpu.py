@@ -137,6 +137,7 @@ def test_a_thousand_forwards(backend: str, case: Case, device: str) -> None:
     assert not torch.stack(differ).any()
 
 
+@pytest.mark.hopper
 @pytest.mark.parametrize("kv_len", [1, 100, 128, 300])
 @pytest.mark.parametrize("q_len", [1, 5, 127, 4000])
 def test_many_items_a_program(q_len: int, kv_len: int, device: str) -> None:
@@ -145,6 +146,7 @@ def test_many_items_a_program(q_len: int, kv_len: int, device: str) -> None:
         check(Case("random", q_len, kv_len, dim, F16, q_heads=16, kv_heads=4, batch=3), "hopper", device)
 
 
+@pytest.mark.hopper
 class TestHopperSaysNo:
     def why(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None) -> str:
         with pytest.raises(ValueError, match="backend 'hopper' cannot run this call: ") as error:

@@ -18,20 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.hopper.compat import tma_add, tma_load, tma_store
-from anymask.backends.hopper.tiles import TILE, barriers, exp2
-
-
-@gluon.jit
-def _runs(lists, line, q_tiles, MASKED: gl.constexpr):
-    """Where the line's full and partial tiles begin and how many there are; without a mask all are full."""
-    full_offsets, _, partial_offsets, _ = lists
-    full_begin, n_full, partial_begin, n_partial = 0, q_tiles, 0, 0
-    if MASKED:
-        full_begin = gl.load(full_offsets + line)
-        n_full = gl.load(full_offsets + line + 1) - full_begin
-        partial_begin = gl.load(partial_offsets + line)
-        n_partial = gl.load(partial_offsets + line + 1) - partial_begin
-    return full_begin, n_full, partial_begin, n_partial
+from anymask.backends.hopper.tiles import TILE, barriers, exp2, runs
 
 
 @gluon.jit
@@ -55,30 +42,22 @@ def _produce(
     do_desc,
     lse_desc,
     delta_desc,
-    k_bufs,
-    v_bufs,
-    kv_ready,
-    q_bufs,
-    lse_bufs,
-    q_ready,
-    do_bufs,
-    delta_bufs,
-    do_ready,
+    kv_ring,
+    q_ring,
+    do_ring,
     free,
     lists,
-    first_plane,
-    head_planes,
-    sample,
-    kv_head,
-    tile,
-    q_tiles,
-    kv_tiles,
+    column,
     group,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """Keeps the rings of q, lse2 and of do, delta filled, in the order in which `_consume` walks the lists."""
+    k_bufs, v_bufs, kv_ready = kv_ring
+    q_bufs, lse_bufs, q_ready = q_ring
+    do_bufs, delta_bufs, do_ready = do_ring
+    sample, kv_head, tile, first_plane, head_planes, q_tiles, kv_tiles = column
     mbarrier.expect(kv_ready, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [sample, kv_head, tile * TILE, 0], kv_ready, k_bufs.index(0))
     tma_load(v_desc, [sample, kv_head, tile * TILE, 0], kv_ready, v_bufs.index(0))
@@ -86,7 +65,7 @@ def _produce(
     for i in range(group):
         head = kv_head * group + i
         line = (first_plane + i * head_planes) * kv_tiles + tile
-        full_begin, n_full, partial_begin, n_partial = _runs(lists, line, q_tiles, MASKED)
+        full_begin, n_full, partial_begin, n_partial = runs(lists, line, q_tiles, MASKED)
         row = (sample * gl.num_programs(1) * group + head) * q_tiles * TILE
         for j in range(n_full + n_partial):
             start = _listed(lists, full_begin, partial_begin, n_partial, j, MASKED) * TILE
@@ -109,28 +88,22 @@ def _produce(
 @gluon.jit
 def _add_dq(
     dq_desc,
-    dq_buf,
-    dq_full,
-    dq_empty,
+    dq_ring,
     lists,
-    first_plane,
-    head_planes,
-    sample,
-    kv_head,
-    tile,
-    q_tiles,
-    kv_tiles,
+    column,
     group,
     BLOCK_M: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """Adds the dq of each step to global memory."""
+    dq_buf, dq_full, dq_empty = dq_ring
+    sample, kv_head, tile, first_plane, head_planes, q_tiles, kv_tiles = column
     pos = 0
     for i in range(group):
         head = kv_head * group + i
         line = (first_plane + i * head_planes) * kv_tiles + tile
-        full_begin, n_full, partial_begin, n_partial = _runs(lists, line, q_tiles, MASKED)
+        full_begin, n_full, partial_begin, n_partial = runs(lists, line, q_tiles, MASKED)
         head_tile = (sample * gl.num_programs(1) * group + head) * q_tiles
         for j in range(n_full + n_partial):
             row = (head_tile + _listed(lists, full_begin, partial_begin, n_partial, j, MASKED)) * (
@@ -149,29 +122,15 @@ def _add_dq(
 def _consume(
     dk_desc,
     dv_desc,
-    k_bufs,
-    v_bufs,
-    kv_ready,
-    q_bufs,
-    lse_bufs,
-    q_ready,
-    do_bufs,
-    delta_bufs,
-    do_ready,
+    kv_ring,
+    q_ring,
+    do_ring,
     free,
     ds_bufs,
-    dq_buf,
-    dq_full,
-    dq_empty,
+    dq_ring,
     lists,
     words,
-    first_plane,
-    head_planes,
-    sample,
-    kv_head,
-    tile,
-    q_tiles,
-    kv_tiles,
+    column,
     kv_len,
     group,
     sm_scale,
@@ -183,6 +142,11 @@ def _consume(
     HAS_TAIL: gl.constexpr,
 ):
     """dk and dv of the tile's keys, and their share of every dq: equations (5) to (9), transposed."""
+    k_bufs, v_bufs, kv_ready = kv_ring
+    q_bufs, lse_bufs, q_ready = q_ring
+    do_bufs, delta_bufs, do_ready = do_ring
+    dq_buf, dq_full, dq_empty = dq_ring
+    sample, kv_head, tile, first_plane, head_planes, q_tiles, kv_tiles = column
     STEPS: gl.constexpr = TILE // BLOCK_M
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD_DIM, 16])
@@ -217,7 +181,7 @@ def _consume(
     begin = 0
     for i in range(group):
         line = (first_plane + i * head_planes) * kv_tiles + tile
-        _, n_full, partial_begin, n_partial = _runs(lists, line, q_tiles, MASKED)
+        _, n_full, partial_begin, n_partial = runs(lists, line, q_tiles, MASKED)
         if MASKED:
             next_w = gl.load(
                 words + partial_begin.to(gl.int64) * (TILE * 4) + place, mask=place * 0 < n_partial, other=-1
@@ -348,25 +312,25 @@ def _bwd_kernel(
     dq_buf = gl.allocate_shared_memory(gl.float32, dq_desc.block_type.shape, dq_desc.layout)
     q_ready, do_ready, free = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     single = barriers(3, 1)
-    kv_ready, dq_full, dq_empty = single.index(0), single.index(1), single.index(2)
-    lists = (full_offsets, full_tiles, partial_offsets, partial_tiles)
+    kv_ring = k_bufs, v_bufs, single.index(0)
+    q_ring = q_bufs, lse_bufs, q_ready
+    do_ring = do_bufs, delta_bufs, do_ready
+    dq_ring = dq_buf, single.index(1), single.index(2)
+    lists = full_offsets, full_tiles, partial_offsets, partial_tiles
+    column = sample, kv_head, tile, first_plane, head_planes, q_tiles, kv_tiles
+    # argument lists are written inline: through a variable constexprs would become tensors
     # fmt: off
     gl.warp_specialize(
         [
             (_consume, (
-                dk_desc, dv_desc, k_bufs, v_bufs, kv_ready, q_bufs, lse_bufs, q_ready, do_bufs, delta_bufs, do_ready,
-                free, ds_bufs, dq_buf, dq_full, dq_empty, lists, words, first_plane, head_planes, sample, kv_head, tile,
-                q_tiles, kv_tiles, kv_len, group, sm_scale, qk_scale, BLOCK_M, HEAD_DIM, STAGES, MASKED, HAS_TAIL,
+                dk_desc, dv_desc, kv_ring, q_ring, do_ring, free, ds_bufs, dq_ring, lists, words, column, kv_len, group,
+                sm_scale, qk_scale, BLOCK_M, HEAD_DIM, STAGES, MASKED, HAS_TAIL,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, k_bufs, v_bufs, kv_ready, q_bufs, lse_bufs,
-                q_ready, do_bufs, delta_bufs, do_ready, free, lists, first_plane, head_planes, sample, kv_head, tile,
-                q_tiles, kv_tiles, group, BLOCK_M, STAGES, MASKED,
+                q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, kv_ring, q_ring, do_ring, free, lists, column,
+                group, BLOCK_M, STAGES, MASKED,
             )),
-            (_add_dq, (
-                dq_desc, dq_buf, dq_full, dq_empty, lists, first_plane, head_planes, sample, kv_head, tile, q_tiles,
-                kv_tiles, group, BLOCK_M, HEAD_DIM, MASKED,
-            )),
+            (_add_dq, (dq_desc, dq_ring, lists, column, group, BLOCK_M, HEAD_DIM, MASKED)),
         ],
         [1, 1],
         [24, 24],

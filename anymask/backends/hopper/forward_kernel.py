@@ -27,7 +27,7 @@ from anymask.backends.hopper.softmax import (
     rescale,
     softmax_step,
 )
-from anymask.backends.hopper.tiles import TILE, barriers, exp2
+from anymask.backends.hopper.tiles import TILE, barriers, exp2, runs
 
 LN_2 = gl.constexpr(0.6931471805599453)
 # consumer groups
@@ -65,16 +65,13 @@ def _line(item, lists, plane_strides, sizes, MASKED: gl.constexpr):
     tile = item % q_tiles
     head = item // q_tiles % q_heads
     sample = item // q_tiles // q_heads
-    partial_begin, partial_tiles, full_begin, full_tiles = 0, 0, 0, (kv_len + TILE - 1) // TILE
+    line = 0
     if MASKED:
         plane = sample * plane_strides[0] + head * plane_strides[1]
         tile = gl.load(lists[5] + plane * q_tiles + tile)
         line = plane * q_tiles + tile
-        full_begin = gl.load(lists[0] + line)
-        full_tiles = gl.load(lists[0] + line + 1) - full_begin
-        partial_begin = gl.load(lists[2] + line)
-        partial_tiles = gl.load(lists[2] + line + 1) - partial_begin
-    return tile, head, sample, partial_begin, partial_tiles, full_begin, full_tiles
+    full_begin, n_full, partial_begin, n_partial = runs(lists, line, (kv_len + TILE - 1) // TILE, MASKED)
+    return tile, head, sample, partial_begin, n_partial, full_begin, n_full
 
 
 @gluon.jit
