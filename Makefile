@@ -28,8 +28,10 @@ demo: $(DEMO_DONE)
 test: export OMP_WAIT_POLICY ?= passive
 test: $(DEV_DONE) $(OLDEST_DONE)
 	$(RUN) -m pytest $(TEST_FLAGS)
+ifeq ($(TEST_FLAGS),)
 	@echo "==> kernels of Hopper with the oldest Triton"
 	@if [ -d $(OLDEST) ]; then PYTHONPATH=$(OLDEST) $(RUN) -m pytest -m compile tests/test_compile_hopper.py; fi
+endif
 
 lint: $(DEV_DONE)
 	$(RUN) -m ruff check .

@@ -106,8 +106,7 @@ def attention(
     block_mask = _block_mask(q, k, causal() if is_causal else mask)
     rest = scale, backend, bool(deterministic)
     if torch.compiler.is_compiling():
-        tensors = [] if block_mask is None else block_mask.tensors()
-        o, lse = ops.forward(q, k, v, tensors, *rest)
+        o, lse = ops.forward(q, k, v, ops.mask_tensors(block_mask), *rest)
     else:
         apply: Any = ops.Attention.apply
         o, lse = apply(q, k, v, block_mask, *rest)
@@ -283,8 +282,7 @@ def _check_call(
     scale_name: str = "scale",
 ) -> float:
     """The scale to use, once every argument but the mask's shape is known to fit."""
-    if not _shapes_fit(q, k, v):
-        _raise_misfit(q, k, v)
+    _check_qkv(q, k, v)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is {flag!r} of type {type(flag).__name__}; allowed is a bool")
@@ -301,48 +299,34 @@ def _check_call(
     return float(scale)
 
 
-def _shapes_fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """All that `_raise_misfit` looks at, in one microsecond and not fifteen."""
-    if not q.dim() == k.dim() == v.dim() == 4:
-        return False
-    (batch, q_heads, _, head_dim), (kv_batch, kv_heads, kv_len, k_dim), v_shape = q.shape, k.shape, v.shape
-    return bool(
-        q.dtype == k.dtype == v.dtype
-        and q.dtype in FLOATS
-        and q.device == k.device == v.device
-        and batch == kv_batch == v_shape[0]
-        and kv_heads == v_shape[1]
-        and kv_len == v_shape[2]
-        and head_dim == k_dim
-        and head_dim
-        and (q_heads == 0 or (kv_heads and q_heads % kv_heads == 0))
-    )
-
-
-def _raise_misfit(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError for the first property of q, k, v that does not fit."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
+    # each attribute is made anew whenever it is read, at a cost that small calls notice
+    q_shape, k_shape, v_shape, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
+    for name, t, shape in (("q", q, q_shape), ("k", k, k_shape), ("v", v, v_shape)):
+        if len(shape) != 4:
             raise ValueError(
-                f"{name} has shape {tuple(t.shape)}, {t.dim()} dimensions; allowed are 4, [batch, heads, length, dim]"
+                f"{name} has shape {tuple(shape)}, {len(shape)} dimensions; allowed are 4, [batch, heads, length, dim]"
             )
         if t.dtype not in FLOATS:
             raise ValueError(f"{name} has dtype {t.dtype}; allowed are {', '.join(map(str, FLOATS))}")
-    for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {t.dtype} but q has {q.dtype}; allowed is one dtype for q, k and v")
-        if t.device != q.device:
-            raise ValueError(f"{name} is on {t.device} but q is on {q.device}; allowed is one device for q, k and v")
-        if t.shape[0] != q.shape[0]:
-            raise ValueError(f"{name}.batch is {t.shape[0]} but q.batch is {q.shape[0]}; allowed are equal sizes")
-    for dim, name in ((1, "heads"), (2, "length")):
-        if v.shape[dim] != k.shape[dim]:
-            raise ValueError(f"v.{name} is {v.shape[dim]} but k.{name} is {k.shape[dim]}; allowed are equal sizes")
-    if k.shape[3] != q.shape[3] or q.shape[3] == 0:
-        raise ValueError(f"k.head_dim is {k.shape[3]} but q.head_dim is {q.shape[3]}; allowed are equal sizes from 1")
-    if q.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+    batch, q_heads, _, head_dim = q_shape
+    kv_batch, kv_heads, kv_len, k_dim = k_shape
+    for name, t, size in (("k", k, kv_batch), ("v", v, v_shape[0])):
+        if t.dtype != dtype:
+            raise ValueError(f"{name} has dtype {t.dtype} but q has {dtype}; allowed is one dtype for q, k and v")
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device} but q is on {device}; allowed is one device for q, k and v")
+        if size != batch:
+            raise ValueError(f"{name}.batch is {size} but q.batch is {batch}; allowed are equal sizes")
+    for name, size, expected in (("heads", v_shape[1], kv_heads), ("length", v_shape[2], kv_len)):
+        if size != expected:
+            raise ValueError(f"v.{name} is {size} but k.{name} is {expected}; allowed are equal sizes")
+    if k_dim != head_dim or head_dim == 0:
+        raise ValueError(f"k.head_dim is {k_dim} but q.head_dim is {head_dim}; allowed are equal sizes from 1")
+    if q_heads and (kv_heads == 0 or q_heads % kv_heads):
         raise ValueError(
-            f"q has {q.shape[1]} heads and k has {k.shape[1]}; allowed is a number of q heads that is a multiple of "
+            f"q has {q_heads} heads and k has {kv_heads}; allowed is a number of q heads that is a multiple of "
             "the number of k heads"
         )
 

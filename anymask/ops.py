@@ -144,13 +144,12 @@ class Attention(torch.autograd.Function):
         deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
         """`(o, lse)`."""
-        tensors = [] if block_mask is None else block_mask.tensors()
         if _is_unwatched(q):
             output = _forward_now(q, k, v, block_mask, sm_scale, backend)
         else:
-            output = forward(q, k, v, tensors, sm_scale, backend, deterministic)
+            output = forward(q, k, v, mask_tensors(block_mask), sm_scale, backend, deterministic)
         if any(ctx.needs_input_grad):
-            _setup_context(ctx, (q, k, v, tensors, sm_scale, backend, deterministic), output)
+            _setup_context(ctx, (q, k, v, mask_tensors(block_mask), sm_scale, backend, deterministic), output)
         return output
 
     @staticmethod
@@ -194,6 +193,11 @@ def _pack_fake(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device:
         ]
 
     return lists(q_len) + lists(kv_len)
+
+
+def mask_tensors(block_mask: BlockMask | None) -> list[Tensor]:
+    """The mask as the operators take it."""
+    return [] if block_mask is None else block_mask.tensors()
 
 
 def _block_mask(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask | None:

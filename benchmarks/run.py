@@ -19,15 +19,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from anymask import backends
 from benchmarks import check, measure, report
-from benchmarks.figures import Figure, Verdict, cpu_figures, gpu_figures, hopper_figures, judge
+from benchmarks.figures import Verdict, judge
 from benchmarks.providers import OURS, failures
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Results, Row, Rows, environment, reason, slug
-from benchmarks.suites import GPU_SUITES, Case, Suite, make_problem, quick_cpu, resized
+from benchmarks.suites import GPU_BACKENDS, GPU_SUITES, Case, Suite, make_problem, quick_cpu, resized
 
 BUDGET = "the time budget is spent"
-GPU_BACKENDS = tuple(name for name in backends.NAMES if name not in ("cpu", "reference"))
 
 
 @dataclass(frozen=True)
@@ -129,13 +127,10 @@ def plan(suite: Suite, ours: tuple[str, ...], only: str) -> list[Job]:
 
 def verdicts_of(suite: Suite, results: Results, ours: str) -> list[Verdict]:
     """The table of figures; at another length than theirs, none is measured."""
-    figures: list[Figure] = cpu_figures() if suite.baseline is not None else gpu_figures()
-    if suite.name.startswith("hopper"):
-        figures = hopper_figures(suite.name)
     if suite.shape.length == suite.figure_length:
-        return judge(figures, results.rows, ours)
+        return judge(suite.figures(), results.rows, ours)
     note = f"stated for {suite.figure_length} tokens, this run has {suite.shape.length}"
-    return [replace(v, note=note) for v in judge(figures, Rows(), ours)]
+    return [replace(v, note=note) for v in judge(suite.figures(), Rows(), ours)]
 
 
 def exit_code(results: Results) -> int:
@@ -158,7 +153,9 @@ def parser() -> argparse.ArgumentParser:
     chosen.add_argument("--suite", choices=tuple(GPU_SUITES), help="each ends in its figures to reach; a CPU has quick")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     p.add_argument(
-        "--backend", action="append", help=f"ours to measure, repeatable; on a GPU default {', '.join(GPU_BACKENDS)}"
+        "--backend",
+        action="append",
+        help=f"ours to measure, repeatable; for --quick on a GPU {', '.join(GPU_BACKENDS)}",
     )
     p.add_argument(
         "--out",
@@ -200,10 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         results = Results.start(folder / f"{suite.name}.json", env, options.resume)
     except ValueError as error:
         parser().error(str(error))
-    names = ("cpu",) if device == "cpu" else GPU_BACKENDS
-    if options.suite.startswith("hopper"):
-        names = ("hopper", "hopper:deterministic")
-    ours = tuple(OURS + name for name in options.backend or names)
+    ours = tuple(OURS + name for name in options.backend or suite.ours)
     return drive(suite, ours, device, options, results, started)
 
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import anymask
-from anymask import BlockMask
+from anymask import BlockMask, backends
+from benchmarks.figures import Figure, cpu_figures, gpu_figures, hopper_figures
+
+GPU_BACKENDS = tuple(name for name in backends.NAMES if name not in ("cpu", "reference"))
+PASSES = ("forward", "backward")
 
 # (batch, head, query, key) index tensors -> bool, as FlexAttention takes it
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -56,10 +61,13 @@ class Suite:
     cases: tuple[Case, ...]
     # of "forward", "backward", "both"
     passes: tuple[str, ...]
+    # names for `providers.find`, without the prefix of ours; the figures are about the first
+    ours: tuple[str, ...]
+    # what is promised at `figure_length` tokens
+    figures: Callable[[], list[Figure]]
+    figure_length: int
     # CPU only: the provider whose time is 1; times on a GPU are in ms
     baseline: str | None = None
-    # the length the stated figures hold for, in tokens
-    figure_length: int = 0
     # whether building the masks is measured too
     packs: bool = True
 
@@ -167,7 +175,7 @@ def quick_gpu() -> Suite:
         documents(8, shape.length, with_mask),
         Case("none", None, None, ("flex", "cudnn", "flash", "efficient")),
     )
-    return Suite("quick", shape, cases, ("forward", "backward"), figure_length=shape.length)
+    return Suite("quick", shape, cases, PASSES, GPU_BACKENDS, gpu_figures, shape.length)
 
 
 def hopper(name: str, shape: Shape) -> Suite:
@@ -180,14 +188,15 @@ def hopper(name: str, shape: Shape) -> Suite:
             window(1024, ("flex",)),
             documents(8, shape.length, ("flex",)),
         ]
-    return Suite(name, shape, tuple(cases), ("forward", "backward"), figure_length=shape.length, packs=False)
+    ours = ("hopper", "hopper:deterministic")
+    return Suite(name, shape, tuple(cases), PASSES, ours, partial(hopper_figures, name), shape.length, packs=False)
 
 
 GPU_SUITES: dict[str, Callable[[], Suite]] = {
-    "quick": lambda: quick_gpu(),
-    "hopper-d128": lambda: hopper("hopper-d128", Shape(2, 16, 8192, 128, torch.float16)),
-    "hopper-d64": lambda: hopper("hopper-d64", Shape(2, 32, 8192, 64, torch.float16)),
-    "hopper-short": lambda: hopper("hopper-short", Shape(16, 16, 1024, 128, torch.float16)),
+    "quick": quick_gpu,
+    "hopper-d128": partial(hopper, "hopper-d128", Shape(2, 16, 8192, 128, torch.float16)),
+    "hopper-d64": partial(hopper, "hopper-d64", Shape(2, 32, 8192, 64, torch.float16)),
+    "hopper-short": partial(hopper, "hopper-short", Shape(16, 16, 1024, 128, torch.float16)),
 }
 
 
@@ -195,7 +204,7 @@ def quick_cpu() -> Suite:
     """The figures stated for a CPU."""
     shape = Shape(1, 8, 2048, 64, torch.float32)
     cases = (random(0.5, ("sdpa",)), documents(8, shape.length, ("sdpa",)))
-    return Suite("quick", shape, cases, ("forward", "backward", "both"), baseline="sdpa", figure_length=shape.length)
+    return Suite("quick", shape, cases, (*PASSES, "both"), ("cpu",), cpu_figures, shape.length, baseline="sdpa")
 
 
 def resized(suite: Suite, length: int) -> Suite:

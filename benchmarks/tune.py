@@ -24,6 +24,8 @@ from anymask.backends.triton import tuning
 from anymask.backends.triton.tuning import TileConfig
 
 PASSES = ("fwd", "dq", "dkdv")
+# norm of an error, in parts of that of the result
+TOLERANCE = 2e-3
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -87,6 +89,14 @@ def compile_one(which: str, head_dim: int, dtype: torch.dtype, use_tma: bool, co
     return None
 
 
+def is_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    """Whether a candidate's tensors are those of kernels that are known to be right; a NaN is not."""
+    return all(
+        float((a.float() - e.float()).norm()) <= TOLERANCE * float(e.float().norm())
+        for a, e in zip(found, expected, strict=True)
+    )
+
+
 def masks(length: int) -> dict[str, Tensor | None]:
     """The masks timed: none, random 50 %, causal, causal documents of length / 8."""
     generator = torch.Generator("cuda").manual_seed(1)
@@ -135,9 +145,8 @@ def main() -> None:
             configs[max(64, args.head_dim)] = config
             backend._options.cache_clear()
             actual = run_pass(which, inputs["random50"], packed["random50"])()
-            close = all(((a - e).norm() / e.norm()).item() < 2e-3 for a, e in zip(actual, expected, strict=True))
             times = [do_bench(run_pass(which, inputs[n], m), 10, 50, return_mode="median") for n, m in packed.items()]
-            rows.append((times if close else [math.nan] * len(times), config))
+            rows.append((times if is_close(actual, expected) else [math.nan] * len(times), config))
         configs[max(64, args.head_dim)] = default
         backend._options.cache_clear()
         rows.sort(key=lambda entry: entry[0][1])

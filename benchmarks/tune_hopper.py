@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from rich.progress import track
@@ -24,11 +25,10 @@ from anymask.backends import triton as portable
 from anymask.backends.hopper import tuning
 from anymask.backends.hopper.tuning import ForwardConfig
 from benchmarks import timing
-from benchmarks.tune import make_inputs, masks
+from benchmarks.tune import is_close, make_inputs, masks
 
 # shared memory that a program may have, without its barriers
 SHARED_BYTES = 226 * 1024
-TOLERANCE = 2e-3
 Outputs = tuple[Tensor, ...]
 
 
@@ -49,7 +49,7 @@ def forwards(args: Outputs, mask: anymask.BlockMask | None) -> dict[str, Callabl
         tuning.FORWARD[head_dim] = config
         return hopper.forward(q, k, v, mask, head_dim**-0.5)
 
-    return {str(c): lambda c=c: call(c) for c in forward_candidates(head_dim)}  # type: ignore[misc]
+    return {str(c): partial(call, c) for c in forward_candidates(head_dim)}
 
 
 def backwards(args: Outputs, mask: anymask.BlockMask | None) -> dict[str, Callable[[], Outputs]]:
@@ -63,8 +63,8 @@ def backwards(args: Outputs, mask: anymask.BlockMask | None) -> dict[str, Callab
 
     # 128 queries of 128 dimensions do not fit the registers
     steps = (64, 128) if head_dim == 64 else (64,)
-    calls: dict[str, Callable[[], Outputs]] = {f"BLOCK_M={m}": lambda m=m: call(m) for m in steps}  # type: ignore[misc]
-    return calls | {"deterministic": lambda: call(steps[-1], deterministic=True)}
+    calls = {f"BLOCK_M={m}": partial(call, m) for m in steps}
+    return calls | {"deterministic": partial(call, steps[-1], deterministic=True)}
 
 
 def cudnn(args: Outputs, is_causal: bool) -> tuple[Callable[[], Outputs], Callable[[], Outputs]]:
@@ -77,14 +77,6 @@ def cudnn(args: Outputs, is_causal: bool) -> tuple[Callable[[], Outputs], Callab
 
     (out,) = attend()
     return attend, lambda: torch.autograd.grad(out, (q, k, v), args[3], retain_graph=True)
-
-
-def wrong(found: Outputs, expected: Outputs) -> bool:
-    """Whether a candidate's result is another than that of the portable kernels; NaN is wrong."""
-    return not all(
-        float((a.float() - e.float()).norm()) <= TOLERANCE * float(e.float().norm())
-        for a, e in zip(found, expected, strict=True)
-    )
 
 
 def main() -> None:
@@ -106,7 +98,7 @@ def main() -> None:
             ("forward", forwards(args, mask), attend, (o, lse)),
             ("backward", backwards(args, mask), differentiate, expected),
         ):
-            kept = {n: call for n, call in calls.items() if not wrong(call(), right)}
+            kept = {n: call for n, call in calls.items() if is_close(call(), right)}
             times = timing.cuda_ms({"cuDNN": baseline} | kept)
             lines += [f"{step}, {name}: cuDNN {times['cuDNN'].median:.3f} ms"]
             lines += [f"  wrong: {n}" for n in calls if n not in kept]

@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 
 def problem(case: suites.Case, shape: suites.Shape = SMALL) -> suites.Problem:
-    return suites.make_problem(suites.Suite("test", shape, (case,), ("forward",)), case, "cpu", seed=0)
+    return suites.make_problem(replace(suites.quick_cpu(), shape=shape, cases=(case,)), case, "cpu", seed=0)
 
 
 def right_result(p: suites.Problem) -> tuple[Tensor, ...]:
@@ -213,7 +213,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu_suite_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's suite, tiny, on the CPU, with invented times: everything but the clock is real."""
     fake_clock(monkeypatch)
-    suite = replace(suites.quick_gpu(), shape=SMALL)
+    suite = replace(suites.quick_gpu(), shape=SMALL, ours=("cpu",))
     cases = (
         *(c for c in suite.cases if not c.name.startswith("documents")),
         suites.documents(8, 256, ("flex", "cudnn")),
@@ -250,7 +250,8 @@ def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it(
 ) -> None:
     fake_clock(monkeypatch)
     suite = suites.hopper("hopper-d64", replace(SMALL, length=8192))
-    one_case = replace(suite, shape=SMALL, cases=tuple(c for c in suite.cases if c.name == "random50"))
+    cases = tuple(c for c in suite.cases if c.name == "random50")
+    one_case = replace(suite, shape=SMALL, cases=cases, ours=("cpu",))
     monkeypatch.setattr(run, "quick_cpu", lambda: one_case)
     plain = providers._sdpa
     monkeypatch.setattr(providers, "_sdpa", lambda problem, kernel, *rest: plain(problem, None, *rest))
@@ -259,9 +260,13 @@ def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it(
     assert rows["cudnn-unmasked"]["status"] == OK
     pairs = {name: row["values"]["pairs"] for name, row in rows.items()}
     assert pairs["cudnn-unmasked"] == SMALL.batch * SMALL.heads * 256 * 256 > pairs["anymask:cpu"]
-    monkeypatch.setattr(providers, "_sdpa", lambda problem, kernel, *rest: providers.ours(problem, "cpu"))
+    # a yardstick that minds the mask, and a result of ours that is wrong
+    masked = replace(providers.find("cudnn")(problem(one_case.cases[0])), unmasked=True)
+    monkeypatch.setitem(providers.PROVIDERS, "cudnn-unmasked", lambda problem: masked)
     monkeypatch.setattr(providers.anymask, "attention", lambda q, k, v, *a, **o: q * k * v)
     assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    rows = {r["provider"]: r for r in json.loads((tmp_path / "hopper-d64.json").read_text())["rows"]}
+    assert rows["cudnn-unmasked"]["status"] == WRONG
 
 
 @pytest.mark.parametrize(

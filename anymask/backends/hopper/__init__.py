@@ -220,19 +220,19 @@ def _without_dead(t: Tensor, block_mask: BlockMask | None, view: str) -> Tensor:
 
 def _tiles(t: Tensor, rows: int, columns: int) -> Any:
     """A descriptor of tiles `[1, 1, rows, columns]` of `t [batch, heads, length, dim]`."""
-    return _descriptor(t, list(t.shape), [*t.stride()[:3], 1], [1, 1, rows, columns], t.dtype)
+    return _descriptor(t, [*t.stride()[:3], 1], [1, 1, rows, columns])
 
 
 def _rows(t: Tensor, rows: int) -> Any:
     """A descriptor of `rows` leading indices of contiguous fp32 `t`."""
-    return _descriptor(t, list(t.shape), list(t.stride()), [rows, *t.shape[1:]], t.dtype)
+    return _descriptor(t, list(t.stride()), [rows, *t.shape[1:]])
 
 
-def _descriptor(t: Tensor, shape: list[int], strides: list[int], block: list[int], dtype: torch.dtype) -> Any:
+def _descriptor(t: Tensor, strides: list[int], block: list[int]) -> Any:
     # `_loadable` has checked what the constructor checks again for every call
-    descriptor_type, layout = _layout(tuple(block), dtype)
+    descriptor_type, layout = _layout(tuple(block), t.dtype)
     descriptor: Any = object.__new__(descriptor_type)
-    descriptor.base, descriptor.shape, descriptor.strides = t, shape, strides
+    descriptor.base, descriptor.shape, descriptor.strides = t, list(t.shape), strides
     descriptor.block_shape, descriptor.layout, descriptor.padding = block, layout, "zero"
     return descriptor
 
