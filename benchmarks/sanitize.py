@@ -1,27 +1,38 @@
 """Runs the Hopper kernels under compute-sanitizer: `python -m benchmarks.sanitize` checks memory, then races.
 
-Every case is a process of its own, forward and backward, compared with attention in fp64. The exit code is the number
-of cases in which a tool found something or a result was wrong.
+Every case is a process of its own, forward and backward on few programs, compared with attention in fp64. The exit code
+is the number of cases in which a tool found something or a result was wrong.
+
+One report of racecheck is left out, and said to be: Triton wakes the warps of a partition with a word in shared memory,
+written and read between barriers of all warps of the program (`barrier.sync 1`). The tool sees no order in them, as
+every partition waits at an instruction of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from anymask.backends import hopper
 from anymask.testing import Case, check
 
 TOOLS = ("memcheck", "racecheck")
 # a tool makes kernels hundreds of times slower
 LIMIT_S = 300
+# programs of a kernel: each takes several items, one after another
+PROGRAMS = 3
 F16, BF16 = torch.float16, torch.bfloat16
 # lengths of whole tiles and not, longer and shorter than one, with and without groups of heads
 CASES = (
@@ -41,8 +52,19 @@ CASES = (
 )
 
 
+def handshake() -> Iterator[str]:
+    """`file:line` of what Triton adds to wake partitions: it goes by the kernel's first line and the call's."""
+    for path in Path(hopper.__file__).parent.glob("*_kernel.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.match(r"def _(fwd|bwd)_kernel\(|\s+gl\.warp_specialize\(", line):
+                yield f"{path.name}:{number}"
+
+
 def verdict(output: str, code: int) -> str:
     """What a tool's output says: "clean", its count of errors, or the end of what went wrong."""
+    places = re.findall(r"(?:Read|Write) access at \S+ in (\S+:\d+)", output)
+    if places and not code and set(places) <= set(handshake()):
+        return "clean, but for Triton's handshake"
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
     end = output.strip()[-200:]
     if summary is None:
@@ -69,15 +91,21 @@ def main() -> int:
     parser.add_argument("--tool", choices=TOOLS, action="append")
     options = parser.parse_args()
     if options.case is not None:
+        # read by the launchers
+        hopper._multiprocessors = lambda device: PROGRAMS  # type: ignore[assignment]
         check(CASES[options.case], "hopper", "cuda")
         return 0
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
-    table, bad = Table("case", *(options.tool or TOOLS)), 0
-    for i, case in track(list(enumerate(CASES)), "cases"):
-        verdicts = [inspect(tool, i) for tool in options.tool or TOOLS]
-        bad += any(v != "clean" for v in verdicts)
-        table.add_row(str(case), *verdicts)
+    tools = options.tool or TOOLS
+    table, bad = Table("case", *tools), 0
+    # mostly imports and compilation, on cores of their own
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        found = [[pool.submit(inspect, tool, i) for tool in tools] for i in range(len(CASES))]
+        for case, futures in track(list(zip(CASES, found, strict=True)), "cases"):
+            verdicts = [future.result() for future in futures]
+            bad += any(not v.startswith("clean") for v in verdicts)
+            table.add_row(str(case), *verdicts)
     Console().print(table)
     return bad
 

@@ -33,11 +33,12 @@ Outputs = tuple[Tensor, ...]
 
 
 def forward_candidates(head_dim: int) -> Iterator[ForwardConfig]:
-    """What fits: k and v, q, and o of 128 rows each, in 16 bits."""
-    tile = 128 * head_dim * 2
-    for stages, q_stages, deep, persistent in itertools.product((2, 3, 4), (1, 2), (False, True), (False, True)):
-        if tile * (2 * stages + q_stages + 1) <= SHARED_BYTES:
-            yield ForwardConfig(stages, q_stages, deep, (persistent, persistent))
+    """What fits: for each pair of groups, slots of k and v, and 128 rows of q and o, in 16 bits."""
+    # two pairs have registers for 64 keys a step and 64 columns of o
+    shapes = ((64, 2), (128, 1)) if head_dim == 64 else ((64, 1), (128, 1))
+    for (block_n, pairs), stages, q_stages, persistent in itertools.product(shapes, (2, 3, 4), (1, 2), (False, True)):
+        if pairs * head_dim * 2 * (2 * stages * block_n + (q_stages + 1) * 128) <= SHARED_BYTES:
+            yield ForwardConfig(block_n, pairs, stages, q_stages, (persistent, persistent))
 
 
 def forwards(args: Outputs, mask: anymask.BlockMask | None) -> dict[str, Callable[[], Outputs]]:

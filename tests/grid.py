@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from anymask import attention, pack
-from anymask.testing import Case, Inputs, Results, assert_dead_is_zero, magnitudes, make_inputs, reference, run
+from anymask.testing import (
+    Case,
+    Inputs,
+    Results,
+    assert_dead_is_zero,
+    assert_matches,
+    eager,
+    magnitudes,
+    make_inputs,
+    reference,
+    run,
+)
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SPECIAL_VALUES = [float("nan"), float("inf"), -float("inf")]
@@ -149,6 +160,20 @@ def check_a_mask_does_not_outlive_its_call(backend: str, device: str, dtype: tor
         expected = reference(*inputs[:3], inputs.dense, None, inputs.do, inputs.dlse)
         for name, x, y in zip(Results._fields, got, expected, strict=True):
             assert torch.allclose(x.double(), y, atol=limit, rtol=limit), name
+
+
+def check_growing_scores(case: Case, backend: str, device: str) -> None:
+    """Keys that grow with their position, so that every tile moves the maxima of its rows: as right as any."""
+    inputs = make_inputs(case, device)
+    ramp = torch.linspace(0.1, 20, case.kv_len, device=device)[:, None]
+    inputs = inputs._replace(k=(inputs.k.detach() * ramp).to(case.dtype).requires_grad_())
+    args = inputs.q, inputs.k, inputs.v, inputs.dense, None, inputs.do, inputs.dlse
+    expected, yardstick, magnitude = reference(*args), eager(*args), magnitudes(*args)
+    rows = min(case.q_len, case.kv_len)
+    for what, *tensors, size in zip(
+        Results._fields, run(inputs, backend=backend), expected, yardstick, magnitude, strict=True
+    ):
+        assert_matches(*tensors, case.dtype, what, rows, size)
 
 
 def check_far_from_zero(case: Case, backend: str, device: str, shift: float) -> None:

@@ -269,6 +269,13 @@ def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it(
     assert rows["cudnn-unmasked"]["status"] == WRONG
 
 
+RACE = (
+    "========= Error: Race reported between Read access at _fwd_kernel+0x140 in {}\n"
+    "=========     and Write access at _fwd_kernel+0x77e0 in {} [12 hazards]\n"
+    "========= RACECHECK SUMMARY: 1 hazards displayed (1 errors, 0 warnings)"
+)
+
+
 @pytest.mark.parametrize(
     ("output", "code", "expected"),
     [
@@ -278,6 +285,9 @@ def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it(
         ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors)", 1, "2 hazards displayed (2 errors)"),
         ("AssertionError: dq\n========= ERROR SUMMARY: 0 errors", 1, "exit code 1: AssertionError: dq"),
         ("Device not supported", 1, "no summary: Device not supported"),
+        (RACE.format(*sanitize.handshake()), 0, "clean, but for Triton's handshake"),
+        (RACE.format(*sanitize.handshake()), 1, "1 hazards displayed"),
+        (RACE.format("forward_kernel.py:1", *sanitize.handshake()), 0, "1 hazards displayed"),
     ],
 )
 def test_what_a_sanitizer_says(output: str, code: int, expected: str) -> None:

@@ -147,6 +147,20 @@ def test_many_items_a_program(q_len: int, kv_len: int, device: str) -> None:
 
 
 @pytest.mark.hopper
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("mask", ["documents", "random", "none"])
+def test_few_programs(mask: str, dim: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every program takes many items, with all its rings and barriers going round."""
+    monkeypatch.setattr("anymask.backends.hopper._multiprocessors", lambda device: 3)
+    check(Case(mask, 700, 900, dim, F16, q_heads=4, kv_heads=2), "hopper", device)
+
+
+@cases(BACKENDS, [Case(m, 300, 700, d, F16) for m in ("causal_lower_right", "random", "none") for d in (64, 128)])
+def test_growing_scores(backend: str, case: Case, device: str) -> None:
+    grid.check_growing_scores(case, backend, device)
+
+
+@pytest.mark.hopper
 class TestHopperSaysNo:
     def why(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None) -> str:
         with pytest.raises(ValueError, match="backend 'hopper' cannot run this call: ") as error:

@@ -67,17 +67,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     block_d = _block_d(head_dim, v_dim)
     config = tuning.FORWARD[block_d]
     q_tiles = tiles_over(q_len)
-    n_items = programs = q_tiles * q_heads * batch
+    n_items = q_tiles * q_heads * batch
+    programs = -(-n_items // config.PAIRS)
     if config.is_persistent[block_mask is not None]:
-        programs = min(n_items, _multiprocessors(q.device))
+        programs = min(programs, _multiprocessors(q.device))
     with portable._on(q.device):
         _launch(
             _fwd_kernel,
             (programs, 1, 1),
             (
                 _tiles(q, GROUP_ROWS, block_d),
-                _tiles(k, TILE, block_d),
-                _tiles(v, TILE, block_d),
+                _tiles(k, config.BLOCK_N, block_d),
+                _tiles(v, config.BLOCK_N, block_d),
                 _tiles(o, GROUP_ROWS, block_d),
                 lse,
                 *portable._lists(block_mask, "rows"),
@@ -95,7 +96,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 "IS_NEGATIVE": sm_scale < 0,
                 "STAGES": config.STAGES,
                 "Q_STAGES": config.Q_STAGES,
-                "DEEP": config.DEEP,
+                "PAIRS": config.PAIRS,
             },
             4,
             (q.device, q.dtype, block_mask is None),
@@ -136,11 +137,12 @@ def backward(
     # rows of 32 floats, in the order of the kernel
     dq_acc = lse.new_zeros(lse2.numel() * block_d // 32, 32)
     has_tail = block_mask is None and kv_len % TILE != 0
+    n_items = tiles_over(kv_len) * kv_heads * batch
     with portable._on(q.device):
         portable._launch_delta(o, do, lse, dlse, lse2, delta)
         _launch(
             _bwd_kernel,
-            (tiles_over(kv_len), kv_heads, batch),
+            (min(n_items, _multiprocessors(q.device)), 1, 1),
             (
                 _tiles(q, block_m, block_d),
                 _tiles(k, TILE, block_d),
@@ -153,9 +155,11 @@ def backward(
                 _tiles(dv, TILE, block_d),
                 *portable._lists(block_mask, "cols"),
                 *portable._plane_strides(block_mask),
-                q_len,
-                kv_len,
+                tiles_over(q_len),
+                kv_heads,
                 q_heads // kv_heads,
+                kv_len,
+                n_items,
                 sm_scale,
                 sm_scale * portable.LOG2_E,
             ),

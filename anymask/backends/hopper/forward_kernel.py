@@ -1,8 +1,9 @@
-"""The forward kernel for Hopper: one producer warp feeds two consumer warpgroups.
+"""The forward kernel for Hopper: one producer warp feeds a pair of consumer warpgroups.
 
-A work item is one query tile of one head, 128 queries; each consumer group has 64 of them. A grid may have a program
-for every item or one per multiprocessor: with fewer programs than items, the producer loads the next item while the
-consumers finish the last. docs/kernels.md draws who waits for whom.
+A work item is one query tile of one head, 128 queries; each consumer group of a pair has 64 of them. A program has one
+pair, or two that share nothing but the multiprocessor. A grid may have a pair for every item or one program per
+multiprocessor: with fewer pairs than items, the producer loads the next item while the consumers finish the last.
+docs/kernels.md draws who waits for whom.
 """
 
 from triton.experimental import gluon
@@ -17,20 +18,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from anymask.backends.hopper.compat import tma_load, tma_store
 from anymask.backends.hopper.softmax import (
+    LOWEST,
     ROWS,
-    decay_sums,
     end_words,
+    exponents,
+    follow,
     hide,
     load_words,
+    maxima,
     no_words,
     partial_sums,
     rescale,
-    softmax_step,
 )
-from anymask.backends.hopper.tiles import TILE, barriers, exp2, runs
+from anymask.backends.hopper.tiles import TILE, barriers, exp2, item_of, rounds, runs
 
 LN_2 = gl.constexpr(0.6931471805599453)
-# consumer groups
+# consumer groups of a pair
 GROUPS = gl.constexpr(2)
 
 
@@ -39,20 +42,6 @@ def _next(stage, phase, STAGES: gl.constexpr):
     """Slot of a ring after `stage`, and the parity of its barrier there."""
     wraps = stage == STAGES - 1
     return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
-
-
-@gluon.jit
-def _item(round_):
-    """The item that this program takes in a round: forth and back, so that long and short lines even out."""
-    place, programs = gl.program_id(0), gl.num_programs(0)
-    return round_ * programs + gl.where(round_ % 2 == 0, place, programs - 1 - place)
-
-
-@gluon.jit
-def _rounds(n_items):
-    """How many items this program takes."""
-    full = n_items // gl.num_programs(0)
-    return full + (_item(full) < n_items).to(gl.int32)
 
 
 @gluon.jit
@@ -79,31 +68,31 @@ def _produce(
     q_desc,
     k_desc,
     v_desc,
-    q_ring,
-    kv_ring,
-    lists,
-    plane_strides,
-    sizes,
+    pair,
+    work,
     group,
-    n_items,
     MASKED: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
 ):
-    """The producer warp: loads q of every item, then k and v of its kv tiles.
+    """The producer warp: loads q of every item, then k and v of the steps through its kv tiles.
 
-    v runs one tile behind k, which is the order that the consumers want them in.
+    v runs one step behind k, which is the order that the consumers want them in.
     """
+    q_ring, kv_ring, _, seat = pair
+    lists, plane_strides, sizes, n_items = work
     q_bufs, q_ready, q_empty = q_ring
     k_bufs, k_ready, v_bufs, v_ready, kv_empty = kv_ring
+    BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
+    STEPS: gl.constexpr = TILE // BLOCK_N
     q_stage, q_phase, stage, phase = 0, 0, 0, 0
-    for round_ in range(_rounds(n_items)):
-        item = _item(round_)
+    for round_ in range(rounds(n_items, seat)):
+        item = item_of(round_, seat)
         tile, head, sample, partial_begin, n_partial, full_begin, n_full = _line(
             item, lists, plane_strides, sizes, MASKED
         )
         kv_head = head // group
-        n = n_partial + n_full
+        n = (n_partial + n_full) * STEPS
         mbarrier.wait(q_empty.index(q_stage), q_phase ^ 1)
         mbarrier.expect(q_ready.index(q_stage), GROUPS * q_desc.block_type.nbytes)
         for g in gl.static_range(GROUPS):
@@ -119,9 +108,9 @@ def _produce(
         # not `stage`: a name that enters a loop with another's value and leaves it so is taken for constant
         v_stage = 0
         for t in range(n):
-            row = kv_tile * TILE
-            # read one tile ahead: it is an indirection
-            kv_tile = _listed(t + 1, lists, partial_begin, n_partial, full_begin, n_full, MASKED)
+            row = kv_tile * TILE + t % STEPS * BLOCK_N
+            # read one step ahead: it is an indirection
+            kv_tile = _listed((t + 1) // STEPS, lists, partial_begin, n_partial, full_begin, n_full, MASKED)
             mbarrier.wait(kv_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
             tma_load(k_desc, [sample, kv_head, row, 0], k_ready.index(stage), k_bufs.index(stage))
@@ -155,10 +144,11 @@ def _listed(t, lists, partial_begin, n_partial, full_begin, n_full, MASKED: gl.c
 
 @gluon.jit
 def _scores(q, k_buf):
-    """Issue `q @ k.T`, `[ROWS, TILE]`, without waiting for it."""
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    zero = gl.zeros([ROWS, TILE], gl.float32, S_LAYOUT)
-    k = k_buf.reshape([TILE, q.shape[1]])
+    """Issue `q @ k.T`, `[ROWS, BLOCK_N]`, without waiting for it."""
+    BLOCK_N: gl.constexpr = k_buf.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    k = k_buf.reshape([BLOCK_N, q.shape[1]])
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
@@ -177,42 +167,45 @@ def _attend(
     IS_NEGATIVE: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    DEEP: gl.constexpr,
 ):
-    """The `n >= 1` tiles of an item, partial ones first: output `[ROWS, D]` before division, row sums and maxima.
+    """The `n >= 1` steps of an item, partial tiles first: output `[ROWS, D]` before division, row sums and references.
 
-    The tensor cores must never wait for a softmax, so each product with k is issued early: with DEEP during the softmax
-    of the tile before, else together with the product of the tile before with v.
+    The tensor cores must never wait for a softmax, so the product with k is issued together with the product of the
+    step before with v.
     """
     k_bufs, k_ready, v_bufs, v_ready, kv_empty = kv_ring
     D: gl.constexpr = q.shape[1]
+    BLOCK_N: gl.constexpr = k_bufs.shape[3]
+    STEPS: gl.constexpr = TILE // BLOCK_N
     dtype: gl.constexpr = q.dtype
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    W_LAYOUT: gl.constexpr = no_words(S_LAYOUT).type.layout
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    W_LAYOUT: gl.constexpr = no_words(BLOCK_N, S_LAYOUT).type.layout
     FIRST_ROW: gl.constexpr = GROUP * ROWS
-    # words of this tile and, read one tile ahead, of the next
+    # without a mask only the last tile has keys to hide, which comes first
+    HIDES: gl.constexpr = MASKED or STEPS > 1
+    # words of this step and, read one step ahead, of the next
     if MASKED:
+        n_hidden = n_partial * STEPS
         w = load_words(words, FIRST_ROW, n_partial > 0, -1, W_LAYOUT)
-        words += TILE * 4
-        w_next = load_words(words, FIRST_ROW, n_partial > 1, -1, W_LAYOUT)
+        if STEPS == 1:
+            words += TILE * 4
+        w_next = load_words(words, FIRST_ROW, n_hidden > 1, -1, W_LAYOUT)
     else:
-        w = end_words(kv_len - (n - 1) * TILE, W_LAYOUT)
+        w = end_words(kv_len - (n // STEPS - 1) * TILE, W_LAYOUT)
         w_next = w
+        n_hidden = STEPS
     mbarrier.wait(k_ready.index(stage), phase)
     s = _scores(q, k_bufs.index(stage))
     s = warpgroup_mma_wait(0, deps=[s])
     if IS_NEGATIVE:
         s = -s
     s = hide(s, w)
-    m_i = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    x, m_i, _ = softmax_step(s, m_i, qk_scale)
-    s_flying = 0
-    if DEEP:
-        s_flying = _scores_ahead(q, k_bufs, k_ready, stage, phase, n > 1, STAGES)
-    x = exp2(x)
-    l_i = partial_sums(x)
+    l_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
+    m_i, l_i, _ = follow(l_i + LOWEST, l_i, maxima(s, W_LAYOUT) * qk_scale)
+    x = exp2(exponents(s, m_i, qk_scale))
+    l_i = partial_sums(x, W_LAYOUT)
     mbarrier.wait(v_ready.index(stage), phase)
     mbarrier.arrive(kv_empty.index(stage))
     p = gl.convert_layout(x.to(dtype), P_LAYOUT)
@@ -220,70 +213,42 @@ def _attend(
     last = stage
     stage, phase = _next(stage, phase, STAGES)
     for t in range(1, n):
-        w = w_next
+        w = w_next >> (t % STEPS * (BLOCK_N // 4))
         if MASKED:
-            words += TILE * 4
-            w_next = load_words(words, FIRST_ROW, t + 1 < n_partial, -1, W_LAYOUT)
-        if DEEP:
-            # ptxas serialises a product from the last step of the loop unless nothing else flies when it is waited for
-            s = warpgroup_mma_wait(0, deps=[s_flying])
-        else:
-            mbarrier.wait(k_ready.index(stage), phase)
-            s_flying = _scores(q, k_bufs.index(stage))
-        acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([TILE, D]), acc, is_async=True)
-        if not DEEP:
-            s = warpgroup_mma_wait(1, deps=[s_flying])
-            s_flying = 0
+            words += gl.where((t + 1) % STEPS == 0, TILE * 4, 0)
+            w_next = load_words(words, FIRST_ROW, t + 1 < n_hidden, -1, W_LAYOUT)
+        mbarrier.wait(k_ready.index(stage), phase)
+        s_flying = _scores(q, k_bufs.index(stage))
+        acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s_flying])
         if IS_NEGATIVE:
             s = -s
         # one loop and a uniform branch: between two loops p would be unpacked and packed again
-        if MASKED:  # noqa: SIM102
-            if t < n_partial:
+        if HIDES:  # noqa: SIM102
+            if t < n_hidden:
                 s = hide(s, w)
-        x, m_i, decay = softmax_step(s, m_i, qk_scale)
-        if DEEP:
-            s_flying = _scores_ahead(q, k_bufs, k_ready, stage, phase, t + 1 < n, STAGES)
-        x = exp2(x)
-        alpha = exp2(decay)
-        l_i = decay_sums(l_i, alpha) + partial_sums(x)
+        m_i, l_i, alpha = follow(m_i, l_i, maxima(s, W_LAYOUT) * qk_scale)
+        x = exp2(exponents(s, m_i, qk_scale))
+        l_i += partial_sums(x, W_LAYOUT)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(v_ready.index(stage), phase)
-        acc, p = warpgroup_mma_wait(1 if DEEP else 0, deps=[acc_flying, p])
+        acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
         mbarrier.arrive(kv_empty.index(stage))
         acc = rescale(acc, alpha)
         p = gl.convert_layout(x.to(dtype), P_LAYOUT)
         last = stage
         stage, phase = _next(stage, phase, STAGES)
-    acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([TILE, D]), acc, is_async=True)
+    acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
-    if DEEP:
-        warpgroup_mma_wait(0, deps=[s_flying])
     return acc, l_i, m_i, stage, phase
-
-
-@gluon.jit
-def _scores_ahead(q, k_bufs, k_ready, stage, phase, has_next, STAGES: gl.constexpr):
-    """Issue the product of the tile after `stage`; the last tile issues its own again, which nobody reads.
-
-    A condition around the product instead would make ptxas serialise it.
-    """
-    next_stage, next_phase = _next(stage, phase, STAGES)
-    stage, phase = gl.where(has_next, next_stage, stage), gl.where(has_next, next_phase, phase)
-    mbarrier.wait(k_ready.index(stage), phase)
-    return _scores(q, k_bufs.index(stage))
 
 
 @gluon.jit
 def _consume(
     o_desc,
     lse,
-    q_ring,
-    kv_ring,
-    o_bufs,
-    lists,
-    plane_strides,
-    sizes,
-    n_items,
+    pair,
+    work,
     qk_scale,
     HEAD_DIM: gl.constexpr,
     MASKED: gl.constexpr,
@@ -291,27 +256,29 @@ def _consume(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
-    DEEP: gl.constexpr,
 ):
     """A consumer warpgroup: ROWS queries of every item, their `o` and `lse`."""
+    q_ring, kv_ring, o_bufs, seat = pair
+    lists, plane_strides, sizes, n_items = work
     q_bufs, q_ready, q_empty = q_ring
     _, q_heads, q_len, kv_len = sizes
+    BLOCK_N: gl.constexpr = kv_ring[0].shape[3]
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     q_stage, q_phase, stage, phase = 0, 0, 0, 0
-    line = _line(_item(0), lists, plane_strides, sizes, MASKED)
-    for round_ in range(_rounds(n_items)):
+    line = _line(gl.minimum(item_of(0, seat), n_items - 1), lists, plane_strides, sizes, MASKED)
+    for round_ in range(rounds(n_items, seat)):
         tile, head, sample, partial_begin, n_partial, _, n_full = line
         # read one item ahead: it is two indirections
-        line = _line(gl.minimum(_item(round_ + 1), n_items - 1), lists, plane_strides, sizes, MASKED)
+        line = _line(gl.minimum(item_of(round_ + 1, seat), n_items - 1), lists, plane_strides, sizes, MASKED)
         words = lists[4]
         if MASKED:
             words += partial_begin.to(gl.int64) * (TILE * 4)
         q = q_bufs.index(q_stage * GROUPS + GROUP).reshape([ROWS, HEAD_DIM])
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
-        m_i = gl.full([ROWS], -float("inf"), gl.float32, R_LAYOUT)
-        l_i = no_words(S_LAYOUT).to(gl.float32)
+        l_i = no_words(BLOCK_N, S_LAYOUT).to(gl.float32)
+        m_i = l_i + LOWEST
         mbarrier.wait(q_ready.index(q_stage), q_phase)
         if n_partial + n_full > 0:
             acc, l_i, m_i, stage, phase = _attend(
@@ -319,7 +286,7 @@ def _consume(
                 kv_ring,
                 words,
                 n_partial,
-                n_partial + n_full,
+                (n_partial + n_full) * (TILE // BLOCK_N),
                 kv_len,
                 qk_scale,
                 stage,
@@ -328,9 +295,9 @@ def _consume(
                 IS_NEGATIVE,
                 GROUP,
                 STAGES,
-                DEEP,
             )
         l_i = gl.convert_layout(gl.sum(l_i, 1), R_LAYOUT, assert_trivial=True)
+        m_i = gl.convert_layout(gl.max(m_i, 1), R_LAYOUT, assert_trivial=True)
         mbarrier.arrive(q_empty.index(q_stage))
         row = tile * TILE + GROUP * ROWS
         rows = row + gl.arange(0, ROWS, layout=R_LAYOUT)
@@ -345,6 +312,28 @@ def _consume(
         tma_store(o_desc, [sample, head, row, 0], o_buf)
         q_stage, q_phase = _next(q_stage, q_phase, Q_STAGES)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _pair(
+    q_desc,
+    k_desc,
+    v_desc,
+    o_desc,
+    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    PAIR: gl.constexpr,
+    PAIRS: gl.constexpr,
+):
+    """A pair of groups of a program: the ring of q, those of k and v, the buffers of o, its seat among all pairs."""
+    dtype: gl.constexpr = q_desc.dtype
+    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * GROUPS] + q_desc.block_type.shape, q_desc.layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    o_bufs = gl.allocate_shared_memory(dtype, [GROUPS] + o_desc.block_type.shape, o_desc.layout)
+    q_ring = q_bufs, barriers(Q_STAGES, 1), barriers(Q_STAGES, GROUPS)
+    kv_ring = k_bufs, barriers(STAGES, 1), v_bufs, barriers(STAGES, 1), barriers(STAGES, GROUPS)
+    return q_ring, kv_ring, o_bufs, (gl.program_id(0) * PAIRS + PAIR, gl.num_programs(0) * PAIRS)
 
 
 @gluon.jit(
@@ -384,48 +373,60 @@ def _fwd_kernel(
     IS_NEGATIVE: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
-    DEEP: gl.constexpr,
+    PAIRS: gl.constexpr,
 ):
     """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md.
 
-    Grid: (programs), between 1 and `n_items = batch * q_heads * q_tiles`. Descriptors are `[batch, heads, length, D]`
-    with blocks `[1, 1, ROWS, D]` for q and o, `[1, 1, TILE, D]` for k and v: no block leaves its head, and what a block
-    has beyond its length is read as 0 and not written. `IS_NEGATIVE`: qk_scale is the magnitude of a negative scale.
+    Grid: (programs), so many that there is an item for each, `n_items = batch * q_heads * q_tiles`. Descriptors are
+    `[batch, heads, length, D]` with blocks `[1, 1, ROWS, D]` for q and o, `[1, 1, BLOCK_N, D]` for k and v, of which
+    BLOCK_N divides a tile: no block leaves its head, and what a block has beyond its length is read as 0 and not
+    written. `IS_NEGATIVE`: qk_scale is the magnitude of a negative scale.
 
-    `STAGES` slots for k and v and `Q_STAGES` for q in shared memory; `DEEP`: see `_attend`.
+    Each of `PAIRS` pairs of consumers has `STAGES` slots for k and v and `Q_STAGES` for q in shared memory.
     """
-    dtype: gl.constexpr = q_desc.dtype
     MASKED: gl.constexpr = words is not None
-    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * GROUPS] + q_desc.block_type.shape, q_desc.layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    o_bufs = gl.allocate_shared_memory(dtype, [GROUPS] + o_desc.block_type.shape, o_desc.layout)
-    q_ring = q_bufs, barriers(Q_STAGES, 1), barriers(Q_STAGES, GROUPS)
-    kv_ring = k_bufs, barriers(STAGES, 1), v_bufs, barriers(STAGES, 1), barriers(STAGES, GROUPS)
     if MASKED:
         lists = full_offsets, full_tiles, partial_offsets, partial_tiles, words, order
     else:
         lists = lse, lse, lse, lse, lse, lse
-    plane_strides = sample_planes, head_planes
-    sizes = q_tiles, q_heads, q_len, kv_len
+    work = lists, (sample_planes, head_planes), (q_tiles, q_heads, q_len, kv_len), n_items
+    a = _pair(q_desc, k_desc, v_desc, o_desc, STAGES, Q_STAGES, 0, PAIRS)
     # argument lists are written inline: through a variable constexprs would become tensors
     # fmt: off
-    gl.warp_specialize(
-        [
-            (_consume, (
-                o_desc, lse, q_ring, kv_ring, o_bufs, lists, plane_strides, sizes, n_items, qk_scale,
-                HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(0), STAGES, Q_STAGES, DEEP,
-            )),
-            (_consume, (
-                o_desc, lse, q_ring, kv_ring, o_bufs, lists, plane_strides, sizes, n_items, qk_scale,
-                HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(1), STAGES, Q_STAGES, DEEP,
-            )),
-            (_produce, (
-                q_desc, k_desc, v_desc, q_ring, kv_ring, lists, plane_strides, sizes, group, n_items,
-                MASKED, STAGES, Q_STAGES,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    if PAIRS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(0), STAGES, Q_STAGES,
+                )),
+                (_consume, (
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(1), STAGES, Q_STAGES,
+                )),
+                (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        b = _pair(q_desc, k_desc, v_desc, o_desc, STAGES, Q_STAGES, 1, PAIRS)
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(0), STAGES, Q_STAGES,
+                )),
+                (_consume, (
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(1), STAGES, Q_STAGES,
+                )),
+                (_consume, (
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(0), STAGES, Q_STAGES,
+                )),
+                (_consume, (
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(1), STAGES, Q_STAGES,
+                )),
+                (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
+                (_produce, (q_desc, k_desc, v_desc, b, work, group, MASKED, STAGES, Q_STAGES)),
+            ],
+            [4, 4, 4, 1, 1],
+            [112, 112, 112, 24, 24],
+        )
     # fmt: on

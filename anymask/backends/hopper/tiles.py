@@ -33,3 +33,17 @@ def runs(lists, line, n_tiles, MASKED: gl.constexpr):
         partial_begin = gl.load(lists[2] + line)
         n_partial = gl.load(lists[2] + line + 1) - partial_begin
     return full_begin, n_full, partial_begin, n_partial
+
+
+@gluon.jit
+def rounds(n_items, seat):
+    """How many items the holder of `seat`, (place, number of places), takes."""
+    full = n_items // seat[1]
+    return full + (item_of(full, seat) < n_items).to(gl.int32)
+
+
+@gluon.jit
+def item_of(round_, seat):
+    """The item that it takes in a round: forth and back, so that long and short lines even out."""
+    place, places = seat
+    return round_ * places + gl.where(round_ % 2 == 0, place, places - 1 - place)

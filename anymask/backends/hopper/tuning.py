@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """Slots for k, v and for q; whether scores are a tile ahead; and whether a program takes more than one item."""
+    """Keys of a step, pairs of consumer groups, slots for k, v and for q, and whether a pair takes several items."""
 
+    BLOCK_N: int
+    PAIRS: int
     STAGES: int
     Q_STAGES: int
-    DEEP: bool
     # without a mask, with one
     is_persistent: tuple[bool, bool]
 
 
 # padded head_dim -> options
-FORWARD = {64: ForwardConfig(4, 2, True, (True, False)), 128: ForwardConfig(2, 2, False, (True, True))}
+FORWARD = {64: ForwardConfig(64, 2, 4, 2, (False, True)), 128: ForwardConfig(128, 1, 2, 2, (True, True))}
 # queries of a step of the backward pass
 BLOCK_M = {64: 128, 128: 64}
