@@ -108,8 +108,7 @@ def attention(
     if torch.compiler.is_compiling():
         o, lse = ops.forward(q, k, v, ops.mask_tensors(block_mask), *rest)
     else:
-        apply: Any = ops.Attention.apply
-        o, lse = apply(q, k, v, block_mask, *rest)
+        o, lse = ops.attend(q, k, v, block_mask, *rest)
     return (o, lse) if return_lse else o
 
 

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 from anymask import backends
 from anymask.mask import BlockMask, pack
@@ -125,6 +126,24 @@ torch.library.register_autograd("anymask::forward", _gradients, setup_context=_s
 torch.library.register_autograd("anymask::backward", _no_second_derivative)
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask | None,
+    sm_scale: float,
+    backend: str | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """`forward` for eager calls; where nothing records, without autograd."""
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if recorded or not _is_unwatched(q) or forward_ad._current_level >= 0 or _C._are_functorch_transforms_active():
+        apply: Any = Attention.apply
+        output: tuple[Tensor, Tensor] = apply(q, k, v, block_mask, sm_scale, backend, deterministic)
+        return output
+    return _forward_now(q, k, v, block_mask, sm_scale, backend)
+
+
 class Attention(torch.autograd.Function):
     """`forward` with the same autograd for eager calls, in a third of its host time.
 
@@ -160,7 +179,7 @@ class Attention(torch.autograd.Function):
 
 def _is_unwatched(t: Tensor) -> bool:
     """Whether a call means the same without torch's dispatcher: no subclass, no mode, no tracing."""
-    return type(t) in _PLAIN and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling()
+    return type(t) in _PLAIN and not _C._len_torch_dispatch_stack() and not torch.compiler.is_compiling()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

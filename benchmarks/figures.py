@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.results import FAILED, OK, WRONG, Row, Rows
 
@@ -79,7 +80,7 @@ def gpu_figures() -> list[Figure]:
 def hopper_figures(suite: str) -> list[Figure]:
     """The Hopper kernels, in parts of the time of cuDNN without any mask unless said; all rivals in the same case."""
     if suite == "hopper-short":
-        return [Figure("no mask, forward", 1.10, "x", "cuDNN", _against("none", "forward_ms", "cudnn")), _host()]
+        return [Figure("no mask, forward", 1.10, "x", "cuDNN", _against("none", "forward_ms", "cudnn")), *_host("none")]
     limits = {"hopper-d128": (0.93, 0.99, 0.70), "hopper-d64": (0.88, 0.98, 0.75)}[suite]
     bases = {
         ("none", "cudnn", "cuDNN"): (limits[0], 1.00),
@@ -95,17 +96,18 @@ def hopper_figures(suite: str) -> list[Figure]:
     for case in ("none", "random50"):
         measure = _against_own(case, "backward_ms", ":deterministic")
         figures.append(Figure(f"{case} backward, deterministic", 1.35, "x", "the default", measure))
-    return [*figures, _host()]
+    return [*figures, *_host("random50")]
 
 
-def _host() -> Figure:
-    def measure(rows: Rows, ours: str) -> Measured:
-        row = _usable(rows, "attention", "none", ours, "forward_host_us")
-        if isinstance(row, str):
-            return Measured(None, row)
-        return Measured(row.values["forward_host_us"], "eager, gradients recorded")
+def _host(case: str) -> Iterator[Figure]:
+    """Host time of a call, eager, with a packed mask if the case has one."""
 
-    return Figure("forward, host time a call", 60, "us", "", measure)
+    def measure(key: str, rows: Rows, ours: str) -> Measured:
+        row = _usable(rows, "attention", case, ours, key)
+        return Measured(None, row) if isinstance(row, str) else Measured(row.values[key], f"eager, {case}")
+
+    for key, what in (("inference_host_us", "host time a call"), ("forward_host_us", "with gradients recorded")):
+        yield Figure(f"forward, {what}", 60, "us", "", partial(measure, key))
 
 
 def _against_own(case: str, key: str, variant: str) -> Callable[[Rows, str], Measured]:

@@ -75,10 +75,12 @@ def attention_rows(suite: Suite, problem: Problem, ready: dict[str, Ready]) -> I
     values = {name: error_values(r.errors) | {"pairs": float(pairs[name])} for name, r in ready.items()}
     calls = {name: _calls(problem, r) for name, r in ready.items()}
     if suite.baseline is None:
-        for name in ready:
+        for name, r in ready.items():
             values[name] |= _memory(problem, calls[name])
             if name.startswith(OURS):
                 values[name] |= {f"{step}_host_us": timing.host_us(calls[name][step]) for step in suite.passes}
+                detached = [t.detach() for t in (problem.q, problem.k, problem.v)]
+                values[name]["inference_host_us"] = timing.host_us(functools.partial(r.prepared.attend, *detached))
     elif suite.baseline not in ready:
         for name in ready:
             yield Row("attention", problem.case.name, name, SKIPPED, f"{suite.baseline} is not there to compare with")

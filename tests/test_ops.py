@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from anymask import BlockMask, attention, causal, from_dense, ops, pack, sliding_window
@@ -91,6 +92,32 @@ def test_second_derivatives_raise(backend: str) -> None:
     (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(dq.sum(), q)
+
+
+def test_what_has_no_rule_raises() -> None:
+    """Nothing is recorded in these calls, and still no tangent or batch dimension is dropped."""
+    q = torch.randn(1, 2, 20, 16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, q)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            attention(dual, dual, dual)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.vmap(lambda x: attention(x, x, x))(q[None])
+
+
+def test_unrecorded_calls_agree_with_recorded_ones() -> None:
+    q, k, v = make_qkv(1, 2, 2, 50, 60, 16, requires_grad=True)
+    mask = torch.rand(50, 60) < 0.5
+    expected = attention(q, k, v, mask, return_lse=True)
+    with torch.no_grad():
+        unrecorded = attention(q, k, v, mask, return_lse=True)
+    for a, b, c in zip(
+        expected, unrecorded, attention(*(t.detach() for t in (q, k, v)), mask, return_lse=True), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert a.requires_grad
+        assert not b.requires_grad
 
 
 class Model(nn.Module):

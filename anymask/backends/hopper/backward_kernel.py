@@ -75,8 +75,8 @@ def _produce(
     k_bufs, v_bufs, kv_ready, kv_empty = kv_ring
     q_bufs, lse_bufs, q_ready = q_ring
     do_bufs, delta_bufs, do_ready = do_ring
-    lists, plane_strides, sizes, n_items, seat = work
-    q_tiles, kv_tiles, kv_heads, group = sizes
+    lists, _strides, sizes, n_items, seat = work
+    q_tiles, _kv_tiles, kv_heads, group = sizes
     pos = 0
     line = _line(0, work, MASKED)
     q_tile = _listed(line, lists, 0, MASKED)
@@ -125,8 +125,8 @@ def _add_dq(
 ):
     """Adds the dq of each step to global memory."""
     dq_buf, dq_full, dq_empty = dq_ring
-    lists, plane_strides, sizes, n_items, seat = work
-    q_tiles, kv_tiles, kv_heads, group = sizes
+    lists, _strides, sizes, n_items, seat = work
+    q_tiles, _kv_tiles, kv_heads, group = sizes
     pos = 0
     line = _line(0, work, MASKED)
     for index in range(rounds(n_items, seat) * group):
