@@ -11,6 +11,7 @@ every partition waits at an instruction of its own.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -53,11 +54,11 @@ CASES = (
 
 
 def handshake() -> Iterator[str]:
-    """`file:line` of what Triton adds to wake partitions: it goes by the kernel's first line and the call's."""
+    """`file:line` where Triton wakes partitions: in the kernels themselves, whose functions use all shared memory."""
     for path in Path(hopper.__file__).parent.glob("*_kernel.py"):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if re.match(r"def _(fwd|bwd)_kernel\(|\s+gl\.warp_specialize\(", line):
-                yield f"{path.name}:{number}"
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name in ("_fwd_kernel", "_bwd_kernel"):
+                yield from (f"{path.name}:{n}" for n in range(node.lineno, (node.end_lineno or node.lineno) + 1))
 
 
 def verdict(output: str, code: int) -> str:
@@ -70,7 +71,7 @@ def verdict(output: str, code: int) -> str:
     if summary is None:
         return f"no summary: {end}"
     if not re.match(r"0 (errors|hazards)", summary[1]):
-        return summary[1]
+        return f"{summary[1]} {', '.join(dict.fromkeys(places))}"
     return f"exit code {code}: {end}" if code else "clean"
 
 
@@ -100,7 +101,7 @@ def main() -> int:
     tools = options.tool or TOOLS
     table, bad = Table("case", *tools), 0
     # mostly imports and compilation, on cores of their own
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = [[pool.submit(inspect, tool, i) for tool in tools] for i in range(len(CASES))]
         for case, futures in track(list(zip(CASES, found, strict=True)), "cases"):
             verdicts = [future.result() for future in futures]

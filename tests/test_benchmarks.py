@@ -287,7 +287,11 @@ RACE = (
         ("Device not supported", 1, "no summary: Device not supported"),
         (RACE.format(*sanitize.handshake()), 0, "clean, but for Triton's handshake"),
         (RACE.format(*sanitize.handshake()), 1, "1 hazards displayed"),
-        (RACE.format("forward_kernel.py:1", *sanitize.handshake()), 0, "1 hazards displayed"),
+        (
+            RACE.format("forward_kernel.py:1", *sanitize.handshake()),
+            0,
+            "1 hazards displayed (1 errors, 0 warnings) forwa",
+        ),
     ],
 )
 def test_what_a_sanitizer_says(output: str, code: int, expected: str) -> None:

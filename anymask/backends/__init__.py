@@ -15,7 +15,7 @@ from torch import Tensor
 from anymask.mask import BlockMask
 
 # fastest first; `reference` runs anything, in memory proportional to q_len * kv_len
-NAMES = ("cpu", "hopper", "triton", "reference")
+NAMES = ("hopper", "cpu", "triton", "reference")
 
 
 @cache

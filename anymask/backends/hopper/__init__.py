@@ -37,28 +37,28 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
         return reason
     if q.dtype not in DTYPES:
         return f"dtype is {q.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
-    if not MIN_HEAD_DIM <= max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM:
+    batch, q_heads, _, head_dim = q.shape
+    v_dim = v.shape[3]
+    if not MIN_HEAD_DIM <= max(head_dim, v_dim) <= MAX_HEAD_DIM:
         return (
-            f"head_dim is {q.shape[3]} and v_dim {v.shape[3]}, the kernels take a larger one of "
+            f"head_dim is {head_dim} and v_dim {v_dim}, the kernels take a larger one of "
             f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
         )
-    if max(q.shape[:2]) > portable.MAX_GRID:
-        return f"q has {q.shape[0]} samples and {q.shape[1]} heads, the kernels take up to {portable.MAX_GRID} of each"
+    if max(batch, q_heads) > portable.MAX_GRID:
+        return f"q has {batch} samples and {q_heads} heads, the kernels take up to {portable.MAX_GRID} of each"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not _loadable(t):
             return (
                 f"{name} has strides {t.stride()} at an address {t.data_ptr() % 16} beyond a multiple of 16, the copy "
                 "engine takes multiples of 16 bytes"
             )
-    if block_mask is not None and block_mask.cols.live.numel() and block_mask.heads > 1 and q.shape[1] > k.shape[1]:
+    if block_mask is not None and block_mask.cols.live.numel() and block_mask.heads > 1 and q_heads > k.shape[1]:
         return "the query heads of a group have different masks, some with keys that no query attends to"
     return None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
     """`(o, lse)`, contiguous."""
-    from anymask.backends.hopper.forward_kernel import _fwd_kernel
-
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     o = q.new_empty(batch, q_heads, q_len, v_dim)
@@ -67,19 +67,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     block_d = _block_d(head_dim, v_dim)
     config = tuning.FORWARD[block_d]
     q_tiles = tiles_over(q_len)
+    block_q = _block((1, 1, GROUP_ROWS, block_d), q.dtype)
+    block_kv = _block((1, 1, config.BLOCK_N, block_d), q.dtype)
     n_items = q_tiles * q_heads * batch
     programs = -(-n_items // config.PAIRS)
     if config.is_persistent[block_mask is not None]:
         programs = min(programs, _multiprocessors(q.device))
     with portable._on(q.device):
         _launch(
-            _fwd_kernel,
+            "_fwd_kernel",
             (programs, 1, 1),
             (
-                _tiles(q, GROUP_ROWS, block_d),
-                _tiles(k, config.BLOCK_N, block_d),
-                _tiles(v, config.BLOCK_N, block_d),
-                _tiles(o, GROUP_ROWS, block_d),
+                _tiles(q, block_q),
+                _tiles(k, block_kv),
+                _tiles(v, block_kv),
+                _tiles(o, block_q),
                 lse,
                 *portable._lists(block_mask, "rows"),
                 *portable._plane_strides(block_mask),
@@ -122,8 +124,6 @@ def backward(
     """
     if deterministic:
         return portable.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)
-    from anymask.backends.hopper.backward_kernel import _bwd_kernel, _dq_kernel
-
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
@@ -133,6 +133,8 @@ def backward(
     k, v = (_without_dead(t, block_mask, "cols") for t in (k, v))
     block_d = _block_d(head_dim, v_dim)
     block_m = tuning.BLOCK_M[block_d]
+    block_q = _block((1, 1, block_m, block_d), q.dtype)
+    block_kv = _block((1, 1, TILE, block_d), q.dtype)
     lse2, delta = lse.new_empty(2, batch, q_heads, tiles_over(q_len) * TILE)
     # rows of 32 floats, in the order of the kernel
     dq_acc = lse.new_zeros(lse2.numel() * block_d // 32, 32)
@@ -141,18 +143,18 @@ def backward(
     with portable._on(q.device):
         portable._launch_delta(o, do, lse, dlse, lse2, delta)
         _launch(
-            _bwd_kernel,
+            "_bwd_kernel",
             (min(n_items, _multiprocessors(q.device)), 1, 1),
             (
-                _tiles(q, block_m, block_d),
-                _tiles(k, TILE, block_d),
-                _tiles(v, TILE, block_d),
-                _tiles(do, block_m, block_d),
+                _tiles(q, block_q),
+                _tiles(k, block_kv),
+                _tiles(v, block_kv),
+                _tiles(do, block_q),
                 _rows(lse2.view(-1), block_m),
                 _rows(delta.view(-1), block_m),
                 _rows(dq_acc, block_m * block_d // 32),
-                _tiles(dk, TILE, block_d),
-                _tiles(dv, TILE, block_d),
+                _tiles(dk, block_kv),
+                _tiles(dv, block_kv),
                 *portable._lists(block_mask, "cols"),
                 *portable._plane_strides(block_mask),
                 tiles_over(q_len),
@@ -174,7 +176,7 @@ def backward(
             (q.device, q.dtype, q_heads // kv_heads),
         )
         _launch(
-            _dq_kernel,
+            "_dq_kernel",
             (lse2.numel() // 64, 1, 1),
             (dq_acc, dq, q_len, sm_scale),
             {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
@@ -185,20 +187,23 @@ def backward(
 
 
 def _launch(
-    kernel: Any,
+    name: str,
     grid: tuple[int, int, int],
     args: tuple[Any, ...],
     constants: dict[str, Any],
     num_warps: int,
     key: tuple[Any, ...],
 ) -> None:
-    """`kernel[grid](*args, **constants)`; after the first launch without Triton's look at every argument.
+    """Launch the kernel `name`; after the first time without Triton's look at every argument.
 
     `key` with `constants` says all that the compiled kernel depends on.
     """
-    key = (kernel, *key, *constants.values())
+    key = (name, *key, *constants.values())
     known = _kernels.get(key)
     if known is None:
+        from anymask.backends.hopper import backward_kernel, forward_kernel
+
+        kernel = getattr(forward_kernel if name == "_fwd_kernel" else backward_kernel, name)
         _kernels[key] = kernel[grid](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
     else:
         known[grid](*args, *constants.values())
@@ -222,33 +227,38 @@ def _without_dead(t: Tensor, block_mask: BlockMask | None, view: str) -> Tensor:
     return t.masked_fill(live.view(block_mask.batch, block_mask.heads, -1, 1) == 0, 0.0)
 
 
-def _tiles(t: Tensor, rows: int, columns: int) -> Any:
+def _tiles(t: Tensor, block: _Block) -> Any:
     """A descriptor of tiles `[1, 1, rows, columns]` of `t [batch, heads, length, dim]`."""
-    return _descriptor(t, [*t.stride()[:3], 1], [1, 1, rows, columns])
+    b, h, m, _ = t.stride()
+    return _descriptor(t, [b, h, m, 1], block)
 
 
 def _rows(t: Tensor, rows: int) -> Any:
     """A descriptor of `rows` leading indices of contiguous fp32 `t`."""
-    return _descriptor(t, list(t.stride()), [rows, *t.shape[1:]])
+    return _descriptor(t, list(t.stride()), _block((rows, *t.shape[1:]), t.dtype))
 
 
-def _descriptor(t: Tensor, strides: list[int], block: list[int]) -> Any:
+def _descriptor(t: Tensor, strides: list[int], block: _Block) -> Any:
     # `_loadable` has checked what the constructor checks again for every call
-    descriptor_type, layout = _layout(tuple(block), t.dtype)
-    descriptor: Any = object.__new__(descriptor_type)
+    descriptor: Any = object.__new__(block[0])
     descriptor.base, descriptor.shape, descriptor.strides = t, list(t.shape), strides
-    descriptor.block_shape, descriptor.layout, descriptor.padding = block, layout, "zero"
+    _, descriptor.block_shape, descriptor.layout = block
+    descriptor.padding = "zero"
     return descriptor
 
 
+# Gluon's descriptor class, the shape of a block and its layout in shared memory
+_Block = tuple[type, list[int], Any]
+
+
 @cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> tuple[type, Any]:
-    """Gluon's descriptor class and the shared-memory layout of a block."""
+def _block(shape: tuple[int, ...], dtype: torch.dtype) -> _Block:
+    """What all descriptors of such blocks have in common."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}[dtype]
-    return TensorDescriptor, gl.NVMMASharedLayout.get_default_for(list(block), element)
+    return TensorDescriptor, list(shape), gl.NVMMASharedLayout.get_default_for(list(shape), element)
 
 
 @cache

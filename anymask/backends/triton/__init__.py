@@ -195,8 +195,8 @@ def _plane_strides(block_mask: BlockMask | None) -> tuple[int, int]:
     """Planes to step over for the next sample and for the next query head."""
     if block_mask is None:
         return 0, 0
-    by_head = int(block_mask.heads > 1)
-    return block_mask.heads * int(block_mask.batch > 1), by_head
+    batch, heads, _ = block_mask.rows.order.shape
+    return heads * (batch > 1), int(heads > 1)
 
 
 @cache
