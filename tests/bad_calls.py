@@ -185,7 +185,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown backend": (
         lambda: attention(Q, K, V, backend="cuda"),
         ValueError,
-        "backend is 'cuda'; allowed are None and 'cpu'",
+        "backend is 'cuda'; allowed are None and 'hopper'",
     ),
     "sm_scale NaN": (
         lambda: flash_attention_custom_mask(Q, K, V, None, math.nan),
