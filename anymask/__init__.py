@@ -7,11 +7,27 @@ from anymask.api import flash_attention_custom_mask as flash_attention_custom_ma
 from anymask.api import scaled_dot_product_attention as scaled_dot_product_attention
 from anymask.mask import BlockMask as BlockMask
 from anymask.mask import Mask as Mask
+from anymask.mask import block_diffusion as block_diffusion
+from anymask.mask import block_sparse as block_sparse
 from anymask.mask import causal as causal
 from anymask.mask import causal_lower_right as causal_lower_right
+from anymask.mask import chunked as chunked
+from anymask.mask import dilated as dilated
+from anymask.mask import document as document
 from anymask.mask import from_dense as from_dense
+from anymask.mask import from_function as from_function
+from anymask.mask import global_tokens as global_tokens
+from anymask.mask import key_padding as key_padding
+from anymask.mask import neighbourhood_2d as neighbourhood_2d
+from anymask.mask import neighbourhood_3d as neighbourhood_3d
 from anymask.mask import pack as pack
+from anymask.mask import prefix_lm as prefix_lm
+from anymask.mask import random_blocks as random_blocks
+from anymask.mask import shared_prefix as shared_prefix
 from anymask.mask import sliding_window as sliding_window
+from anymask.mask import spans as spans
+from anymask.mask import strided as strided
+from anymask.mask import tree as tree
 
 __version__ = "0.1.0"
 
@@ -20,12 +36,28 @@ __all__ = [
     "Explanation",
     "Mask",
     "attention",
+    "block_diffusion",
+    "block_sparse",
     "causal",
     "causal_lower_right",
+    "chunked",
+    "dilated",
+    "document",
     "explain",
     "flash_attention_custom_mask",
     "from_dense",
+    "from_function",
+    "global_tokens",
+    "key_padding",
+    "neighbourhood_2d",
+    "neighbourhood_3d",
     "pack",
+    "prefix_lm",
+    "random_blocks",
     "scaled_dot_product_attention",
+    "shared_prefix",
     "sliding_window",
+    "spans",
+    "strided",
+    "tree",
 ]

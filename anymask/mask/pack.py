@@ -57,11 +57,12 @@ def pack(
     assert kv_len is not None
     mask.check(q_len, kv_len)
     grid = Grid(q_len, kv_len, torch.device(device or "cpu"))
+    mask = mask.to(grid.device)
     if grid.device.type == "cuda":
         from anymask.mask import triton_pack
 
         if isinstance(mask, Dense):
-            return triton_pack.pack_dense(mask.tensor.to(grid.device), q_len, kv_len)
+            return triton_pack.pack_dense(mask.tensor, q_len, kv_len)
         return triton_pack.lists_from_tiles(*tile_words(mask, grid), grid)
     return lists_from_tiles(*tile_words(mask, grid), grid)
 
@@ -69,7 +70,7 @@ def pack(
 def tile_words(mask: Mask, grid: Grid) -> tuple[TileKinds, Words]:
     """Kinds of all tiles, and the words of the partial ones in row order (plane, query tile, kv tile)."""
     if isinstance(mask, Dense):
-        return _tile_words_dense(mask.tensor.to(grid.device), grid)
+        return _tile_words_dense(mask.tensor, grid)
     batch, heads = mask.planes
     kinds = mask.classify(grid).expand(batch, heads, grid.q_tiles, grid.kv_tiles).contiguous()
     if grid.kv_len % TILE:

@@ -8,7 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.mask import Mask, causal, causal_lower_right, from_dense, sliding_window
+from anymask.mask import (
+    Mask,
+    causal,
+    causal_lower_right,
+    dilated,
+    document,
+    from_dense,
+    global_tokens,
+    key_padding,
+    prefix_lm,
+    sliding_window,
+)
 
 NamedMask = tuple[Mask | Tensor | None, Tensor]
 
@@ -199,20 +210,22 @@ def _by_tile(m: _Sizes, chosen: Tensor) -> Tensor:
 
 
 @_mask
-def _documents(m: _Sizes) -> Tensor:
-    ids = m.labels(6, m.batch, 1)
-    return (ids[..., : m.q_len, None] == ids[..., None, : m.kv_len]) & (m.j <= m.i)
+def _documents(m: _Sizes) -> NamedMask:
+    ids = m.labels(6, m.batch)
+    mask = causal() & document(ids[:, : m.q_len], kv_ids=ids[:, : m.kv_len])
+    return mask, (ids[:, None, : m.q_len, None] == ids[:, None, None, : m.kv_len]) & (m.j <= m.i)
 
 
 @_mask
-def _documents_bidirectional(m: _Sizes) -> Tensor:
+def _documents_bidirectional(m: _Sizes) -> NamedMask:
     ids = m.labels(4)
-    return ids[: m.q_len, None] == ids[None, : m.kv_len]
+    return document(ids[: m.q_len], kv_ids=ids[: m.kv_len]), ids[: m.q_len, None] == ids[None, : m.kv_len]
 
 
 @_mask
-def _prefix_lm(m: _Sizes) -> Tensor:
-    return (m.j <= m.i) | (m.j < m.randint(m.kv_len, m.batch, 1, 1, 1))
+def _prefix_lm(m: _Sizes) -> NamedMask:
+    prefix_len = m.randint(m.kv_len, m.batch)
+    return prefix_lm(prefix_len), (m.j <= m.i) | (m.j < prefix_len[:, None, None, None])
 
 
 @_mask
@@ -226,8 +239,9 @@ def _empty_columns(m: _Sizes) -> Tensor:
 
 
 @_mask
-def _key_padding(m: _Sizes) -> Tensor:
-    return m.j < m.randint(m.kv_len, m.batch, 1, 1, 1) + 1
+def _key_padding(m: _Sizes) -> NamedMask:
+    lengths = m.randint(m.kv_len, m.batch) + 1
+    return key_padding(lengths), m.j < lengths[:, None, None, None]
 
 
 @_mask
@@ -303,14 +317,14 @@ def _block_diffusion(m: _Sizes) -> Tensor:
 
 
 @_mask
-def _global_window(m: _Sizes) -> Tensor:
+def _global_window(m: _Sizes) -> NamedMask:
     near = (m.i - m.j).abs() <= 16
-    return near | (m.j < 4) | (m.i < 4)
+    return sliding_window(16, 16) | global_tokens(4), near | (m.j < 4) | (m.i < 4)
 
 
 @_mask
-def _dilated(m: _Sizes) -> Tensor:
-    return ((m.i - m.j) % 7 == 0) & (m.j <= m.i)
+def _dilated(m: _Sizes) -> NamedMask:
+    return dilated(7, 40), ((m.i - m.j) % 7 == 0) & (m.j <= m.i) & (m.i - m.j <= 280)
 
 
 @_mask

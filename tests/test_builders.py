@@ -1,0 +1,350 @@
+"""Every builder equals its dense definition, written here with comparisons of positions only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import anymask
+from anymask import Mask, attention, causal, pack
+from anymask.mask.bits import EMPTY, FULL, TILE
+from anymask.mask.expr import Grid, mask_from_spec
+from anymask.testing import assert_same_block_mask, make_qkv
+
+CPU = torch.device("cpu")
+LENGTHS = [1, 5, 128, 300, 512]
+IDS = torch.tensor([3, 3, 3, 0, 0, 7, 7, 7, 7, 3])
+
+
+def _ids(length: int) -> Tensor:
+    """Documents of 70 tokens, and one id that comes back."""
+    ids = torch.arange(length) // 70
+    ids[ids == 4] = 1
+    return ids
+
+
+def _flags(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.2
+
+
+def _span_bounds(length: int) -> tuple[Tensor, Tensor]:
+    """Spans of 90 tokens after 60 tokens of text each."""
+    at = torch.arange(length)
+    inside = at % 150 >= 60
+    start = torch.where(inside, at // 150 * 150 + 60, 0)
+    return start, torch.where(inside, start + 90, 0)
+
+
+def _parents(length: int) -> Tensor:
+    """A tree in no particular order, with a second root."""
+    generator = torch.Generator().manual_seed(length)
+    parents = (torch.rand(length, generator=generator) * torch.arange(length)).long()
+    parents[0] = -1
+    parents[length // 2] = -1
+    places = torch.randperm(length, generator=generator)
+    moved = torch.empty(length, dtype=torch.long)
+    moved[places] = torch.where(parents < 0, -1, places[parents.clamp(min=0)])
+    return moved
+
+
+def _ancestors(parents: Tensor) -> Tensor:
+    found = torch.eye(len(parents), dtype=torch.bool)
+    for token, parent in enumerate(parents.tolist()):
+        while parent >= 0:
+            found[token, parent] = True
+            parent = int(parents[parent])
+    return found
+
+
+def _layout(length: int) -> Tensor:
+    return _flags(2, -(-length // 48), -(-length // 48))
+
+
+def _diffusion(length: int, block: int) -> Tensor:
+    i, j = torch.arange(2 * length)[:, None], torch.arange(2 * length)[None, :]
+    i_clean, j_clean = i >= length, j >= length
+    i_block, j_block = i % length // block, j % length // block
+    return torch.where(
+        i_clean, j_clean & (j_block <= i_block), torch.where(j_clean, j_block < i_block, i_block == j_block)
+    )
+
+
+# name -> (mask of a length, its definition by query i, key j and length)
+CASES: dict[str, tuple[Callable[[int], Mask], Callable[[Tensor, Tensor, int], Tensor]]] = {
+    "dilated": (lambda n: anymask.dilated(3, 50), lambda i, j, n: (j <= i) & (i - j <= 150) & ((i - j) % 3 == 0)),
+    "dilated 1": (lambda n: anymask.dilated(1, 9), lambda i, j, n: (j <= i) & (i - j <= 9)),
+    "strided": (lambda n: anymask.strided(40), lambda i, j, n: (j <= i) & ((i - j < 40) | ((i - j) % 40 == 0))),
+    "chunked": (lambda n: anymask.chunked(100), lambda i, j, n: i // 100 == j // 100),
+    "causal chunks": (lambda n: causal() & anymask.chunked(128), lambda i, j, n: (i // 128 == j // 128) & (j <= i)),
+    "blocks": (lambda n: anymask.block_diffusion(48), lambda i, j, n: j // 48 <= i // 48),
+    "document": (lambda n: anymask.document(_ids(n)), lambda i, j, n: _ids(n)[i] == _ids(n)[j]),
+    "cu_seqlens": (
+        lambda n: anymask.document(cu_seqlens=torch.tensor([0, n // 3, n // 3, n])),
+        lambda i, j, n: (i < n // 3) == (j < n // 3),
+    ),
+    "position_ids": (
+        lambda n: anymask.document(position_ids=torch.arange(n) % 90),
+        lambda i, j, n: i // 90 == j // 90,
+    ),
+    "lengths": (lambda n: anymask.key_padding(torch.tensor([n // 2])), lambda i, j, n: (j < n // 2) & (i >= 0)),
+    "keep": (lambda n: anymask.key_padding(_flags(1, n)), lambda i, j, n: _flags(1, n)[0][j] & (i >= 0)),
+    "prefix_lm": (lambda n: anymask.prefix_lm(130), lambda i, j, n: (j <= i) | (j < 130)),
+    "prefix_lm of samples": (lambda n: anymask.prefix_lm(torch.tensor([7])), lambda i, j, n: (j <= i) | (j < 7)),
+    "spans": (
+        lambda n: causal() | anymask.spans(*_span_bounds(n)),
+        lambda i, j, n: (j <= i) | ((i // 150 == j // 150) & (i % 150 >= 60) & (j % 150 >= 60)),
+    ),
+    "global_tokens": (lambda n: anymask.global_tokens(3), lambda i, j, n: (i < 3) | (j < 3)),
+    "global flags": (lambda n: anymask.global_tokens(_flags(n)), lambda i, j, n: _flags(n)[i] | _flags(n)[j]),
+    "shared_prefix": (
+        lambda n: causal() & anymask.shared_prefix(torch.arange(n) // 110),
+        lambda i, j, n: (j <= i) & ((j < 110) | (i // 110 == j // 110)),
+    ),
+    "tree": (lambda n: anymask.tree(_parents(n)), lambda i, j, n: _ancestors(_parents(n))),
+    "block_sparse": (
+        lambda n: anymask.block_sparse(_layout(n)[0], 48),
+        lambda i, j, n: _layout(n)[0][i // 48, j // 48],
+    ),
+    "function": (
+        lambda n: anymask.from_function(lambda b, h, q_idx, kv_idx: (q_idx * kv_idx) % 3 == 1),
+        lambda i, j, n: (i * j) % 3 == 1,
+    ),
+    "function of queries": (
+        lambda n: anymask.from_function(lambda b, h, q_idx, kv_idx: q_idx > 4),
+        lambda i, j, n: (i > 4) & (j >= 0),
+    ),
+}
+
+
+def _dense(name: str, length: int) -> Tensor:
+    return CASES[name][1](torch.arange(length)[:, None], torch.arange(length)[None, :], length)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", CASES)
+def test_is_its_definition(name: str, length: int) -> None:
+    mask, dense = CASES[name][0](length), _dense(name, length)
+    assert torch.equal(pack(mask, q_len=length, kv_len=length).to_dense()[0, 0], dense)
+    assert torch.equal(pack(~mask, q_len=length, kv_len=length).to_dense()[0, 0], ~dense)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", CASES)
+def test_classification_never_contradicts_the_definition(name: str, length: int) -> None:
+    mask, grid = CASES[name][0](length), Grid(length, length, CPU)
+    mask.check(length, length)
+    kinds = mask.classify(grid).expand(1, 1, grid.q_tiles, grid.kv_tiles)[0, 0]
+    for i, rows in enumerate(_dense(name, length).split(TILE)):
+        for j, tile in enumerate(rows.split(TILE, 1)):
+            assert kinds[i, j] != EMPTY or not tile.any()
+            assert kinds[i, j] != FULL or tile.all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chunked", "blocks", "cu_seqlens", "lengths", "prefix_lm", "block_sparse", "global_tokens", "causal chunks"],
+)
+def test_no_tile_is_left_unknown_for_nothing(name: str) -> None:
+    # runs of positions say all there is to know about a tile
+    length = 512
+    mask, grid = CASES[name][0](length), Grid(length, length, CPU)
+    tiles = _dense(name, length).unflatten(1, (4, TILE)).unflatten(0, (4, TILE)).transpose(1, 2).flatten(2)
+    exact = tiles.any(-1).to(torch.int8) + tiles.all(-1)
+    assert torch.equal(mask.classify(grid).expand(1, 1, 4, 4)[0, 0], exact)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("function")])
+def test_spec_reads_back(name: str) -> None:
+    mask, leaves = CASES[name][0](300), []
+    again = mask_from_spec(mask.spec(leaves), leaves)
+    assert again.planes == mask.planes
+    assert_same_block_mask(pack(again, q_len=300, kv_len=300), pack(mask, q_len=300, kv_len=300))
+    # symbolic masks are remembered by attention, which needs equality
+    assert leaves or again == mask == CASES[name][0](300)
+
+
+@pytest.mark.parametrize("block", [16, 128])
+def test_block_diffusion_of_two_streams(block: int) -> None:
+    length = 3 * block
+    packed = pack(anymask.block_diffusion(block, length), q_len=2 * length, kv_len=2 * length)
+    assert torch.equal(packed.to_dense()[0, 0], _diffusion(length, block))
+
+
+@pytest.mark.parametrize(("shape", "kernel"), [((9, 14), 3), ((9, 14), (9, 5)), ((1, 20), (1, 7))], ids=str)
+def test_neighbourhood_2d(shape: tuple[int, int], kernel: Any) -> None:
+    length = shape[0] * shape[1]
+    dense = pack(anymask.neighbourhood_2d(shape, kernel), q_len=length, kv_len=length).to_dense()[0, 0]
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    for query in range(length):
+        rows, columns = (
+            [x for x in range(n) if 0 <= x - max(0, min(at - k // 2, n - k)) < k]
+            for at, n, k in zip(divmod(query, shape[1]), shape, kernel, strict=True)
+        )
+        assert dense[query].nonzero().flatten().tolist() == [r * shape[1] + c for r in rows for c in columns]
+
+
+def test_neighbourhood_3d() -> None:
+    dense = pack(anymask.neighbourhood_3d((4, 5, 6), 3), q_len=120, kv_len=120).to_dense()[0, 0]
+    assert (dense.sum(-1) == 27).all()
+    at = torch.cartesian_prod(*map(torch.arange, (4, 5, 6)))
+    middle = ((at > 0) & (at < torch.tensor([3, 4, 5]))).all(-1)
+    near = ((at[:, None] - at[None]).abs() <= 1).all(-1)
+    assert torch.equal(dense[middle], near[middle])
+
+
+def test_planes_of_batch_and_heads() -> None:
+    ids, heads = torch.randint(0, 3, (2, 200)), torch.randint(0, 3, (1, 4, 200))
+    assert anymask.document(ids).planes == (2, 1)
+    mask = anymask.document(ids) & anymask.document(heads) & anymask.key_padding(torch.tensor([150, 80]))
+    assert mask.planes == (2, 4)
+    dense = (ids[:, None, :, None] == ids[:, None, None, :]) & (heads[..., None] == heads[..., None, :])
+    dense = dense & (torch.arange(200) < torch.tensor([150, 80])[:, None, None, None])
+    assert torch.equal(pack(mask, q_len=200, kv_len=200).to_dense(), dense)
+    layout = _flags(2, 3, 2, 2)
+    assert anymask.block_sparse(layout, 100).planes == (2, 3)
+    wide = layout.repeat_interleave(100, 2).repeat_interleave(100, 3)
+    assert torch.equal(pack(anymask.block_sparse(layout, 100), q_len=200, kv_len=200).to_dense(), wide)
+    of_head = anymask.from_function(lambda b, h, q, k: (q - k) % (h + 1 + b) == 0, batch=2, heads=3)
+    expected = (torch.arange(200)[:, None] - torch.arange(200)) % (
+        torch.arange(3)[:, None, None] + 1 + torch.arange(2)[:, None, None, None]
+    ) == 0
+    assert torch.equal(pack(of_head, q_len=200, kv_len=200).to_dense(), expected)
+
+
+def test_queries_and_keys_of_different_lengths() -> None:
+    ids, kv_ids = torch.randint(0, 3, (150,)), torch.randint(0, 3, (260,))
+    packed = pack(anymask.document(ids, kv_ids=kv_ids), q_len=150, kv_len=260)
+    assert torch.equal(packed.to_dense()[0, 0], ids[:, None] == kv_ids)
+
+
+def test_random_blocks_repeat_with_their_generator() -> None:
+    masks = [anymask.random_blocks(400, 300, 0.4, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    packed = [pack(m, q_len=400, kv_len=300) for m in masks]
+    assert_same_block_mask(*packed)
+    assert packed[0].tile_counts[2] > 0
+    full = pack(anymask.random_blocks(400, 300, 1.0), q_len=400, kv_len=300)
+    assert full.to_dense().all()
+
+
+def test_a_function_is_called_again_for_new_contents() -> None:
+    q, k, v = make_qkv(1, 1, 1, 40, 40, 16)
+    keep = torch.ones(40, dtype=torch.bool)
+    mask = anymask.from_function(lambda b, h, q_idx, kv_idx: keep[kv_idx])
+    first = attention(q, k, v, mask)
+    assert torch.equal(first, attention(q, k, v))
+    keep[20:] = False
+    assert torch.allclose(attention(q, k, v, mask), attention(q, k[:, :, :20], v[:, :, :20]), atol=1e-6)
+
+
+def test_inside_a_compiled_function() -> None:
+    torch.compiler.reset()
+    q, k, v = make_qkv(2, 2, 2, 60, 60, 16)
+    ids = torch.randint(0, 3, (2, 60))
+
+    def call(ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, causal() & anymask.document(ids) | anymask.global_tokens(2))
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, q, k, v), call(ids, q, k, v))
+
+    def with_function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, anymask.from_function(lambda b, h, i, j: i >= j))
+
+    with pytest.raises(Exception, match=r"from_function mask inside torch\.compile"):
+        torch.compile(with_function, fullgraph=True, backend="aot_eager")(q, k, v)
+
+
+def test_tensors_follow_the_mask_to_a_device() -> None:
+    mask = anymask.document(_ids(9)) & ~(causal() | anymask.key_padding(torch.tensor([3])))
+    leaves: list[Tensor] = []
+    mask.to("meta").spec(leaves)
+    assert len(leaves) == 5
+    assert {t.device.type for t in leaves} == {"meta"}
+    assert causal().to("meta") == causal()
+
+
+def _packed(mask: Mask) -> Any:
+    return pack(mask, q_len=10, kv_len=10)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: anymask.dilated(0, 3), ValueError, "step is 0; allowed are 1 and more"),
+        (lambda: anymask.dilated(2, -1), ValueError, "window is -1; allowed are 0 and more"),
+        (lambda: anymask.strided(1.5), TypeError, "step is 1.5 of type float"),
+        (lambda: anymask.chunked(-4), ValueError, "size is -4; allowed are 1 and more"),
+        (lambda: anymask.block_diffusion(0), ValueError, "block is 0"),
+        (
+            lambda: anymask.block_diffusion(16, 40),
+            ValueError,
+            "length is 40; allowed are multiples of block, which is 16",
+        ),
+        (lambda: anymask.document(), ValueError, "one of ids, cu_seqlens and position_ids, 0 were given"),
+        (lambda: anymask.document(IDS, position_ids=IDS), ValueError, "2 were given"),
+        (lambda: anymask.document(cu_seqlens=IDS, kv_ids=IDS), ValueError, "kv_ids beside ids, cu_seqlens was given"),
+        (lambda: anymask.document([1, 2]), TypeError, "ids is a list; allowed is an int tensor"),
+        (lambda: anymask.document(IDS.float()), ValueError, r"ids is torch.float32 of shape \(10,\)"),
+        (lambda: anymask.document(IDS > 2), ValueError, "ids is torch.bool"),
+        (lambda: _packed(anymask.document(IDS[:9])), ValueError, "ids has length 9 but q_len is 10; allowed are equal"),
+        (
+            lambda: anymask.document(cu_seqlens=torch.tensor([0, 6, 4])),
+            ValueError,
+            r"cu_seqlens is \[0, 6, 4\]; allowed",
+        ),
+        (lambda: anymask.document(cu_seqlens=torch.tensor([1, 6])), ValueError, r"cu_seqlens is \[1, 6\]; allowed"),
+        (
+            lambda: _packed(anymask.document(cu_seqlens=torch.tensor([0, 4]))),
+            ValueError,
+            "cu_seqlens has length 4 but q_len",
+        ),
+        (lambda: anymask.key_padding(torch.rand(3)), ValueError, "keep is torch.float32"),
+        (
+            lambda: _packed(anymask.key_padding(IDS[None] > 2) & anymask.spans(IDS[:4], IDS[:4])),
+            ValueError,
+            "start and end",
+        ),
+        (lambda: anymask.prefix_lm(-1), ValueError, "prefix_len is -1; allowed are 0 and more"),
+        (lambda: anymask.prefix_lm(IDS[None]), ValueError, r"prefix_len is torch.int64 of shape \(1, 10\)"),
+        (lambda: anymask.global_tokens(IDS), ValueError, "tokens has dtype torch.int64; allowed are an int and a bool"),
+        (lambda: anymask.tree(torch.tensor([-1, 2, 1])), ValueError, "parents form a cycle through token 1"),
+        (lambda: anymask.tree(torch.tensor([-1, 3])), ValueError, r"parents\[1\] is 3; allowed are -1 to 1"),
+        (lambda: anymask.tree(torch.tensor([0])), ValueError, "parents form a cycle through token 0"),
+        (lambda: anymask.neighbourhood_2d((4, 4), 2), ValueError, "kernel is 2; allowed are odd sizes"),
+        (
+            lambda: anymask.neighbourhood_2d((4, 4), 5),
+            ValueError,
+            "kernel is 5; allowed are odd sizes of at most the shape",
+        ),
+        (
+            lambda: anymask.neighbourhood_3d((4, 4), 3),
+            ValueError,
+            r"shape is \(4, 4\) and kernel 3; allowed are 3 sizes",
+        ),
+        (lambda: _packed(anymask.neighbourhood_2d((3, 3), 3)), ValueError, "the product of shape has length 9 but"),
+        (
+            lambda: anymask.block_sparse(IDS, 128),
+            ValueError,
+            r"layout is torch.int64 \(10,\); allowed is a bool tensor",
+        ),
+        (
+            lambda: _packed(anymask.block_sparse(IDS[None] > 1, 1)),
+            ValueError,
+            "layout has 1 blocks of 1 along q_len but",
+        ),
+        (lambda: anymask.random_blocks(10, 10, 1.2), ValueError, "share is 1.2; allowed are 0 to 1"),
+        (lambda: anymask.from_function(3), TypeError, "fn is a int; allowed is a function"),
+        (lambda: _packed(anymask.from_function(lambda b, h, q, k: q - k)), ValueError, "result of dtype torch.int64"),
+        (lambda: _packed(anymask.from_function(lambda b, h, q, k: True)), ValueError, "result of type bool"),
+        (
+            lambda: _packed(anymask.from_function(lambda b, h, q, k: torch.ones(3, 3) > 0)),
+            ValueError,
+            r"fn returned shape \(3, 3\) for index tensors that broadcast to",
+        ),
+    ],
+)
+def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
