@@ -96,7 +96,7 @@ def demo(
 
     proven = comparison.equal and comparison.leaks
     console.print(_comparison_table(comparison))
-    console.print(f"{packed}\n", highlight=False)
+    console.print(f"{packed!r}\n", highlight=False)
     console.print(_mask_table(rows, sizes, where))
     viz.plot(packed, out, title=f"{comparison.documents} documents in {sizes.rows} rows: the first row")
     console.print(f"Picture of the document mask and its tiles: {out.resolve()}", soft_wrap=True)
@@ -177,7 +177,7 @@ def show(
             length = length or 1024
             kv_len = kv_len or length
         packed = anymask.pack(lazy, q_len=length, kv_len=kv_len)
-        print(packed)
+        print(repr(packed))
         if max(packed.q_len, packed.kv_len) <= SHOW_TOKENS:
             shares, _ = viz.token_shares(packed, plane)
             print("\n".join(" ".join("█" if share else "·" for share in row) for row in shares.tolist()))

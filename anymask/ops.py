@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from anymask import backends
 from anymask.mask import BlockMask, pack
 from anymask.mask.bits import TILE, WORDS, tiles_over
-from anymask.mask.expr import mask_from_spec
+from anymask.mask.leaves import mask_from_spec
 
 torch.library.define(
     "anymask::forward",

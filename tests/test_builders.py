@@ -10,7 +10,8 @@ from torch import Tensor
 import anymask
 from anymask import Mask, attention, causal, pack
 from anymask.mask.bits import EMPTY, FULL, TILE
-from anymask.mask.expr import Grid, mask_from_spec
+from anymask.mask.expr import Grid
+from anymask.mask.leaves import mask_from_spec
 from anymask.testing import assert_same_block_mask, make_qkv
 
 CPU = torch.device("cpu")

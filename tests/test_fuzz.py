@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anymask import Mask, causal, causal_lower_right, from_dense, pack, sliding_window
-from anymask.mask.expr import Grid, mask_from_spec
+from anymask.mask.expr import Grid
+from anymask.mask.leaves import mask_from_spec
 from anymask.testing import MASKS, Case, assert_dead_is_zero, assert_same_block_mask, check, reference, run
 from anymask.testing.cases import Inputs, make_qkv
 

@@ -13,7 +13,8 @@ import torch
 from grid import BF16, F16, F32, cases
 
 from anymask import attention, pack
-from anymask.mask.expr import Dense, Grid, Mask
+from anymask.mask.expr import Grid, Mask
+from anymask.mask.leaves import Dense
 from anymask.mask.pack import tile_words
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, reference
 

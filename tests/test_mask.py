@@ -10,7 +10,8 @@ from torch import Tensor
 from anymask import Mask, causal, causal_lower_right, from_dense, pack, sliding_window
 from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE
 from anymask.mask.builders import dense as dense_any_dtype
-from anymask.mask.expr import Band, Dense, Grid, mask_from_spec
+from anymask.mask.expr import Grid
+from anymask.mask.leaves import Band, Dense, mask_from_spec
 from anymask.testing import MASKS, assert_same_block_mask
 
 CPU = torch.device("cpu")

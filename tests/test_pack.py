@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anymask import BlockMask, Mask, causal, causal_lower_right, from_dense, pack, sliding_window
 from anymask.mask import TileLists
 from anymask.mask.bits import TILE, unpack_bits
-from anymask.mask.expr import Band
+from anymask.mask.leaves import Band
 from anymask.testing import MASKS, assert_same_block_mask
 
 # the function of the same name hides the module

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from anymask.mask import BlockMask, pack
 from anymask.mask.bits import TILE, tiles_over, unpack_bits
-from anymask.mask.expr import Band
+from anymask.mask.leaves import Band
 from anymask.shapes import LSE, K, O, Q, V
 
 # torch's exp2 keeps its speed on -inf and on tiny results, its exp does not

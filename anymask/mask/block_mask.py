@@ -7,13 +7,22 @@ tiles appear nowhere, full tiles cost one index, partial tiles one index and 2,0
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from anymask.mask.bits import FULL, PARTIAL, TILE, tiles_over, unpack_bits
+from anymask.mask.bits import FULL, PARTIAL, TILE, WORDS, tiles_over, unpack_bits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# what `BlockMask.save` writes into a file's header
+FORMAT = "anymask.BlockMask 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +58,29 @@ class TileLists:
     def nbytes(self) -> int:
         """Bytes of all seven tensors."""
         return sum(t.nbytes for t in _tensors(self))
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a `BlockMask` holds and what it costs, over all planes that it stores."""
+
+    # tiles by kind
+    empty: int
+    partial: int
+    full: int
+    # share of attended pairs
+    density: float
+    # bytes of the bits, both views; of everything held; of the same planes as one byte a pair
+    words_bytes: int
+    nbytes: int
+    dense_bytes: int
+    # multiply-adds count 2: forward, over attended pairs and over the tiles that are visited
+    pair_flops: int
+    tile_flops: int
+    # tiles of the heaviest line of query tiles over those of the mean one; 1.0 is even
+    imbalance: float
+    # all tiles over those visited: how much faster than without a mask a kernel could be
+    speedup: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +146,67 @@ class BlockMask:
         full = (lines.numel() - short) * TILE * TILE + short * last_rows * TILE
         return (attended + full) / pairs
 
+    def stats(self, head_dim: int = 128) -> Stats:
+        """Tiles, bytes, work and balance; `head_dim` of q, k and v for the FLOPs. Reads the words."""
+        empty, partial, full = self.tile_counts
+        density, pairs = self.density(), self.batch * self.heads * self.q_len * self.kv_len
+        work = self.rows.full_offsets.diff() + self.rows.partial_offsets.diff()
+        visited = partial + full
+        return Stats(
+            empty,
+            partial,
+            full,
+            density,
+            self.rows.words.nbytes + self.cols.words.nbytes,
+            self.nbytes,
+            pairs,
+            4 * head_dim * round(pairs * density),
+            4 * head_dim * visited * TILE * TILE,
+            int(work.max()) * work.numel() / visited if visited else 1.0,
+            (empty + visited) / visited if visited else float("inf"),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask as a safetensors file, whole or not at all. Needs `pip install 'anymask[files]'`."""
+        header = {"format": FORMAT, "q_len": str(self.q_len), "kv_len": str(self.kv_len)}
+        tensors = {name: t.contiguous() for name, t in zip(_NAMES, self.tensors(), strict=True)}
+        part = Path(f"{path}.{os.getpid()}.part")
+        try:
+            _safetensors().torch.save_file(tensors, part, header)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> BlockMask:
+        """The mask that `save` wrote.
+
+        Raises:
+            ValueError: the file is truncated, or holds something else. FileNotFoundError: there is none.
+        """
+        library = _safetensors()
+        try:
+            with library.safe_open(path, "pt") as file:
+                header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except library.SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        if header.get("format") != FORMAT or set(tensors) != set(_NAMES):
+            found = header.get("format", f"tensors {', '.join(sorted(tensors)[:4])}")
+            raise ValueError(f"{path} holds {found or 'nothing'}; allowed is {FORMAT}, as BlockMask.save writes it")
+        lengths = int(header["q_len"]), int(header["kv_len"])
+        mask = BlockMask.from_tensors([tensors[name] for name in _NAMES], *lengths)
+        for view, lists, (length, other) in (("rows", mask.rows, lengths), ("cols", mask.cols, lengths[::-1])):
+            wrong = _inconsistent(lists, length, other)
+            if wrong:
+                raise ValueError(f"{path}: {view}.{wrong} contradicts the other tensors; the file is damaged")
+        return mask.to(device)
+
+    def plot(self, path: str | Path | None = None, plane: tuple[int, int] = (0, 0), title: str | None = None) -> Figure:
+        """`anymask.viz.plot`: a figure of the tokens and tiles of one plane, written to `path` too."""
+        from anymask import viz
+
+        return viz.plot(self, path, plane, title)
+
     def to_dense(self) -> Tensor:
         """bool `[batch, heads, q_len, kv_len]` with size 1 where a dimension is shared. For tests and small masks."""
         q_tiles, kv_tiles = tiles_over(self.q_len), tiles_over(self.kv_len)
@@ -142,6 +235,12 @@ class BlockMask:
         half = len(tensors) // 2
         return BlockMask(q_len, kv_len, TileLists(*tensors[:half]), TileLists(*tensors[half:]))
 
+    def __str__(self) -> str:
+        from anymask import viz
+
+        scale = viz.scale(self)
+        return f"{self!r}\n{scale} x {scale} tiles to a character: {viz.LEGEND}\n{viz.to_text(self)}"
+
     def __repr__(self) -> str:
         empty, partial, full = self.tile_counts
         return (
@@ -152,6 +251,38 @@ class BlockMask:
 
 def _tensors(lists: TileLists) -> list[Tensor]:
     return [getattr(lists, name) for name in _FIELDS]
+
+
+def _inconsistent(lists: TileLists, length: int, other: int) -> str | None:
+    """The first tensor of a view of `length` positions that cannot be one beside the rest."""
+    ints, lines = torch.int32, tiles_over(length)
+    planes = lists.order.shape[0] * lists.order.shape[1] if lists.order.dim() == 3 else -1
+    for kind in ("full", "partial"):
+        offsets, tiles = getattr(lists, f"{kind}_offsets"), getattr(lists, f"{kind}_tiles")
+        steps = offsets.diff()
+        if offsets.dtype != ints or offsets.shape != (planes * lines + 1,) or offsets[0] != 0 or (steps < 0).any():
+            return f"{kind}_offsets"
+        if (
+            tiles.dtype != ints
+            or tiles.shape != (int(offsets[-1]),)
+            or ((tiles < 0) | (tiles >= tiles_over(other))).any()
+        ):
+            return f"{kind}_tiles"
+    if lists.words.dtype != ints or lists.words.shape != (lists.partial_tiles.numel(), TILE, WORDS):
+        return "words"
+    if lists.order.dtype != ints or (lists.order.sort(-1).values != torch.arange(lines)).any():
+        return "order"
+    if lists.live.dtype != torch.uint8 or lists.live.shape not in ((0,), (planes * length,)):
+        return "live"
+    return None
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ImportError("masks on disk need safetensors: pip install 'anymask[files]'") from error
+    return safetensors
 
 
 _FIELDS = tuple(f.name for f in fields(TileLists))

@@ -8,7 +8,8 @@ from operator import and_
 import torch
 from torch import Tensor
 
-from anymask.mask.expr import Band, Between, Blocks, Dense, Function, Mask, Positions, Stride
+from anymask.mask.expr import Mask
+from anymask.mask.leaves import Band, Between, Blocks, Dense, Function, Positions, Stride
 
 
 def causal(offset: int = 0) -> Mask:

@@ -12,7 +12,8 @@ from torch import Tensor
 from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE, WORDS, pack_bits, transpose_bits
 from anymask.mask.block_mask import BlockMask, TileLists
 from anymask.mask.builders import from_dense
-from anymask.mask.expr import Dense, Grid, Mask
+from anymask.mask.expr import Grid, Mask
+from anymask.mask.leaves import Dense
 from anymask.shapes import TileKinds, Words
 
 # tiles evaluated at a time: 16 MiB of booleans, and as int64 the positions they are computed from, 128 MiB

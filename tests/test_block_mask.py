@@ -1,0 +1,129 @@
+"""A `BlockMask` on disk, in numbers and in the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+
+from safetensors.torch import load_file, save_file
+
+import anymask
+from anymask import BlockMask, causal, pack
+from anymask.testing import MASKS, assert_same_block_mask
+
+
+def _packed(name: str, q_len: int = 300, kv_len: int = 260) -> BlockMask:
+    mask, dense = MASKS[name](2, 3, q_len, kv_len)
+    return pack(dense if mask is None else mask, q_len=q_len, kv_len=kv_len)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_file_holds_the_mask(name: str, tmp_path: Path) -> None:
+    packed = _packed(name)
+    packed.save(tmp_path / "mask.safetensors")
+    assert_same_block_mask(BlockMask.load(tmp_path / "mask.safetensors"), packed)
+    assert [p.name for p in tmp_path.iterdir()] == ["mask.safetensors"]
+
+
+def test_empty_lengths_on_disk(tmp_path: Path) -> None:
+    for q_len, kv_len in ((0, 0), (0, 200), (200, 0)):
+        packed = pack(causal(), q_len=q_len, kv_len=kv_len)
+        packed.save(tmp_path / "mask")
+        assert_same_block_mask(BlockMask.load(tmp_path / "mask"), packed)
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mask.safetensors"
+    _packed("causal").save(path)
+    before = path.read_bytes()
+
+    def full_disk(tensors: Any, part: Path, header: Any) -> None:
+        part.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        _packed("random").save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "mask.safetensors"
+    _packed("documents").save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"mask\.safetensors is no whole safetensors file"):
+        BlockMask.load(path)
+
+
+def test_a_foreign_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"layer.weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"holds tensors layer\.weight; allowed is anymask\.BlockMask"):
+        BlockMask.load(path)
+    save_file({"x": torch.zeros(3)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="holds pt; allowed is anymask"):
+        BlockMask.load(path)
+    with pytest.raises(FileNotFoundError):
+        BlockMask.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("rows.full_offsets", lambda t: t[:-1]),
+        ("rows.full_offsets", lambda t: t + 1),
+        ("cols.partial_offsets", lambda t: t.flip(0)),
+        ("rows.partial_tiles", lambda t: t + 3),
+        ("cols.partial_tiles", lambda t: t[1:]),
+        ("cols.words", lambda t: t[:-1]),
+        ("rows.words", lambda t: t.long()),
+        ("rows.order", lambda t: t.clamp(max=1)),
+        ("rows.live", lambda t: torch.zeros(7, dtype=torch.uint8)),
+    ],
+)
+def test_a_damaged_file(name: str, change: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mask.safetensors"
+    packed = _packed("documents")
+    packed.save(path)
+    tensors = load_file(path)
+    tensors[name] = change(tensors[name]).contiguous()
+    header = {"format": "anymask.BlockMask 1", "q_len": str(packed.q_len), "kv_len": str(packed.kv_len)}
+    save_file(tensors, path, header)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.") + " contradicts the other tensors"):
+        BlockMask.load(path)
+
+
+def test_stats() -> None:
+    stats = pack(causal(), q_len=512, kv_len=512).stats(head_dim=64)
+    assert (stats.empty, stats.partial, stats.full) == (6, 4, 6)
+    assert stats.density == (512 * 513 / 2) / 512**2
+    assert stats.words_bytes == 2 * 4 * 2048
+    assert stats.dense_bytes == 512 * 512
+    assert stats.pair_flops == 4 * 64 * 512 * 513 // 2
+    assert stats.tile_flops == 4 * 64 * 10 * 128 * 128
+    assert stats.imbalance == 4 / 2.5
+    assert stats.speedup == 1.6
+    nothing = pack(causal() & ~causal(), q_len=200, kv_len=200).stats()
+    assert (nothing.density, nothing.imbalance, nothing.speedup) == (0.0, 1.0, float("inf"))
+
+
+def test_print_draws_the_tiles() -> None:
+    lines = str(pack(causal(), q_len=384, kv_len=384)).split("\n")
+    assert lines[0].startswith("BlockMask(q_len=384")
+    assert lines[2:] == ["░ · ·", "█ ░ ·", "█ █ ░"]
+    wide = str(pack(anymask.sliding_window(100), q_len=100_000, kv_len=100_000)).split("\n")
+    assert "13 x 13 tiles to a character" in wide[1]
+    assert max(map(len, wide)) <= 128
+    assert len(wide) <= 66
+
+
+def test_plot_writes_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pack(causal(), q_len=300, kv_len=200).plot(tmp_path / "mask.png", title="causal")
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
