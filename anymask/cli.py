@@ -1,4 +1,4 @@
-"""The `anymask` command: parses, calls `demo` and `viz`, prints."""
+"""The `anymask` command: parses, calls `demo`, `gallery` and `viz`, prints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 
 import anymask
 from anymask import demo as work
-from anymask import viz
+from anymask import gallery, viz
 
 # the table of masks needs this many columns; a narrower terminal, or a file, wraps lines instead of cutting cells
 TABLE_WIDTH = 102
@@ -162,7 +162,8 @@ def _mask_table(rows: list[work.Row], sizes: work.Sizes, device: torch.device) -
 @app.command()
 def show(
     mask: Annotated[
-        str, typer.Argument(help="causal, causal_lower_right, sliding_window, or a .pt file of a bool tensor.")
+        str,
+        typer.Argument(help="A mask of the gallery, a .pt or .safetensors file of a bool tensor, a saved BlockMask."),
     ],
     length: Annotated[int | None, typer.Option("--len", min=1, help="Queries; 1024 unless a file says.")] = None,
     kv_len: Annotated[int | None, typer.Option(min=1, help="Keys; as many as queries.")] = None,
@@ -173,10 +174,10 @@ def show(
     """Draw the tiles of a mask, and its tokens if they are few."""
     try:
         lazy = _mask(mask, window)
-        if not isinstance(lazy, torch.Tensor):
-            length = length or 1024
+        if isinstance(lazy, anymask.Mask):
+            length = length or gallery.LENGTH
             kv_len = kv_len or length
-        packed = anymask.pack(lazy, q_len=length, kv_len=kv_len)
+        packed = lazy if isinstance(lazy, anymask.BlockMask) else anymask.pack(lazy, q_len=length, kv_len=kv_len)
         print(repr(packed))
         if max(packed.q_len, packed.kv_len) <= SHOW_TOKENS:
             shares, _ = viz.token_shares(packed, plane)
@@ -190,23 +191,36 @@ def show(
         _fail(str(error))
 
 
-def _mask(name: str, window: int | None) -> anymask.Mask | torch.Tensor:
+def _mask(name: str, window: int | None) -> anymask.Mask | anymask.BlockMask | torch.Tensor:
     if window is not None and name != "sliding_window":
         raise ValueError(f"--window is for sliding_window, not for {name}")
-    if name == "sliding_window":
-        if window is None:
-            raise ValueError("sliding_window needs --window TOKENS")
+    if window is not None:
         return anymask.sliding_window(window)
-    if name == "causal":
-        return anymask.causal()
-    if name == "causal_lower_right":
-        return anymask.causal_lower_right()
+    if name in gallery.EXAMPLES:
+        return gallery.example(name)
     if not Path(name).is_file():
-        raise ValueError(f"{name} is no file and no mask; allowed are causal, causal_lower_right, sliding_window, FILE")
+        raise ValueError(f"{name} is no file and no mask; allowed are {', '.join(gallery.EXAMPLES)}, FILE")
+    if name.endswith(".safetensors"):
+        return _from_safetensors(name)
     loaded = torch.load(name, map_location="cpu", weights_only=True)
     if not isinstance(loaded, torch.Tensor):
         raise ValueError(f"{name} holds a {type(loaded).__name__}; allowed is one bool tensor")
     return loaded
+
+
+def _from_safetensors(name: str) -> anymask.BlockMask | torch.Tensor:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise ImportError("masks on disk need safetensors: pip install 'anymask[files]'") from error
+    try:
+        tensors = load_file(name)
+    except SafetensorError as error:
+        raise ValueError(f"{name} is no whole safetensors file: {error}") from error
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    return anymask.BlockMask.load(name)
 
 
 def _device(name: str) -> torch.device:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import anymask
-from anymask import demo
+from anymask import demo, gallery, viz
 
 pytest.importorskip("typer")
+pytest.importorskip("safetensors")
 
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from anymask.cli import app
@@ -82,10 +84,27 @@ def test_show_reads_a_file(tmp_path: Path) -> None:
     assert png.is_file()
 
 
+@pytest.mark.parametrize("name", gallery.EXAMPLES)
+def test_show_draws_the_gallery(name: str) -> None:
+    result = run(app, ["show", name])
+    assert result.exit_code == 0, result.output
+    assert result.output.rstrip().endswith(viz.to_text(gallery.packed(name)))
+
+
+def test_show_reads_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense = torch.eye(2).bool()
+    save_file({"mask": dense}, "dense.safetensors")
+    anymask.pack(dense).save("packed.safetensors")
+    for name in ("dense.safetensors", "packed.safetensors"):
+        result = run(app, ["show", name])
+        assert result.exit_code == 0, result.output
+        assert result.output.splitlines()[1:3] == ["█ ·", "· █"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sliding_window"], "sliding_window needs --window"),
         (["causal", "--window", "3"], "--window is for sliding_window"),
         (["sliding_window", "--window", "-3"], "left is -3"),
         (["no_such_mask"], "no_such_mask is no file and no mask"),
@@ -93,6 +112,9 @@ def test_show_reads_a_file(tmp_path: Path) -> None:
         (["float.pt"], "mask has dtype torch.float32"),
         (["dict.pt"], "holds a dict"),
         (["square.pt", "--len", "5"], "q_len is 5"),
+        (["tree", "--len", "5"], "parents has length 1024 but q_len is 5"),
+        (["cut.safetensors"], "cut.safetensors is no whole safetensors file"),
+        (["two.safetensors"], "two.safetensors holds tensors a, b; allowed is anymask.BlockMask"),
     ],
 )
 def test_show_names_what_does_not_fit(
@@ -102,6 +124,8 @@ def test_show_names_what_does_not_fit(
     torch.save(torch.ones(3, 3), "float.pt")
     torch.save({}, "dict.pt")
     torch.save(torch.ones(3, 3, dtype=torch.bool), "square.pt")
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, "two.safetensors")
+    Path("cut.safetensors").write_bytes(Path("two.safetensors").read_bytes()[:-3])
     result = run(app, ["show", *arguments])
     assert result.exit_code == 1
     assert message in result.output
@@ -137,15 +161,24 @@ def test_examples_of_the_pages_run(page: str, tmp_path: Path, monkeypatch: pytes
 def test_masks_of_the_readme_pack() -> None:
     text = (ROOT / "README.md").read_text()
     table = text.partition("## Your mask in one line")[2].partition("\n## ")[0]
-    lines = [line.replace(r"\|", "|") for line in re.findall(r"^\| .* \| `(.*)` \|$", table, flags=re.MULTILINE)]
-    assert len(lines) >= 11
+    cells = re.findall(r"^\| .* \| (`.*`) \|$", table, flags=re.MULTILINE)
+    lines = [line.replace(r"\|", "|") for cell in cells for line in re.findall(r"`(.*?)`", cell)]
+    assert len(lines) >= 25
     numbers = torch.arange(1200).repeat(2, 1)
     names = vars(anymask) | {
         "ids": numbers // 500,
         "keep": numbers < 900,
-        "prefix": numbers < 400,
-        "span": torch.where(numbers < 600, numbers // 300, -1),
-        "tree": numbers[0][:, None] % (numbers[0] + 1) == 0,
+        "lengths": torch.tensor([900, 500]),
+        "cu_seqlens": torch.tensor([0, 300, 1200]),
+        "positions": numbers % 500,
+        "start": torch.where(numbers < 600, numbers // 300 * 300, 0),
+        "end": torch.where(numbers < 600, numbers // 300 * 300 + 300, 0),
+        "parents": (numbers[0] - 1) // 2,
+        "length": 600 // 16 * 16,
+        "layout": torch.eye(10, dtype=torch.bool),
+        "q_len": 1200,
+        "kv_len": 1200,
+        "mask_mod": lambda b, h, q_idx, kv_idx: q_idx % 7 >= kv_idx % 5,
         "tensor": torch.eye(1200, dtype=torch.bool),
     }
     for line in lines:
