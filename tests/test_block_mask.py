@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import anymask
 from anymask import BlockMask, causal, pack
-from anymask.testing import MASKS, assert_same_block_mask
+from anymask.testing import MASKS, assert_same_block_mask, make_qkv
 
 
 def _packed(name: str, q_len: int = 300, kv_len: int = 260) -> BlockMask:
@@ -97,6 +97,31 @@ def test_a_damaged_file(name: str, change: Any, tmp_path: Path) -> None:
     save_file(tensors, path, header)
     with pytest.raises(ValueError, match=name.replace(".", r"\.") + " contradicts the other tensors"):
         BlockMask.load(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 300), (0, 128), (128, 256), (128, 300), (5, 6), (299, 300), (100, 290), (37, 165), (7, 7)]
+)
+@pytest.mark.parametrize("name", MASKS)
+def test_queries_are_those_of_the_dense_mask(name: str, start: int, stop: int) -> None:
+    packed = _packed(name)
+    some = packed.queries(start, stop)
+    assert_same_block_mask(some, pack(packed.to_dense()[:, :, start:stop], q_len=stop - start, kv_len=260))
+
+
+def test_decoding_step_by_step() -> None:
+    q, k, v = make_qkv(1, 2, 2, 300, 300, 16)
+    packed = pack(causal() & anymask.document(torch.arange(300) // 130), q_len=300, kv_len=300)
+    whole = anymask.attention(q, k, v, packed)
+    for start, stop in ((0, 200), (200, 299), (299, 300)):
+        o = anymask.attention(q[:, :, start:stop], k, v, packed.queries(start, stop))
+        assert torch.allclose(o, whole[:, :, start:stop], atol=1e-6)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 301)])
+def test_queries_beyond_the_mask(start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match=f"queries {start} to {stop} of a mask with q_len=300; allowed"):
+        _packed("causal").queries(start, stop)
 
 
 def test_stats() -> None:

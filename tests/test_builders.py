@@ -1,6 +1,8 @@
 """Every builder equals its dense definition, written here with comparisons of positions only."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -349,3 +351,16 @@ def _packed(mask: Mask) -> Any:
 def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_strips_classify_like_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = CASES[name][0](512)
+    whole = pack(mask, q_len=512, kv_len=512)
+    # by its module: the package's `pack` is the function
+    monkeypatch.setattr(sys.modules["anymask.mask.pack"], "STRIP_TILES", 4)
+    assert_same_block_mask(pack(mask, q_len=512, kv_len=512), whole)
+    grid = Grid(512, 512, CPU)
+    kinds = mask.classify(grid).expand(1, 1, 4, 4)
+    strip = mask.classify(replace(grid, first=1, last=3)).expand(1, 1, 2, 4)
+    assert torch.equal(strip, kinds[:, :, 1:3])

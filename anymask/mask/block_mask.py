@@ -166,6 +166,16 @@ class BlockMask:
             (empty + visited) / visited if visited else float("inf"),
         )
 
+    def queries(self, start: int, stop: int) -> BlockMask:
+        """The mask of queries `start` to `stop - 1` and all keys: a step of decoding, a chunk of a prefill.
+
+        Nothing is evaluated again; work and memory are those of the tiles of these queries. Raises ValueError for a
+        range beyond `q_len`.
+        """
+        from anymask.mask.pack import queries_of
+
+        return queries_of(self, start, stop)
+
     def save(self, path: str | Path) -> None:
         """Write the mask as a safetensors file, whole or not at all. Needs `pip install 'anymask[files]'`."""
         header = {"format": FORMAT, "q_len": str(self.q_len), "kv_len": str(self.kv_len)}

@@ -21,11 +21,13 @@ from anymask.shapes import TileKinds
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of a `q_len x kv_len` plane on a device."""
+    """The tiles of a `q_len x kv_len` plane on a device, or a strip of them: lines `first` to `last - 1` of q tiles."""
 
     q_len: int
     kv_len: int
     device: torch.device
+    first: int = 0
+    last: int | None = None
 
     @property
     def q_tiles(self) -> int:
@@ -38,8 +40,9 @@ class Grid:
         return tiles_over(self.kv_len)
 
     def bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """First and last query `[q_tiles, 1]`, first and last key `[1, kv_tiles]` of each tile, inside the plane."""
-        first_q = torch.arange(0, self.q_len, TILE, device=self.device)[:, None]
+        """First and last query `[lines, 1]`, first and last key `[1, kv_tiles]` of each tile, inside the plane."""
+        end = self.q_len if self.last is None else min(self.last * TILE, self.q_len)
+        first_q = torch.arange(self.first * TILE, end, TILE, device=self.device)[:, None]
         first_k = torch.arange(0, self.kv_len, TILE, device=self.device)[None, :]
         last_q = (first_q + TILE - 1).clamp(max=self.q_len - 1)
         last_k = (first_k + TILE - 1).clamp(max=self.kv_len - 1)
@@ -59,7 +62,7 @@ class Mask(ABC):
 
     @abstractmethod
     def classify(self, grid: Grid) -> TileKinds:
-        """int8, broadcastable to `[mask_batch, mask_heads, q_tiles, kv_tiles]`: 0 empty, 1 unknown, 2 full."""
+        """int8, broadcastable to `[mask_batch, mask_heads, lines, kv_tiles]`: 0 empty, 1 unknown, 2 full."""
 
     @abstractmethod
     def evaluate(self, grid: Grid, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -152,11 +152,17 @@ class Between(Mask):
         value = self.value
         if value is None:
             value = torch.arange(value_length, device=grid.device)[None, None]
-        # [batch, heads, tiles] each; those of the queries become lines, those of the keys columns
-        value_dim, range_dim = (-1, -2) if self.of_query else (-2, -1)
-        least, most = (t.unsqueeze(value_dim) for t in _extremes(value, value_length))
-        low_least, low_most = (t.unsqueeze(range_dim) for t in _extremes(self.low, range_length))
-        high_least, high_most = (t.unsqueeze(range_dim) for t in _extremes(self.high, range_length))
+
+        def extremes(t: Tensor, length: int, of_query: bool) -> list[Tensor]:
+            found = _extremes(t, length)
+            # [batch, heads, tiles] each; those of the queries become lines, those of the keys columns
+            if not of_query:
+                return [x.unsqueeze(-2) for x in found]
+            return [(x if x.shape[2] == 1 else x[..., grid.first : grid.last]).unsqueeze(-1) for x in found]
+
+        least, most = extremes(value, value_length, self.of_query)
+        low_least, low_most = extremes(self.low, range_length, not self.of_query)
+        high_least, high_most = extremes(self.high, range_length, not self.of_query)
         full = (low_most <= least) & (most < high_least)
         empty = (low_least > most) | (high_most <= least)
         return PARTIAL + full.to(torch.int8) - empty.to(torch.int8)

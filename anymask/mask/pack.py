@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE, WORDS, pack_bits, transpose_bits
+from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE, WORDS, pack_bits, tiles_over, transpose_bits
 from anymask.mask.block_mask import BlockMask, TileLists
 from anymask.mask.builders import from_dense
 from anymask.mask.expr import Grid, Mask
@@ -18,6 +18,8 @@ from anymask.shapes import TileKinds, Words
 
 # tiles evaluated at a time: 16 MiB of booleans, and as int64 the positions they are computed from, 128 MiB
 CHUNK_TILES = 1024
+# tiles classified at a time, from bounds of 8 bytes: 16 MiB each
+STRIP_TILES = 2**21
 
 
 def pack(
@@ -73,7 +75,11 @@ def tile_words(mask: Mask, grid: Grid) -> tuple[TileKinds, Words]:
     if isinstance(mask, Dense):
         return _tile_words_dense(mask.tensor, grid)
     batch, heads = mask.planes
-    kinds = mask.classify(grid).expand(batch, heads, grid.q_tiles, grid.kv_tiles).contiguous()
+    kinds = torch.empty(batch, heads, grid.q_tiles, grid.kv_tiles, dtype=torch.int8, device=grid.device)
+    lines = max(1, STRIP_TILES // max(1, batch * heads * grid.kv_tiles))
+    for first in range(0, grid.q_tiles, lines):
+        last = min(first + lines, grid.q_tiles)
+        kinds[:, :, first:last] = mask.classify(replace(grid, first=first, last=last))
     if grid.kv_len % TILE:
         # the columns beyond kv_len are off, so the last kv tile is full for nobody
         kinds[..., -1].clamp_(max=PARTIAL)
@@ -114,6 +120,53 @@ def _tile_words_dense(tensor: Tensor, grid: Grid) -> tuple[TileKinds, Words]:
                 kinds[b, h, first:last] = found.view(words.shape[:2])
                 kept.append(words.flatten(0, 1)[found == PARTIAL])
     return kinds, torch.cat(kept) if kept else _no_words(grid)
+
+
+def queries_of(block_mask: BlockMask, start: int, stop: int) -> BlockMask:
+    """`BlockMask.queries`: rows of words move as they are, from the one or two tiles that a new tile covers."""
+    if not 0 <= start <= stop <= block_mask.q_len:
+        q_len = block_mask.q_len
+        raise ValueError(
+            f"queries {start} to {stop} of a mask with q_len={q_len}; allowed are 0 <= start <= stop <= q_len"
+        )
+    rows, planes = block_mask.rows, (block_mask.batch, block_mask.heads)
+    grid = Grid(stop - start, block_mask.kv_len, block_mask.device)
+    lines, first, shift = tiles_over(block_mask.q_len), start // TILE, start % TILE
+    # the old tiles that are covered, and an empty line below them; partial ones by their place in words
+    shape = (planes[0] * planes[1], grid.q_tiles + 1, grid.kv_tiles)
+    kinds = torch.full(shape, EMPTY, dtype=torch.int8, device=grid.device)
+    number = torch.zeros(shape, dtype=torch.int64, device=grid.device)
+    for kind, tiles in ((FULL, rows.full_tiles), (PARTIAL, rows.partial_tiles)):
+        line = rows.line_numbers(kind)
+        covered = ((line % lines >= first) & (line % lines < first + shape[1])).nonzero()[:, 0]
+        at = line[covered] // lines, line[covered] % lines - first, tiles[covered].long()
+        kinds[at] = kind
+        if kind == PARTIAL:
+            number[at] = covered
+    found = torch.full((shape[0], grid.q_tiles, grid.kv_tiles), EMPTY, dtype=torch.int8, device=grid.device)
+    touched = (torch.maximum(kinds[:, :-1], kinds[:, 1:]) != EMPTY).nonzero()
+    kept, row = [], torch.arange(TILE, device=grid.device)
+    for chunk in touched.split(CHUNK_TILES):
+        plane, line, tile = chunk.unbind(1)
+        halves = []
+        for below in (0, 1):
+            old = kinds[plane, line + below, tile][:, None, None]
+            bits = (
+                rows.words[number[plane, line + below, tile]] if rows.words.shape[0] else old.new_zeros(1, 1, 1).int()
+            )
+            halves.append(torch.where(old == PARTIAL, bits, -(old == FULL).to(torch.int32)).expand(-1, TILE, WORDS))
+        words = torch.cat([halves[0][:, shift:], halves[1][:, :shift]], 1)
+        words = torch.where((line[:, None] * TILE + row < grid.q_len)[..., None], words, 0)
+        new = kind_of_words(words, line, grid)
+        found[plane, line, tile] = new
+        kept.append(words[new == PARTIAL])
+    words = torch.cat(kept) if kept else _no_words(grid)
+    found = found.view(*planes, grid.q_tiles, grid.kv_tiles)
+    if grid.device.type == "cuda":
+        from anymask.mask import triton_pack
+
+        return triton_pack.lists_from_tiles(found, words, grid)
+    return lists_from_tiles(found, words, grid)
 
 
 def _no_words(grid: Grid) -> Words:
