@@ -124,6 +124,43 @@ def test_queries_beyond_the_mask(start: int, stop: int) -> None:
         _packed("causal").queries(start, stop)
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 0), (1, 1), (127, 130), (128, 256), (200, 100), (300, 260)], ids=str)
+@pytest.mark.parametrize("name", [n for n in MASKS if n not in ("none", "causal_lower_right", "composed_deep")])
+def test_a_grown_mask_is_the_packed_one(name: str, q_len: int, kv_len: int) -> None:
+    mask, dense = MASKS[name](2, 3, 300, 260)
+    lazy = mask if isinstance(mask, anymask.Mask) else anymask.from_dense(dense)
+    whole = pack(lazy, q_len=300, kv_len=260)
+    small = pack(whole.to_dense()[:, :, :q_len, :kv_len])
+    assert_same_block_mask(small.grown(lazy, 300, 260), whole)
+
+
+def test_growth_evaluates_new_tiles_only() -> None:
+    seen = []
+
+    def fn(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        seen.append(torch.broadcast_tensors(q_idx // 128, kv_idx // 128))
+        return (q_idx + kv_idx) % 3 == 0
+
+    mask = anymask.from_function(fn)
+    small = pack(mask, q_len=384, kv_len=300)
+    seen.clear()
+    big = small.grown(mask, 384, 520)
+    tiles = {(int(q), int(k)) for qs, ks in seen for q, k in zip(qs[:, 0, 0], ks[:, 0, 0], strict=True)}
+    # the third column was cut at 300
+    assert tiles == {(q, k) for q in range(3) for k in (2, 3, 4)}
+    assert_same_block_mask(big, pack(mask, q_len=384, kv_len=520))
+
+
+def test_what_cannot_grow() -> None:
+    packed = pack(causal(), q_len=300, kv_len=300)
+    with pytest.raises(ValueError, match="kv_len is 200 but the mask has 300 already; allowed are 300 and more"):
+        packed.grown(causal(), 300, 200)
+    with pytest.raises(ValueError, match=r"mask has \(2, 1\) planes but the packed one has \(1, 1\)"):
+        packed.grown(anymask.key_padding(torch.tensor([3, 4])), 300, 400)
+    with pytest.raises(ValueError, match="counts from the last query and key, which move; pack it again"):
+        packed.grown(~(causal() & anymask.causal_lower_right()), 300, 400)
+
+
 def test_stats() -> None:
     stats = pack(causal(), q_len=512, kv_len=512).stats(head_dim=64)
     assert (stats.empty, stats.partial, stats.full) == (6, 4, 6)

@@ -21,6 +21,8 @@ from anymask.mask.bits import FULL, PARTIAL, TILE, WORDS, tiles_over, unpack_bit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from anymask.mask.expr import Mask
+
 # what `BlockMask.save` writes into a file's header
 FORMAT = "anymask.BlockMask 1"
 
@@ -175,6 +177,16 @@ class BlockMask:
         from anymask.mask.pack import queries_of
 
         return queries_of(self, start, stop)
+
+    def grown(self, mask: Mask, q_len: int, kv_len: int) -> BlockMask:
+        """`pack(mask, q_len=q_len, kv_len=kv_len)`, where self is the same mask at smaller lengths.
+
+        Only tiles that do not lie whole in self are evaluated. Tensors in `mask` have the new lengths, and say of old
+        pairs what they said. Raises ValueError for smaller lengths, other planes, or a lower-right mask.
+        """
+        from anymask.mask.pack import grown
+
+        return grown(self, mask, q_len, kv_len)
 
     def save(self, path: str | Path) -> None:
         """Write the mask as a safetensors file, whole or not at all. Needs `pip install 'anymask[files]'`."""

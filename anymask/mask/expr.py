@@ -60,6 +60,11 @@ class Mask(ABC):
     def planes(self) -> tuple[int, int]:
         """Mask batch and mask heads: 1 where all samples, or all heads, share a plane."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether pairs keep their values when the lengths grow."""
+        return True
+
     @abstractmethod
     def classify(self, grid: Grid) -> TileKinds:
         """int8, broadcastable to `[mask_batch, mask_heads, lines, kv_tiles]`: 0 empty, 1 unknown, 2 full."""
@@ -109,6 +114,10 @@ class Not(Mask):
     def planes(self) -> tuple[int, int]:
         return self.of.planes
 
+    @property
+    def grows(self) -> bool:
+        return self.of.grows
+
     def check(self, q_len: int, kv_len: int) -> None:
         self.of.check(q_len, kv_len)
 
@@ -141,6 +150,10 @@ class Binary(Mask):
     def planes(self) -> tuple[int, int]:
         batch, heads = (max(a, b) for a, b in zip(self.left.planes, self.right.planes, strict=True))
         return batch, heads
+
+    @property
+    def grows(self) -> bool:
+        return self.left.grows and self.right.grows
 
     def check(self, q_len: int, kv_len: int) -> None:
         self.left.check(q_len, kv_len)

@@ -31,6 +31,10 @@ class Band(Mask):
     def planes(self) -> tuple[int, int]:
         return 1, 1
 
+    @property
+    def grows(self) -> bool:
+        return not self.lower_right
+
     def check(self, q_len: int, kv_len: int) -> None:
         """A band fits any lengths."""
 

@@ -61,18 +61,19 @@ def pack(
     mask.check(q_len, kv_len)
     grid = Grid(q_len, kv_len, torch.device(device or "cpu"))
     mask = mask.to(grid.device)
-    if grid.device.type == "cuda":
+    if grid.device.type == "cuda" and isinstance(mask, Dense):
         from anymask.mask import triton_pack
 
-        if isinstance(mask, Dense):
-            return triton_pack.pack_dense(mask.tensor, q_len, kv_len)
-        return triton_pack.lists_from_tiles(*tile_words(mask, grid), grid)
-    return lists_from_tiles(*tile_words(mask, grid), grid)
+        return triton_pack.pack_dense(mask.tensor, q_len, kv_len)
+    return _lists_of(*tile_words(mask, grid), grid)
 
 
-def tile_words(mask: Mask, grid: Grid) -> tuple[TileKinds, Words]:
-    """Kinds of all tiles, and the words of the partial ones in row order (plane, query tile, kv tile)."""
-    if isinstance(mask, Dense):
+def tile_words(mask: Mask, grid: Grid, known: BlockMask | None = None) -> tuple[TileKinds, Words]:
+    """Kinds of all tiles, and the words of the partial ones in row order (plane, query tile, kv tile).
+
+    Tiles that lie whole in `known`, the same mask of a smaller plane, are taken from it.
+    """
+    if isinstance(mask, Dense) and known is None:
         return _tile_words_dense(mask.tensor, grid)
     batch, heads = mask.planes
     kinds = torch.empty(batch, heads, grid.q_tiles, grid.kv_tiles, dtype=torch.int8, device=grid.device)
@@ -83,8 +84,15 @@ def tile_words(mask: Mask, grid: Grid) -> tuple[TileKinds, Words]:
     if grid.kv_len % TILE:
         # the columns beyond kv_len are off, so the last kv tile is full for nobody
         kinds[..., -1].clamp_(max=PARTIAL)
+    unknown = kinds == PARTIAL
+    if known is not None:
+        old, number = _tables(known, 0, tiles_over(known.q_len))
+        whole = ..., slice(known.q_len // TILE), slice(known.kv_len // TILE)
+        kinds[whole] = old[whole]
+        unknown[whole] = False
+        taken = number[whole][kinds[whole] == PARTIAL]
     within = torch.arange(TILE, device=grid.device)
-    unknown = (kinds == PARTIAL).nonzero()
+    unknown = unknown.nonzero()
     kept = []
     for chunk in unknown.split(CHUNK_TILES):
         b, h, q_tile, kv_tile = chunk[:, :, None, None].unbind(1)
@@ -96,7 +104,49 @@ def tile_words(mask: Mask, grid: Grid) -> tuple[TileKinds, Words]:
         found = kind_of_words(words, chunk[:, 2], grid)
         kinds[tuple(chunk.unbind(1))] = found
         kept.append(words[found == PARTIAL])
-    return kinds, torch.cat(kept) if kept else _no_words(grid)
+    words = torch.cat(kept) if kept else _no_words(grid)
+    if known is not None:
+        place = torch.full(kinds.shape, -1, dtype=torch.int64, device=grid.device)
+        place[whole][kinds[whole] == PARTIAL] = taken
+        # what is not taken is new, in the same order
+        new = (kinds == PARTIAL) & (place < 0)
+        place[new] = known.rows.words.shape[0] + torch.arange(words.shape[0], device=grid.device)
+        words = torch.cat([known.rows.words, words])[place[kinds == PARTIAL]]
+    return kinds, words
+
+
+def grown(block_mask: BlockMask, mask: Mask, q_len: int, kv_len: int) -> BlockMask:
+    """`BlockMask.grown`."""
+    for name, old, new in (("q_len", block_mask.q_len, q_len), ("kv_len", block_mask.kv_len, kv_len)):
+        if new < old:
+            raise ValueError(f"{name} is {new} but the mask has {old} already; allowed are {old} and more")
+    planes = block_mask.batch, block_mask.heads
+    if mask.planes != planes:
+        raise ValueError(f"mask has {mask.planes} planes but the packed one has {planes}; allowed is the same mask")
+    if not mask.grows:
+        raise ValueError("mask counts from the last query and key, which move; pack it again")
+    mask = mask.to(block_mask.device)
+    mask.check(q_len, kv_len)
+    grid = Grid(q_len, kv_len, block_mask.device)
+    return _lists_of(*tile_words(mask, grid, block_mask), grid)
+
+
+def _tables(block_mask: BlockMask, first: int, lines: int) -> tuple[TileKinds, Tensor]:
+    """Kinds `[batch, heads, lines, kv_tiles]` of the q tiles from `first` on, empty past the end, and their words."""
+    rows, q_tiles = block_mask.rows, tiles_over(block_mask.q_len)
+    shape = (block_mask.batch, block_mask.heads, lines, tiles_over(block_mask.kv_len))
+    kinds = torch.full(shape, EMPTY, dtype=torch.int8, device=block_mask.device)
+    number = torch.zeros(shape, dtype=torch.int64, device=block_mask.device)
+    planes = shape[0] * shape[1]
+    for kind, tiles in ((FULL, rows.full_tiles), (PARTIAL, rows.partial_tiles)):
+        line = rows.line_numbers(kind)
+        plane, line = line // max(1, q_tiles), line % max(1, q_tiles) - first
+        inside = ((line >= 0) & (line < lines)).nonzero()[:, 0]
+        at = plane[inside], line[inside], tiles[inside].long()
+        kinds.view(planes, lines, shape[3])[at] = kind
+        if kind == PARTIAL:
+            number.view(planes, lines, shape[3])[at] = inside
+    return kinds, number
 
 
 def _tile_words_dense(tensor: Tensor, grid: Grid) -> tuple[TileKinds, Words]:
@@ -129,21 +179,11 @@ def queries_of(block_mask: BlockMask, start: int, stop: int) -> BlockMask:
         raise ValueError(
             f"queries {start} to {stop} of a mask with q_len={q_len}; allowed are 0 <= start <= stop <= q_len"
         )
-    rows, planes = block_mask.rows, (block_mask.batch, block_mask.heads)
+    rows, shift = block_mask.rows, start % TILE
     grid = Grid(stop - start, block_mask.kv_len, block_mask.device)
-    lines, first, shift = tiles_over(block_mask.q_len), start // TILE, start % TILE
-    # the old tiles that are covered, and an empty line below them; partial ones by their place in words
-    shape = (planes[0] * planes[1], grid.q_tiles + 1, grid.kv_tiles)
-    kinds = torch.full(shape, EMPTY, dtype=torch.int8, device=grid.device)
-    number = torch.zeros(shape, dtype=torch.int64, device=grid.device)
-    for kind, tiles in ((FULL, rows.full_tiles), (PARTIAL, rows.partial_tiles)):
-        line = rows.line_numbers(kind)
-        covered = ((line % lines >= first) & (line % lines < first + shape[1])).nonzero()[:, 0]
-        at = line[covered] // lines, line[covered] % lines - first, tiles[covered].long()
-        kinds[at] = kind
-        if kind == PARTIAL:
-            number[at] = covered
-    found = torch.full((shape[0], grid.q_tiles, grid.kv_tiles), EMPTY, dtype=torch.int8, device=grid.device)
+    # the old tiles that are covered, and one line below them
+    kinds, number = (t.flatten(0, 1) for t in _tables(block_mask, start // TILE, grid.q_tiles + 1))
+    found = torch.full((kinds.shape[0], grid.q_tiles, grid.kv_tiles), EMPTY, dtype=torch.int8, device=grid.device)
     touched = (torch.maximum(kinds[:, :-1], kinds[:, 1:]) != EMPTY).nonzero()
     kept, row = [], torch.arange(TILE, device=grid.device)
     for chunk in touched.split(CHUNK_TILES):
@@ -161,12 +201,16 @@ def queries_of(block_mask: BlockMask, start: int, stop: int) -> BlockMask:
         found[plane, line, tile] = new
         kept.append(words[new == PARTIAL])
     words = torch.cat(kept) if kept else _no_words(grid)
-    found = found.view(*planes, grid.q_tiles, grid.kv_tiles)
+    return _lists_of(found.view(block_mask.batch, block_mask.heads, grid.q_tiles, grid.kv_tiles), words, grid)
+
+
+def _lists_of(kinds: TileKinds, words: Words, grid: Grid) -> BlockMask:
+    """`lists_from_tiles` where the tiles are."""
     if grid.device.type == "cuda":
         from anymask.mask import triton_pack
 
-        return triton_pack.lists_from_tiles(found, words, grid)
-    return lists_from_tiles(found, words, grid)
+        return triton_pack.lists_from_tiles(kinds, words, grid)
+    return lists_from_tiles(kinds, words, grid)
 
 
 def _no_words(grid: Grid) -> Words:
