@@ -268,6 +268,15 @@ def test_tensors_follow_the_mask_to_a_device() -> None:
     assert causal().to("meta") == causal()
 
 
+def test_masks_print_briefly() -> None:
+    mask = causal() & ~(anymask.document(IDS) | anymask.from_function(len))  # type: ignore[arg-type]
+    assert repr(mask) == (
+        "(Band(low=None, high=0) & ~(Between(value=int64[1, 1, 10], low=int64[1, 1, 10], high=int64[1, 1, 10], "
+        "of_query=True, name='ids') | Function(fn=len, batch=1, heads=1)))"
+    )
+    assert repr(anymask.chunked(64)) == "Band(low=0, high=0, block=64)"
+
+
 def _packed(mask: Mask) -> Any:
     return pack(mask, q_len=10, kv_len=10)
 

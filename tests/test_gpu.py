@@ -10,7 +10,7 @@ import pytest
 import torch
 from grid import BF16, F16, F32, cases
 
-from anymask import attention, causal, explain, flash_attention_custom_mask, ops, pack, sliding_window
+from anymask import attention, causal, explain, flash_attention_custom_mask, gallery, ops, pack, sliding_window
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, make_inputs, make_qkv, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -218,6 +218,16 @@ class TestPacking:
         on_device = pack(dense if mask is None else mask, **lens, device=device)
         assert on_device.device.type == "cuda"
         assert_same_block_mask(on_device.to("cpu"), pack(MASKS[name](2, 3, q_len, kv_len)[1], **lens))
+
+    @pytest.mark.parametrize("name", gallery.EXAMPLES)
+    def test_of_the_gallery(self, name: str, device: str) -> None:
+        mask, expected = gallery.example(name), gallery.packed(name)
+        packed = pack(mask, q_len=gallery.LENGTH, kv_len=gallery.LENGTH, device=device)
+        assert_same_block_mask(packed.to("cpu"), expected)
+        assert_same_block_mask(packed.queries(100, 700).to("cpu"), expected.queries(100, 700))
+        if mask.grows:
+            small = pack(expected.to_dense()[..., :400, :300].to(device))
+            assert_same_block_mask(small.grown(mask, gallery.LENGTH, gallery.LENGTH).to("cpu"), expected)
 
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, F16, BF16, F32, torch.float64], ids=str)
     def test_of_any_dtype(self, dtype: torch.dtype, device: str) -> None:

@@ -88,6 +88,11 @@ class Mask(ABC):
         moved = {name: x.to(device) for name, x in values.items() if isinstance(x, (Tensor, Mask))}
         return cast(Mask, replace(leaf, **moved)) if moved else self
 
+    def __repr__(self) -> str:
+        leaf = cast(Any, self)
+        values = [(f.name, getattr(leaf, f.name)) for f in fields(leaf) if getattr(leaf, f.name) is not f.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={_brief(value)}' for name, value in values)})"
+
     def __and__(self, other: Mask) -> Mask:
         return _combine("and", self, other)
 
@@ -104,11 +109,14 @@ class Mask(ABC):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Not(Mask):
     """True where `of` is False."""
 
     of: Mask
+
+    def __repr__(self) -> str:
+        return f"~{self.of!r}"
 
     @property
     def planes(self) -> tuple[int, int]:
@@ -138,13 +146,16 @@ _BINARY: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Binary(Mask):
     """`left & right` or `left | right`."""
 
     op: str
     left: Mask
     right: Mask
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} {'&' if self.op == 'and' else '|'} {self.right!r})"
 
     @property
     def planes(self) -> tuple[int, int]:
@@ -168,6 +179,13 @@ class Binary(Mask):
 
     def spec(self, leaves: list[Tensor]) -> str:
         return f"('{self.op}', {self.left.spec(leaves)}, {self.right.spec(leaves)})"
+
+
+def _brief(value: Any) -> str:
+    """A field of a leaf in a `repr`: tensors by dtype and shape."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return getattr(value, "__name__", None) or repr(value)
 
 
 def _combine(op: str, left: Mask, right: Mask) -> Mask:

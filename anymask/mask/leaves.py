@@ -15,7 +15,7 @@ from anymask.mask.expr import Binary, Grid, Mask, Not
 from anymask.shapes import TileKinds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Band(Mask):
     """Attends where `low <= k // block - q // block <= high`; None is unbounded.
 
@@ -65,7 +65,7 @@ class Band(Mask):
         return f"('band', {low}, {high}, {self.lower_right}, {int(self.block)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stride(Mask):
     """Attends where `q - k` is a multiple of `step`."""
 
@@ -89,7 +89,7 @@ class Stride(Mask):
         return f"('stride', {int(self.step)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Positions(Mask):
     """Attends where the position of the query, or else of the key, is in `low <= position < high`."""
 
@@ -119,7 +119,7 @@ class Positions(Mask):
         return f"('positions', {int(self.low)}, {int(self.high)}, {self.of_query})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Between(Mask):
     """Attends where `low <= value < high`: a value of each query in a range of each key, or the other way round.
 
@@ -198,7 +198,7 @@ def _read(t: Tensor, *index: Tensor) -> Tensor:
     return t[tuple(i if n > 1 else torch.zeros_like(i) for i, n in zip(index, t.shape, strict=True))]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Blocks(Mask):
     """Attends where `layout [mask_batch, mask_heads, q blocks, kv blocks]`, bool, is True; blocks of `size` tokens."""
 
@@ -236,7 +236,7 @@ class Blocks(Mask):
         return f"('blocks', {len(leaves) - 1}, {int(self.size)})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Function(Mask):
     """Attends where `fn(b, h, q, k)` is True, for `batch` samples and `heads` heads. Evaluated tile by tile."""
 
@@ -278,7 +278,7 @@ class Function(Mask):
         return "('function',)"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense(Mask):
     """A tensor `[mask_batch, mask_heads, 1 or q_len, 1 or kv_len]`; non-zero = attend. It is read once, by `pack`."""
 
