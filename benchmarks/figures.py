@@ -114,6 +114,54 @@ def _against_own(case: str, key: str, variant: str) -> Callable[[Rows, str], Mea
     return lambda rows, ours: _against(case, key, ours)(rows, ours + variant)
 
 
+def build_figures() -> list[Figure]:
+    """Building a mask of 32,768 x 32,768 pairs on one GPU, all in one run."""
+    documents, symbolic, function = "documents8_causal", "anymask:symbolic", "anymask:function"
+    flex, eager = "flex-build", "flex-build-eager"
+
+    def absolute(key: str, unit: float, name: str) -> Callable[[Rows, str], Measured]:
+        def measure(rows: Rows, ours: str) -> Measured:
+            row = _usable(rows, "pack", documents, symbolic, key)
+            return Measured(None, row) if isinstance(row, str) else Measured(row.values[key] / unit, name)
+
+        return measure
+
+    def against(case: str, key: str, mine: str, theirs: str, scale: float = 1.0) -> Callable[[Rows, str], Measured]:
+        def measure(rows: Rows, ours: str) -> Measured:
+            a, b = (_usable(rows, "pack", case, provider, key) for provider in (mine, theirs))
+            if isinstance(a, str) or isinstance(b, str):
+                return Measured(None, "; ".join(why for why in (a, b) if isinstance(why, str)))
+            x, y = a.values[key], b.values[key]
+            return Measured(x / y * scale, f"{key} {x:,.3f} against {y:,.3f}")
+
+        return measure
+
+    host, device, peak = "wall_ms", "device_ms", "extra_bytes"
+    return [
+        Figure("causal documents by name, build", 0.2, "ms", "", absolute(host, 1, "on the host's clock")),
+        Figure(
+            "causal documents by name, build",
+            0.25,
+            "x",
+            "FlexAttention compiled",
+            against(documents, host, symbolic, flex),
+        ),
+        Figure("causal documents by name, peak memory", 8, "MiB", "", absolute(peak, 2**20, "the result included")),
+        # a copy reads once and writes once
+        Figure(
+            "random50 dense, build",
+            2.0,
+            "x",
+            "one read at copy speed",
+            against("random50", device, "anymask", "copy", 2.0),
+        ),
+        Figure("from_function, build", 1.0, "x", "FlexAttention eager", against(documents, host, function, eager)),
+        Figure(
+            "from_function, peak memory", 0.05, "x", "FlexAttention eager", against(documents, peak, function, eager)
+        ),
+    ]
+
+
 def cpu_figures() -> list[Figure]:
     """A CPU: ratios only."""
     figures = [

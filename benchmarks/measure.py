@@ -15,7 +15,7 @@ import anymask
 from benchmarks import check, timing
 from benchmarks.providers import OURS, Prepared, Unsupported, captured, failures, find, flex_mask_builder
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Row, reason
-from benchmarks.suites import Problem, Suite
+from benchmarks.suites import Case, Problem, Suite
 
 # floating-point operations per attended pair and dimension: two products forward, five backward
 FLOPS = {"forward": 4, "backward": 10, "both": 14}
@@ -131,56 +131,76 @@ def _quantiles(key: str, found: timing.Quantiles) -> dict[str, float]:
     return {key: found.median, f"{key}_p20": found.p20, f"{key}_p80": found.p80}
 
 
-def pack_providers(suite: Suite, problem_has_closed_form: bool) -> tuple[str, ...]:
-    """Who builds the mask of a case: ours, and on a GPU FlexAttention's ways for context."""
+def pack_providers(suite: Suite, case: Case) -> tuple[str, ...]:
+    """Who builds the mask of a case: ours from what it can be given, and on a GPU FlexAttention's ways and a copy."""
     if suite.baseline is not None:
         return ("anymask",)
-    if problem_has_closed_form:
-        return ("anymask", "flex-build")
-    return ("anymask", "flex-build-dense", "flex-build-dense-eager")
+    ours = ("anymask",) if case.symbolic is None else ("anymask", "anymask:symbolic")
+    if case.closed_form is not None:
+        return (*ours, "anymask:function", "flex-build", "flex-build-eager")
+    return (*ours, "flex-build-dense", "flex-build-dense-eager", "copy")
 
 
 def pack_row(suite: Suite, problem: Problem, provider: str) -> Row:
     """Time and bytes of building one plane's mask."""
     case = problem.case.name
     try:
-        if provider == "anymask":
-            return _pack_ours(suite, problem)
-        builds, note = _flex_builds(problem, provider)
+        if provider.startswith("anymask"):
+            return _pack_ours(suite, problem, provider)
+        builds, note = _copies(problem) if provider == "copy" else _flex_builds(problem, provider)
         values = _build_times(builds)
     except failures() as error:
-        if provider == "anymask":
+        if provider.startswith("anymask"):
             traceback.print_exception(error)
         return Row("pack", case, provider, FAILED, reason(error))
     return Row("pack", case, provider, OK, note, values)
 
 
-def _pack_ours(suite: Suite, problem: Problem) -> Row:
-    mask, block_mask = problem.mask, problem.block_mask
+def _pack_ours(suite: Suite, problem: Problem, provider: str) -> Row:
+    mask, case, length, device = problem.mask, problem.case, problem.shape.length, problem.q.device.type
     assert mask is not None
-    assert block_mask is not None
+    if provider == "anymask":
+        build = functools.partial(anymask.pack, mask)
+        note = "pack of a dense tensor: tiles and bits, both views"
+    else:
+        if provider == "anymask:symbolic":
+            assert case.symbolic is not None
+            lazy, note = case.symbolic(length, device), "pack of the mask by name"
+        else:
+            assert case.closed_form is not None
+            lazy, note = anymask.from_function(case.closed_form), "pack of from_function(the closed form)"
+        build = functools.partial(anymask.pack, lazy, q_len=length, kv_len=length, device=device)
+    block_mask = build()
     if not torch.equal(block_mask.to_dense()[0, 0], mask):
-        return Row("pack", problem.case.name, "anymask", WRONG, "to_dense() is not the mask that was packed")
+        return Row("pack", case.name, provider, WRONG, "to_dense() is not the mask that was packed")
     values = {
         "words_bytes": float(block_mask.rows.words.nbytes + block_mask.cols.words.nbytes),
         "held_bytes": float(block_mask.nbytes),
         "dense_bytes": float(mask.nbytes),
     }
     if suite.baseline is None:
-        copies = [mask.clone() for _ in range(COPIES)]
-        values |= _build_times([functools.partial(anymask.pack, copy) for copy in copies])
-    return Row("pack", problem.case.name, "anymask", OK, "pack of a dense tensor: tiles and bits, both views", values)
+        dense = provider == "anymask"
+        builds = [functools.partial(anymask.pack, mask.clone()) for _ in range(COPIES)] if dense else [build]
+        values |= _build_times([*builds])
+    return Row("pack", case.name, provider, OK, note, values)
+
+
+def _copies(problem: Problem) -> tuple[list[Callable[[], object]], str]:
+    """A copy of the dense mask: one read and one write of its bytes."""
+    assert problem.mask is not None
+    sources, target = [problem.mask.clone() for _ in range(COPIES)], torch.empty_like(problem.mask)
+    return [functools.partial(target.copy_, source) for source in sources], "a copy of the dense tensor, for scale"
 
 
 def _flex_builds(problem: Problem, provider: str) -> tuple[list[Callable[[], object]], str]:
     """Calls that build FlexAttention's block mask, which lists tiles and holds no bits."""
-    compiled = problem.compiled and provider != "flex-build-dense-eager"
-    if provider == "flex-build":
-        assert problem.case.closed_form is not None
-        mods, source = [problem.case.closed_form] * COPIES, "the closed form"
-    else:
+    compiled = problem.compiled and not provider.endswith("-eager")
+    if provider.startswith("flex-build-dense"):
         assert problem.mask is not None
         mods, source = [captured(problem.mask.clone()) for _ in range(COPIES)], "a function that reads the dense tensor"
+    else:
+        assert problem.case.closed_form is not None
+        mods, source = [problem.case.closed_form] * COPIES, "the closed form"
     build = flex_mask_builder(problem, compiled)
     note = f"create_block_mask of {source}, {'compiled' if compiled else 'eager'}: tiles without bits"
     return [functools.partial(build, mod) for mod in mods], note
@@ -189,7 +209,8 @@ def _flex_builds(problem: Problem, provider: str) -> tuple[list[Callable[[], obj
 def _build_times(builds: list[Callable[[], object]]) -> dict[str, float]:
     for build in builds:
         build()
-    return {"device_ms": timing.device_work_ms(builds * 2)} | _quantiles("wall_ms", timing.wall_ms(builds))
+    values = {"device_ms": timing.device_work_ms(builds * 2)} | _quantiles("wall_ms", timing.wall_ms(builds))
+    return values | {"extra_bytes": float(timing.extra_bytes(builds[0])[0])}
 
 
 def release() -> None:

@@ -112,14 +112,25 @@ def _cpu_table(rows: list[Row]) -> str:
 
 
 def _pack_table(rows: list[Row]) -> str:
-    head = ("mask", "provider", "device ms", "host ms", "bytes of bits", "bytes held", "bytes as bool", "how")
+    head = (
+        "mask",
+        "provider",
+        "device ms",
+        "host ms",
+        "peak MiB",
+        "bytes of bits",
+        "bytes held",
+        "bytes as bool",
+        "how",
+    )
     lines = []
     for r in rows:
         device = "-" if r.get("device_ms") is None else f"{r.values['device_ms']:.3f}"
         sizes = [
             "-" if r.get(k) is None else f"{r.values[k]:,.0f}" for k in ("words_bytes", "held_bytes", "dense_bytes")
         ]
-        lines.append((r.case, _name(r), device, _spread(r, "wall_ms", 3), *sizes, _how(r)))
+        peak = "-" if r.get("extra_bytes") is None else f"{r.values['extra_bytes'] / 2**20:.1f}"
+        lines.append((r.case, _name(r), device, _spread(r, "wall_ms", 3), peak, *sizes, _how(r)))
     return _table(head, lines)
 
 

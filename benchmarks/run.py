@@ -113,9 +113,9 @@ def plan(suite: Suite, ours: tuple[str, ...], only: str) -> list[Job]:
     """The rows to measure, of which `group/case/provider` contains `only`."""
     jobs = []
     for case in suite.cases:
-        wanted = [("attention", name) for name in (*ours, *case.rivals)]
+        wanted = [("attention", name) for name in (*ours, *case.rivals)] if suite.passes else []
         if case.dense is not None and suite.packs:
-            wanted += [("pack", name) for name in measure.pack_providers(suite, case.closed_form is not None)]
+            wanted += [("pack", name) for name in measure.pack_providers(suite, case)]
         kept = {(g, p): None for g, p in wanted if only in f"{g}/{case.name}/{p}"}
         if suite.baseline is not None and any(g == "attention" for g, _ in kept):
             # a ratio needs both sides

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import anymask
-from anymask import BlockMask, backends
-from benchmarks.figures import Figure, cpu_figures, gpu_figures, hopper_figures
+from anymask import BlockMask, Mask, backends
+from benchmarks.figures import Figure, build_figures, cpu_figures, gpu_figures, hopper_figures
 
 GPU_BACKENDS = tuple(name for name in backends.NAMES if name not in ("cpu", "reference"))
 PASSES = ("forward", "backward")
@@ -50,6 +50,8 @@ class Case:
     closed_form: MaskMod | None
     # names for `providers.find`, without ours
     rivals: tuple[str, ...]
+    # (length in tokens, device) -> the mask by name, where it has one
+    symbolic: Callable[[int, str], Mask] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Suite:
     name: str
     shape: Shape
     cases: tuple[Case, ...]
-    # of "forward", "backward", "both"
+    # of "forward", "backward", "both"; none if only masks are built
     passes: tuple[str, ...]
     # names for `providers.find`, without the prefix of ours; the figures are about the first
     ours: tuple[str, ...]
@@ -134,7 +136,7 @@ def causal(rivals: tuple[str, ...]) -> Case:
     def dense(length: int, generator: torch.Generator) -> Tensor:
         return _ones(length, generator).tril()
 
-    return Case("causal", dense, lambda b, h, i, j: i >= j, rivals)
+    return Case("causal", dense, lambda b, h, i, j: i >= j, rivals, lambda length, device: anymask.causal())
 
 
 def window(size: int, rivals: tuple[str, ...]) -> Case:
@@ -143,7 +145,10 @@ def window(size: int, rivals: tuple[str, ...]) -> Case:
     def dense(length: int, generator: torch.Generator) -> Tensor:
         return _ones(length, generator).tril().triu(-size)
 
-    return Case(f"window{size}", dense, lambda b, h, i, j: (i >= j) & (i - j <= size), rivals)
+    def symbolic(length: int, device: str) -> Mask:
+        return anymask.sliding_window(size)
+
+    return Case(f"window{size}", dense, lambda b, h, i, j: (i >= j) & (i - j <= size), rivals, symbolic)
 
 
 def documents(count: int, length: int, rivals: tuple[str, ...]) -> Case:
@@ -157,7 +162,10 @@ def documents(count: int, length: int, rivals: tuple[str, ...]) -> Case:
     def closed_form(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (i >= j) & (i // size == j // size)
 
-    return Case(f"documents{count}_causal", dense, closed_form, rivals)
+    def symbolic(length: int, device: str) -> Mask:
+        return anymask.causal() & anymask.document(torch.arange(length, device=device) // size)
+
+    return Case(f"documents{count}_causal", dense, closed_form, rivals, symbolic)
 
 
 def _ones(length: int, generator: torch.Generator) -> Tensor:
@@ -192,8 +200,16 @@ def hopper(name: str, shape: Shape) -> Suite:
     return Suite(name, shape, tuple(cases), PASSES, ours, partial(hopper_figures, name), shape.length, packs=False)
 
 
+def build_gpu() -> Suite:
+    """Building masks, against FlexAttention and against a copy of the dense tensor; no attention is computed."""
+    shape = Shape(1, 1, 32768, 64, torch.float16)
+    cases = (documents(8, shape.length, ()), causal(()), random(0.5, ()))
+    return Suite("build", shape, cases, (), ("triton",), build_figures, shape.length)
+
+
 GPU_SUITES: dict[str, Callable[[], Suite]] = {
     "quick": quick_gpu,
+    "build": build_gpu,
     "hopper-d128": partial(hopper, "hopper-d128", Shape(2, 16, 8192, 128, torch.float16)),
     "hopper-d64": partial(hopper, "hopper-d64", Shape(2, 32, 8192, 64, torch.float16)),
     "hopper-short": partial(hopper, "hopper-short", Shape(16, 16, 1024, 128, torch.float16)),

@@ -236,12 +236,41 @@ def test_gpu_suite_with_failing_rivals(gpu_suite_on_cpu: None, tmp_path: Path) -
     assert mine["values"]["backward_tflops"] == pytest.approx(2.5 * flop / 1e-3 / 1e12)
     assert mine["values"]["forward_tile_tflops"] > mine["values"]["forward_tflops"]
     assert rows["pack", "random50", "flex-build-dense"]["status"] == OK
+    for provider in ("anymask", "anymask:symbolic", "anymask:function", "flex-build", "flex-build-eager"):
+        assert rows["pack", "causal", provider]["status"] == OK, provider
+    assert rows["pack", "random50", "copy"]["values"]["extra_bytes"] == 1024
     text = (tmp_path / "quick.md").read_text()
     assert "not measured" in text
     assert "the mask has no closed form" in text
     assert str(tmp_path) not in text + json.dumps(data)
     assert (tmp_path / "quick-attention-forward.png").stat().st_size > 1000
     assert (tmp_path / "quick.csv").read_text().count("\n") == len(rows) + 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_build_suite_builds_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_clock(monkeypatch)
+    small = replace(
+        suites.build_gpu(), shape=SMALL, cases=(suites.documents(8, 256, ()), *suites.build_gpu().cases[1:])
+    )
+    monkeypatch.setattr(run, "quick_cpu", lambda: replace(small, figure_length=256))
+    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "build.json").read_text())
+    assert {r["group"] for r in data["rows"]} == {"pack"}
+    assert {r["status"] for r in data["rows"]} == {OK}
+    assert "0 not measured" in (tmp_path / "build.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mask_by_name_that_is_another_is_wrong(
+    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = replace(suites.causal(()), symbolic=lambda length, device: anymask.causal(offset=1))
+    monkeypatch.setattr(run, "quick_cpu", lambda: replace(suites.build_gpu(), shape=SMALL, cases=(wrong,)))
+    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    rows = {r["provider"]: r["status"] for r in json.loads((tmp_path / "build.json").read_text())["rows"]}
+    assert rows["anymask:symbolic"] == WRONG
+    assert rows["anymask"] == rows["anymask:function"] == OK
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -299,7 +328,7 @@ def test_what_a_sanitizer_says(output: str, code: int, expected: str) -> None:
     assert len(set(sanitize.CASES)) >= 10
 
 
-@pytest.mark.parametrize("suite", [name for name in suites.GPU_SUITES if name != "quick"])
+@pytest.mark.parametrize("suite", [name for name in suites.GPU_SUITES if name.startswith("hopper")])
 def test_hopper_figures_name_rows_that_their_suite_has(suite: str) -> None:
     rows = Rows()
     for job in run.plan(suites.GPU_SUITES[suite](), ("anymask:hopper", "anymask:hopper:deterministic"), ""):
@@ -374,7 +403,7 @@ def test_interrupted_run_keeps_its_rows_and_resumes(
     # random50 is not run again, causal is
     assert seen[:3] == ["random50", "causal", "causal"]
     data = json.loads((tmp_path / "quick.json").read_text())
-    assert len(data["rows"]) == 9
+    assert len(data["rows"]) == 15
     assert "resumed" in data["environment"]
     with pytest.raises(SystemExit):
         run.main([*arguments[:-1], "another", "--resume"])
