@@ -163,7 +163,9 @@ def _mask_table(rows: list[work.Row], sizes: work.Sizes, device: torch.device) -
 def show(
     mask: Annotated[
         str,
-        typer.Argument(help="A mask of the gallery, a .pt or .safetensors file of a bool tensor, a saved BlockMask."),
+        typer.Argument(
+            help="A mask of the gallery; a .pt, .npy or .safetensors file of a bool tensor; a saved BlockMask."
+        ),
     ],
     length: Annotated[int | None, typer.Option("--len", min=1, help="Queries; 1024 unless a file says.")] = None,
     kv_len: Annotated[int | None, typer.Option(min=1, help="Keys; as many as queries.")] = None,
@@ -202,10 +204,23 @@ def _mask(name: str, window: int | None) -> anymask.Mask | anymask.BlockMask | t
         raise ValueError(f"{name} is no file and no mask; allowed are {', '.join(gallery.EXAMPLES)}, FILE")
     if name.endswith(".safetensors"):
         return _from_safetensors(name)
+    if name.endswith(".npy"):
+        return _from_numpy(name)
     loaded = torch.load(name, map_location="cpu", weights_only=True)
     if not isinstance(loaded, torch.Tensor):
         raise ValueError(f"{name} holds a {type(loaded).__name__}; allowed is one bool tensor")
     return loaded
+
+
+def _from_numpy(name: str) -> torch.Tensor:
+    try:
+        import numpy as np
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs numpy: pip install numpy") from error
+    array = np.load(name, allow_pickle=False)
+    if array.dtype != np.bool_:
+        raise ValueError(f"{name} has dtype {array.dtype}; allowed is bool (True = attend)")
+    return torch.from_numpy(array)
 
 
 def _from_safetensors(name: str) -> anymask.BlockMask | torch.Tensor:

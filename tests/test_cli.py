@@ -91,6 +91,22 @@ def test_show_draws_the_gallery(name: str) -> None:
     assert result.output.rstrip().endswith(viz.to_text(gallery.packed(name)))
 
 
+def test_show_reads_numpy(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    np.save(tmp_path / "mask.npy", np.eye(2, dtype=bool))
+    result = run(app, ["show", str(tmp_path / "mask.npy")])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[1:3] == ["█ ·", "· █"]
+    np.save(tmp_path / "float.npy", np.eye(2))
+    result = run(app, ["show", str(tmp_path / "float.npy")])
+    assert result.exit_code == 1
+    assert "has dtype float64; allowed is bool" in " ".join(result.output.split())
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "mask.npy").read_bytes()[:-2])
+    result = run(app, ["show", str(tmp_path / "cut.npy")])
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+
+
 def test_show_reads_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dense = torch.eye(2).bool()
