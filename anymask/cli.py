@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -15,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import anymask
+from anymask import backends, gallery, viz
 from anymask import demo as work
-from anymask import gallery, viz
 
 # the table of masks needs this many columns; a narrower terminal, or a file, wraps lines instead of cutting cells
 TABLE_WIDTH = 102
@@ -157,6 +160,59 @@ def _mask_table(rows: list[work.Row], sizes: work.Sizes, device: torch.device) -
         tiles = "/".join(map(str, row.tiles))
         table.add_row(row.mask, f"{row.density:.1%}", tiles, *errors, *sizes_kib, *times, style="" if row.ok else "red")
     return table
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="For a machine to read.")] = False) -> None:
+    """Versions, GPUs, and the backends that can run here, with the reasons of those that cannot."""
+    has_gpu = torch.cuda.is_available()
+    sample = torch.zeros(1, 1, 8, 64, device="cuda" if has_gpu else "cpu", dtype=torch.float16)
+    found: dict[str, Any] = {
+        "versions": {
+            "anymask": anymask.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _installed("triton"),
+            "cuda": torch.version.cuda or "none",
+            "driver": _driver() if has_gpu else "none",
+        },
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
+        # by a small call in fp16 on the device that would run it
+        "backends": {name: reason or "yes" for name, reason in backends.reasons(sample, sample, sample, None).items()},
+    }
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, version in found["versions"].items():
+        print(f"{name:9} {version}")
+    for i, gpu in enumerate(found["gpus"]):
+        print(f"GPU {i}     {gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB")
+    for name, reason in found["backends"].items():
+        print(f"{name:9} {'can run' if reason == 'yes' else 'not here: ' + reason}")
+
+
+def _gpu(index: int) -> dict[str, str]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}{properties.minor}",
+        "memory_gib": f"{properties.total_memory / 2**30:.0f}",
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 @app.command()

@@ -148,6 +148,21 @@ def test_show_names_what_does_not_fit(
     assert "Traceback" not in result.output
 
 
+def test_env_says_what_can_run_and_why_not() -> None:
+    result = run(app, ["env"])
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", result.output, re.MULTILINE)
+    found = json.loads(run(app, ["env", "--json"]).output)
+    assert found["versions"]["anymask"] == anymask.__version__
+    assert set(found["backends"]) == set(anymask.backends.NAMES)
+    assert found["backends"]["reference"] == "yes"
+    if not torch.cuda.is_available():
+        assert found["gpus"] == []
+        assert found["backends"]["cpu"] == "yes"
+        assert "the tensors are on cpu" in found["backends"]["hopper"]
+        assert re.search(r"^hopper +not here: the tensors are on cpu", result.output, re.MULTILINE)
+
+
 def test_module_runs_and_version() -> None:
     done = subprocess.run([sys.executable, "-m", "anymask", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"anymask {anymask.__version__}, torch {torch.__version__}")
