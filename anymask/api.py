@@ -257,10 +257,9 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the dtype of an enclosing `torch.autocast`, as torch's own attention has it; fp64 is left alone."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, t)
-    kind = "cuda" if q.is_cuda else q.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.is_autocast_enabled(q.device.type):
         return q, k, v
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
     return q, k, v
 
@@ -341,9 +340,7 @@ def _block_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Blo
             raise ValueError(
                 f"mask was packed for q_len={mask.q_len}, kv_len={mask.kv_len} but q and k have {q_len} and {kv_len}"
             )
-        planes = mask.rows.order.shape[:2]
-        if planes != (1, 1):
-            _check_planes(planes, q)
+        _check_planes((mask.batch, mask.heads), q)
         _check_device(mask.device, q)
         return mask
     lazy = mask if isinstance(mask, Mask) else dense(mask) if any_dtype else from_dense(mask)
@@ -384,7 +381,7 @@ def _pack_to_keep(mask: Mask, q_len: int, kv_len: int, device: torch.device) -> 
     return packed
 
 
-def _check_planes(planes: tuple[int, ...], q: Tensor) -> None:
+def _check_planes(planes: tuple[int, int], q: Tensor) -> None:
     for dim, name in ((0, "batch"), (1, "q_heads")):
         if planes[dim] not in (1, q.shape[dim]):
             raise ValueError(

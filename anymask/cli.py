@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -18,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import anymask
-from anymask import backends, gallery, viz
 from anymask import demo as work
+from anymask import gallery, machine, viz
+from anymask.mask.block_mask import read_safetensors
 
 # the table of masks needs this many columns; a narrower terminal, or a file, wraps lines instead of cutting cells
 TABLE_WIDTH = 102
@@ -165,21 +163,7 @@ def _mask_table(rows: list[work.Row], sizes: work.Sizes, device: torch.device) -
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="For a machine to read.")] = False) -> None:
     """Versions, GPUs, and the backends that can run here, with the reasons of those that cannot."""
-    has_gpu = torch.cuda.is_available()
-    sample = torch.zeros(1, 1, 8, 64, device="cuda" if has_gpu else "cpu", dtype=torch.float16)
-    found: dict[str, Any] = {
-        "versions": {
-            "anymask": anymask.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": _installed("triton"),
-            "cuda": torch.version.cuda or "none",
-            "driver": _driver() if has_gpu else "none",
-        },
-        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
-        # by a small call in fp16 on the device that would run it
-        "backends": {name: reason or "yes" for name, reason in backends.reasons(sample, sample, sample, None).items()},
-    }
+    found = machine.report()
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -189,30 +173,6 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="For a machine to r
         print(f"GPU {i}     {gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB")
     for name, reason in found["backends"].items():
         print(f"{name:9} {'can run' if reason == 'yes' else 'not here: ' + reason}")
-
-
-def _gpu(index: int) -> dict[str, str]:
-    properties = torch.cuda.get_device_properties(index)
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}{properties.minor}",
-        "memory_gib": f"{properties.total_memory / 2**30:.0f}",
-    }
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def _installed(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 @app.command()
@@ -259,7 +219,8 @@ def _mask(name: str, window: int | None) -> anymask.Mask | anymask.BlockMask | t
     if not Path(name).is_file():
         raise ValueError(f"{name} is no file and no mask; allowed are {', '.join(gallery.EXAMPLES)}, FILE")
     if name.endswith(".safetensors"):
-        return _from_safetensors(name)
+        _, tensors = read_safetensors(name)
+        return next(iter(tensors.values())) if len(tensors) == 1 else anymask.BlockMask.load(name)
     if name.endswith(".npy"):
         return _from_numpy(name)
     loaded = torch.load(name, map_location="cpu", weights_only=True)
@@ -277,21 +238,6 @@ def _from_numpy(name: str) -> torch.Tensor:
     if array.dtype != np.bool_:
         raise ValueError(f"{name} has dtype {array.dtype}; allowed is bool (True = attend)")
     return torch.from_numpy(array)
-
-
-def _from_safetensors(name: str) -> anymask.BlockMask | torch.Tensor:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise ImportError("masks on disk need safetensors: pip install 'anymask[files]'") from error
-    try:
-        tensors = load_file(name)
-    except SafetensorError as error:
-        raise ValueError(f"{name} is no whole safetensors file: {error}") from error
-    if len(tensors) == 1:
-        return next(iter(tensors.values()))
-    return anymask.BlockMask.load(name)
 
 
 def _device(name: str) -> torch.device:

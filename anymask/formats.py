@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from anymask.mask import BlockMask, Mask, causal_lower_right, from_dense, from_function
-from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE, tiles_over
+from anymask.mask.bits import FULL, PARTIAL, TILE, tiles_over
+from anymask.mask.builders import whole_numbers
 from anymask.mask.leaves import Band, Between, Blocks, Positions
+from anymask.mask.pack import tile_tables
 
 # a row beyond every length
 NEVER = 2**31 - 1
@@ -22,14 +24,23 @@ BYTE = 8
 def from_flex(block_mask: Any) -> Mask:
     """The mask of a `BlockMask` of `torch.nn.attention.flex_attention`: its blocks, and its `mask_mod` in partial ones.
 
+    Args:
+        block_mask: with block lists `[batch, heads, q blocks, kv blocks]`, blocks of any size.
+
     Raises:
-        ValueError: it has no block lists. Packing raises what its `mask_mod` raises; that of a sliced one always does.
+        TypeError: it is none. ValueError: its lists have other dimensions. Packing the result raises what the
+            `mask_mod` raises; that of a sliced `BlockMask` always does.
     """
-    counts = block_mask.kv_num_blocks
-    if counts is None or counts.dim() != 3:
-        raise ValueError(
-            "block_mask has no kv_num_blocks [batch, heads, q blocks]; allowed is one with batch and heads"
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+    if not isinstance(block_mask, FlexBlockMask):
+        kind = type(block_mask)
+        raise TypeError(
+            f"block_mask is a {kind.__module__}.{kind.__name__}; allowed is a BlockMask of torch's flex_attention"
         )
+    counts = block_mask.kv_num_blocks
+    if counts.dim() != 3:
+        raise ValueError(f"kv_num_blocks has shape {tuple(counts.shape)}; allowed are 3 dimensions")
     batch, heads, _ = counts.shape
     q_size, kv_size = block_mask.BLOCK_SIZE
     lengths = block_mask.seq_lengths
@@ -43,7 +54,7 @@ def from_flex(block_mask: Any) -> Mask:
         return Blocks(wide[:, :, : -(-lengths[0] // size), : -(-lengths[1] // size)], size)
 
     partial = layout(counts, block_mask.kv_indices) & from_function(block_mask.mask_mod, batch=batch, heads=heads)
-    if block_mask.full_kv_num_blocks is None:
+    if block_mask.full_kv_num_blocks is None or block_mask.full_kv_indices is None:
         return partial
     return partial | layout(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
 
@@ -52,22 +63,15 @@ def to_flex(block_mask: BlockMask) -> Any:
     """A `BlockMask` of `torch.nn.attention.flex_attention` with the same tiles; its `mask_mod` reads the same bits."""
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
-    rows, batch, heads = block_mask.rows, block_mask.batch, block_mask.heads
-    shape = (batch, heads, tiles_over(block_mask.q_len), tiles_over(block_mask.kv_len))
-    kinds = torch.full(shape, EMPTY, dtype=torch.int8, device=block_mask.device)
-    number = torch.zeros(shape, dtype=torch.int32, device=block_mask.device)
-    flat_kinds, flat_number = kinds.view(-1, shape[3]), number.view(-1, shape[3])
-    for kind, tiles in ((FULL, rows.full_tiles), (PARTIAL, rows.partial_tiles)):
-        flat_kinds[rows.line_numbers(kind), tiles.long()] = kind
-    partial_lines, partial_tiles = rows.line_numbers(PARTIAL), rows.partial_tiles.long()
-    flat_number[partial_lines, partial_tiles] = torch.arange(partial_tiles.numel(), device=kinds.device).to(torch.int32)
+    words, batch, heads = block_mask.rows.words, block_mask.batch, block_mask.heads
+    kinds, number = tile_tables(block_mask, 0, tiles_over(block_mask.q_len))
     # a row to read where no tile is partial
-    words = torch.cat([rows.words, rows.words.new_zeros(1, *rows.words.shape[1:])])
+    words = torch.cat([words, words.new_zeros(1, *words.shape[1:])])
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         at = b if batch > 1 else b * 0, h if heads > 1 else h * 0, q_idx // TILE, kv_idx // TILE
         column = kv_idx % TILE
-        word = words[number[at].long(), q_idx % TILE, column % 8 // 2]
+        word = words[number[at], q_idx % TILE, column % 8 // 2]
         bit = (word >> (column // 8 * 2 + column % 2)) & 1
         kind = kinds[at]
         return (kind == FULL) | ((kind == PARTIAL) & (bit == 1))
@@ -95,12 +99,15 @@ def from_startend_row_indices(indices: Tensor, causal: bool, *, q_heads: int | N
             `[start, end)`. Not causal: n = 2 hides `[start, ...)` and `[..., end)`, n = 4 hides `[start, end)` twice.
         causal: which of the two it is.
         q_heads: query heads, if there are more than kv_heads planes.
+
+    Raises:
+        ValueError: dtype or shape is none of these, or q_heads no multiple. TypeError: no tensor.
     """
     allowed = (1, 2) if causal else (2, 4)
-    if indices.dim() != 4 or indices.shape[3] not in allowed or indices.is_floating_point():
+    if whole_numbers("indices", indices, (4,)).shape[3] not in allowed:
         raise ValueError(
-            f"indices is {indices.dtype} of shape {tuple(indices.shape)}; allowed are integers [batch, 1 or kv_heads, "
-            f"kv_len, {allowed[0]} or {allowed[1]}] with causal={causal}"
+            f"indices has shape {tuple(indices.shape)}; allowed are [batch, 1 or kv_heads, kv_len, {allowed[0]} or "
+            f"{allowed[1]}] with causal={causal}"
         )
     planes = indices.shape[1]
     if q_heads is not None and planes > 1:
@@ -158,6 +165,10 @@ def from_bits(bits: Tensor, q_len: int, kv_len: int) -> Mask:
     Args:
         bits: uint8 `[..., ceil(q_len * kv_len / 8)]`, pairs row by row, the first in the lowest bit
             (`bitorder="little"`); leading dimensions are none, heads, or batch and heads.
+        q_len, kv_len: lengths in tokens.
+
+    Raises:
+        ValueError: dtype or size is another.
     """
     size = -(-q_len * kv_len // BYTE)
     if bits.dtype != torch.uint8 or not 1 <= bits.dim() <= 3 or bits.shape[-1] != size:
@@ -185,6 +196,9 @@ def from_ranges(
     Args:
         q_ranges, k_ranges: as many of each.
         types: 0 all pairs (the default), 1 causal from the lower right corner, 2 from the upper left corner on, 3 both.
+
+    Raises:
+        ValueError: numbers of ranges that differ, a range that ends before it starts, another type.
     """
     types = [0] * len(q_ranges) if types is None else list(types)
     if not len(q_ranges) == len(k_ranges) == len(types) or not types:

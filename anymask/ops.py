@@ -225,7 +225,7 @@ def _block_mask(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask | N
 
 def _no_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """No cast inside a backend; nothing to do, at no cost, where none is asked for."""
-    kind = "cuda" if t.is_cuda else t.device.type
+    kind = t.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 

@@ -111,7 +111,7 @@ def _host(case: str) -> Iterator[Figure]:
 
 
 def _against_own(case: str, key: str, variant: str) -> Callable[[Rows, str], Measured]:
-    return lambda rows, ours: _against(case, key, ours)(rows, ours + variant)
+    return lambda rows, ours: _quotient(rows, "attention", case, key, ours + variant, ours)
 
 
 def build_figures() -> list[Figure]:
@@ -127,14 +127,7 @@ def build_figures() -> list[Figure]:
         return measure
 
     def against(case: str, key: str, mine: str, theirs: str, scale: float = 1.0) -> Callable[[Rows, str], Measured]:
-        def measure(rows: Rows, ours: str) -> Measured:
-            a, b = (_usable(rows, "pack", case, provider, key) for provider in (mine, theirs))
-            if isinstance(a, str) or isinstance(b, str):
-                return Measured(None, "; ".join(why for why in (a, b) if isinstance(why, str)))
-            x, y = a.values[key], b.values[key]
-            return Measured(x / y * scale, f"{key} {x:,.3f} against {y:,.3f}")
-
-        return measure
+        return lambda rows, ours: _quotient(rows, "pack", case, key, mine, theirs, scale)
 
     host, device, peak = "wall_ms", "device_ms", "extra_bytes"
     return [
@@ -186,16 +179,17 @@ def _usable(rows: Rows, group: str, case: str, provider: str, key: str) -> Row |
     return row
 
 
-def _against(case: str, key: str, rival: str) -> Callable[[Rows, str], Measured]:
-    def measure(rows: Rows, ours: str) -> Measured:
-        mine = _usable(rows, "attention", case, ours, key)
-        theirs = _usable(rows, "attention", case, rival, key)
-        if isinstance(mine, str) or isinstance(theirs, str):
-            return Measured(None, "; ".join(why for why in (mine, theirs) if isinstance(why, str)))
-        a, b = mine.values[key], theirs.values[key]
-        return Measured(a / b, f"{a:.3f} ms against {b:.3f} ms")
+def _quotient(rows: Rows, group: str, case: str, key: str, mine: str, theirs: str, scale: float = 1.0) -> Measured:
+    """`scale` times the number `key` of one provider over that of another, or what is missing."""
+    a, b = (_usable(rows, group, case, provider, key) for provider in (mine, theirs))
+    if isinstance(a, str) or isinstance(b, str):
+        return Measured(None, "; ".join(why for why in (a, b) if isinstance(why, str)))
+    x, y, unit = a.values[key], b.values[key], key.rpartition("_")[2]
+    return Measured(x / y * scale, f"{x:,.3f} {unit} against {y:,.3f} {unit}")
 
-    return measure
+
+def _against(case: str, key: str, rival: str) -> Callable[[Rows, str], Measured]:
+    return lambda rows, ours: _quotient(rows, "attention", case, key, ours, rival)
 
 
 def _against_fastest(case: str, key: str) -> Callable[[Rows, str], Measured]:

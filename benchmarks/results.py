@@ -10,10 +10,11 @@ import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from anymask.machine import nvidia_smi, version_of
 
 OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
 # what two runs must share for their rows to stand in one file
@@ -135,12 +136,13 @@ def environment(device: str, suite: str, shape: str, seed: int, command: str, co
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
     }
     if device == "cuda":
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())
-        found |= _nvidia_smi()
+        asked = "driver_version", "power.limit", "clocks.max.sm"
+        found |= dict(zip(("driver", "power limit", "max SM clock"), nvidia_smi(*asked), strict=True))
     else:
         found["threads"] = str(torch.get_num_threads())
         # ratios of a busy machine say little: threads wait for each other
@@ -166,21 +168,5 @@ def git_commit() -> str:
     return head + ("+changes" if changes else "")
 
 
-def _nvidia_smi() -> dict[str, str]:
-    query = "--query-gpu=driver_version,power.limit,clocks.max.sm"
-    try:
-        line = _output(["nvidia-smi", query, "--format=csv,noheader", "--id=0"])
-    except (OSError, subprocess.CalledProcessError):
-        return {"driver": "unknown"}
-    return dict(zip(("driver", "power limit", "max SM clock"), line.split(", "), strict=False))
-
-
 def _output(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

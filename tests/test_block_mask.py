@@ -73,6 +73,15 @@ def test_a_foreign_file(tmp_path: Path) -> None:
         BlockMask.load(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("header", [{}, {"q_len": "300"}, {"q_len": "300", "kv_len": "many"}], ids=str)
+def test_a_file_without_lengths(header: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "mask.safetensors"
+    _packed("documents").save(path)
+    save_file(load_file(path), path, {"format": "anymask.BlockMask 1", **header})
+    with pytest.raises(ValueError, match=r"mask\.safetensors has q_len '\d*' and kv_len '\w*'; allowed are 0 and more"):
+        BlockMask.load(path)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -84,6 +93,8 @@ def test_a_foreign_file(tmp_path: Path) -> None:
         ("cols.words", lambda t: t[:-1]),
         ("rows.words", lambda t: t.long()),
         ("rows.order", lambda t: t.clamp(max=1)),
+        ("rows.order", lambda t: t[0]),
+        ("cols.order", lambda t: t.repeat(2, 1, 1)),
         ("rows.live", lambda t: torch.zeros(7, dtype=torch.uint8)),
     ],
 )

@@ -41,6 +41,13 @@ def test_from_flex(size: Any, length: int) -> None:
     assert torch.equal(pack(formats.from_flex(flex), q_len=length, kv_len=length).to_dense(), expected)
 
 
+def test_from_flex_takes_nothing_else() -> None:
+    with pytest.raises(TypeError, match=r"is a anymask\.mask\.block_mask\.BlockMask; allowed is a BlockMask of torch"):
+        formats.from_flex(_packed("causal", 300, 260))
+    with pytest.raises(TypeError, match=r"block_mask is a torch\.Tensor; allowed"):
+        formats.from_flex(torch.ones(4, 4, dtype=torch.bool))
+
+
 def test_flex_attention_computes_the_same() -> None:
     q, k, v = make_qkv(1, 2, 2, 256, 256, 16)
     packed = pack(causal() & document(torch.arange(256) // 100), q_len=256, kv_len=256)

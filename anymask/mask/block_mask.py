@@ -7,6 +7,7 @@ tiles appear nowhere, full tiles cost one index, partial tiles one index and 2,0
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -201,24 +202,23 @@ class BlockMask:
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> BlockMask:
-        """The mask that `save` wrote.
+        """The mask that `save` wrote, on `device`.
 
         Raises:
             ValueError: the file is truncated, or holds something else. FileNotFoundError: there is none.
         """
-        library = _safetensors()
-        try:
-            with library.safe_open(path, "pt") as file:
-                header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except library.SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        header, tensors = read_safetensors(path)
         if header.get("format") != FORMAT or set(tensors) != set(_NAMES):
             found = header.get("format", f"tensors {', '.join(sorted(tensors)[:4])}")
-            raise ValueError(f"{path} holds {found or 'nothing'}; allowed is {FORMAT}, as BlockMask.save writes it")
-        lengths = int(header["q_len"]), int(header["kv_len"])
+            raise ValueError(f"{path} holds {found}; allowed is {FORMAT}, as BlockMask.save writes it")
+        q_len, kv_len = header.get("q_len", ""), header.get("kv_len", "")
+        if not (q_len.isdecimal() and kv_len.isdecimal()):
+            raise ValueError(f"{path} has q_len {q_len!r} and kv_len {kv_len!r}; allowed are 0 and more")
+        lengths = int(q_len), int(kv_len)
         mask = BlockMask.from_tensors([tensors[name] for name in _NAMES], *lengths)
+        planes = mask.rows.order.shape[:2]
         for view, lists, (length, other) in (("rows", mask.rows, lengths), ("cols", mask.cols, lengths[::-1])):
-            wrong = _inconsistent(lists, length, other)
+            wrong = _inconsistent(lists, planes, length, other)
             if wrong:
                 raise ValueError(f"{path}: {view}.{wrong} contradicts the other tensors; the file is damaged")
         return mask.to(device)
@@ -275,28 +275,38 @@ def _tensors(lists: TileLists) -> list[Tensor]:
     return [getattr(lists, name) for name in _FIELDS]
 
 
-def _inconsistent(lists: TileLists, length: int, other: int) -> str | None:
+def _inconsistent(lists: TileLists, planes: tuple[int, ...], length: int, other: int) -> str | None:
     """The first tensor of a view of `length` positions that cannot be one beside the rest."""
-    ints, lines = torch.int32, tiles_over(length)
-    planes = lists.order.shape[0] * lists.order.shape[1] if lists.order.dim() == 3 else -1
+    ints, lines, count = torch.int32, tiles_over(length), math.prod(planes)
+    if lists.order.dtype != ints or lists.order.shape != (*planes, lines):
+        return "order"
+    if (lists.order.sort(-1).values != torch.arange(lines)).any():
+        return "order"
     for kind in ("full", "partial"):
         offsets, tiles = getattr(lists, f"{kind}_offsets"), getattr(lists, f"{kind}_tiles")
-        steps = offsets.diff()
-        if offsets.dtype != ints or offsets.shape != (planes * lines + 1,) or offsets[0] != 0 or (steps < 0).any():
+        if offsets.dtype != ints or offsets.shape != (count * lines + 1,):
             return f"{kind}_offsets"
-        if (
-            tiles.dtype != ints
-            or tiles.shape != (int(offsets[-1]),)
-            or ((tiles < 0) | (tiles >= tiles_over(other))).any()
-        ):
+        if offsets[0] != 0 or (offsets.diff() < 0).any():
+            return f"{kind}_offsets"
+        if tiles.dtype != ints or tiles.shape != (int(offsets[-1]),):
+            return f"{kind}_tiles"
+        if ((tiles < 0) | (tiles >= tiles_over(other))).any():
             return f"{kind}_tiles"
     if lists.words.dtype != ints or lists.words.shape != (lists.partial_tiles.numel(), TILE, WORDS):
         return "words"
-    if lists.order.dtype != ints or (lists.order.sort(-1).values != torch.arange(lines)).any():
-        return "order"
-    if lists.live.dtype != torch.uint8 or lists.live.shape not in ((0,), (planes * length,)):
+    if lists.live.dtype != torch.uint8 or lists.live.shape not in ((0,), (count * length,)):
         return "live"
     return None
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file, on the CPU; ValueError if it is none or cut short."""
+    library = _safetensors()
+    try:
+        with library.safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except library.SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
 
 def _safetensors() -> Any:

@@ -1,4 +1,8 @@
-"""Masks by name. Each returns a lazy `Mask`; True = attend, query i and key j count from 0."""
+"""Masks by name. Each returns a lazy `Mask`; True = attend, query i and key j count from 0, lengths are in tokens.
+
+An argument that does not fit raises ValueError, one of another type TypeError; both name it and what is allowed.
+Lengths of tensors are compared when the mask is packed.
+"""
 
 from collections.abc import Callable
 from functools import reduce
@@ -37,10 +41,7 @@ def sliding_window(left: int, right: int = 0) -> Mask:
         left: tokens before the query, 0 or more.
         right: tokens after it, 0 or more; 0 makes the window causal.
     """
-    for name, value in (("left", _integer("left", left)), ("right", _integer("right", right))):
-        if value < 0:
-            raise ValueError(f"sliding_window: {name} is {value}; allowed are 0 and more tokens")
-    return Band(-left, right)
+    return Band(-_natural("left", left), _natural("right", right))
 
 
 def dilated(step: int, window: int) -> Mask:
@@ -57,13 +58,21 @@ def strided(step: int) -> Mask:
     """Query i attends to the `step` latest keys and to every key a multiple of `step` before it.
 
     The strided pattern of the Sparse Transformer (Child et al., 2019).
+
+    Args:
+        step: tokens, 1 or more.
     """
     return causal() & (sliding_window(_positive("step", step) - 1) | Stride(step))
 
 
 def chunked(size: int) -> Mask:
-    """Queries attend to the keys of their own chunk of `size` tokens, before and after them: local attention of Llama 4
-    as `causal() & chunked(size)`."""
+    """Queries attend to the keys of their own chunk, before and after them.
+
+    Local attention of Llama 4 is `causal() & chunked(8192)`.
+
+    Args:
+        size: tokens of a chunk, 1 or more.
+    """
     return Band(0, 0, block=_positive("size", size))
 
 
@@ -97,7 +106,9 @@ def document(
 ) -> Mask:
     """Queries attend to keys of their own document; `causal() & document(ids)` is a packed batch of a language model.
 
-    Args, of which exactly one is given:
+    Exactly one of ids, cu_seqlens and position_ids is given.
+
+    Args:
         ids: int `[length]`, `[batch, length]` or `[batch, q_heads, length]`, the document of each token, in any order.
         kv_ids: beside ids, the same for keys that are not the tokens of the queries; default ids.
         cu_seqlens: int `[documents + 1]`, where each document begins, and the end of the last. Read by the host.
@@ -130,7 +141,7 @@ def key_padding(keep: Tensor) -> Mask:
     """
     if isinstance(keep, Tensor) and keep.dtype == torch.bool:
         return _flagged("keep", keep, of_query=False)
-    return _first(_whole("keep", keep, (1,)), "keep")
+    return _first(whole_numbers("keep", keep, (1,)), "keep")
 
 
 def prefix_lm(prefix_len: int | Tensor) -> Mask:
@@ -140,7 +151,7 @@ def prefix_lm(prefix_len: int | Tensor) -> Mask:
         prefix_len: tokens, an int or int `[batch]`.
     """
     if isinstance(prefix_len, Tensor):
-        return causal() | _first(_whole("prefix_len", prefix_len, (1,)), "prefix_len")
+        return causal() | _first(whole_numbers("prefix_len", prefix_len, (1,)), "prefix_len")
     return causal() | Positions(0, _natural("prefix_len", prefix_len), of_query=False)
 
 
@@ -209,7 +220,12 @@ def neighbourhood_2d(shape: tuple[int, int], kernel: int | tuple[int, int]) -> M
 
 
 def neighbourhood_3d(shape: tuple[int, int, int], kernel: int | tuple[int, int, int]) -> Mask:
-    """`neighbourhood_2d` for frames, rows and columns of a video."""
+    """`neighbourhood_2d` for a video.
+
+    Args:
+        shape: frames, rows and columns, whose product is the length.
+        kernel: along each of them, odd, at most the shape.
+    """
     return _neighbourhood(3, shape, kernel)
 
 
@@ -229,7 +245,14 @@ def block_sparse(layout: Tensor, block: int) -> Mask:
 def random_blocks(
     q_len: int, kv_len: int, share: float, *, block: int = 128, generator: torch.Generator | None = None
 ) -> Mask:
-    """`block_sparse` with each block there with probability `share`."""
+    """`block_sparse` with each block there with probability `share`.
+
+    Args:
+        q_len, kv_len: lengths that the mask is for.
+        share: 0 to 1.
+        block: tokens of a block.
+        generator: of random numbers; blocks are drawn on its device, by default the CPU.
+    """
     blocks = [-(-_natural(n, x) // _positive("block", block)) for n, x in (("q_len", q_len), ("kv_len", kv_len))]
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; allowed are 0 to 1")
@@ -302,7 +325,7 @@ def _neighbourhood(dims: int, shape: tuple[int, ...], kernel: int | tuple[int, .
 
 def _labels(cu_seqlens: Tensor) -> Tensor:
     """int64 `[1, 1, length]`: the document of each token."""
-    bounds = _whole("cu_seqlens", cu_seqlens, (1,)).tolist()
+    bounds = whole_numbers("cu_seqlens", cu_seqlens, (1,)).tolist()
     if len(bounds) < 1 or bounds[0] != 0 or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens is {_few(bounds)}; allowed are numbers that start at 0 and do not decrease")
     sizes = cu_seqlens.long().diff()
@@ -335,11 +358,12 @@ def _preorder(parents: list[int]) -> tuple[list[int], list[int]]:
 
 def _per_token(name: str, t: Tensor | None) -> Tensor:
     """int64 `[batch or 1, heads or 1, length]`."""
-    t = _whole(name, t, (1, 2, 3)).long()
+    t = whole_numbers(name, t, (1, 2, 3)).long()
     return t[None, None] if t.dim() == 1 else t[:, None] if t.dim() == 2 else t
 
 
-def _whole(name: str, t: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+def whole_numbers(name: str, t: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+    """`t`, once it is known to be an integer tensor of one of `dims` dimensions."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is a {type(t).__name__}; allowed is an int tensor")
     if t.dtype == torch.bool or t.is_floating_point() or t.is_complex() or t.dim() not in dims:

@@ -158,11 +158,10 @@ class Between(Mask):
             value = torch.arange(value_length, device=grid.device)[None, None]
 
         def extremes(t: Tensor, length: int, of_query: bool) -> list[Tensor]:
-            found = _extremes(t, length)
             # [batch, heads, tiles] each; those of the queries become lines, those of the keys columns
-            if not of_query:
-                return [x.unsqueeze(-2) for x in found]
-            return [(x if x.shape[2] == 1 else x[..., grid.first : grid.last]).unsqueeze(-1) for x in found]
+            if of_query:
+                return [x.unsqueeze(-1) for x in _extremes(t, length, grid.first, grid.last)]
+            return [x.unsqueeze(-2) for x in _extremes(t, length)]
 
         least, most = extremes(value, value_length, self.of_query)
         low_least, low_most = extremes(self.low, range_length, not self.of_query)
@@ -184,11 +183,12 @@ class Between(Mask):
         return f"('between', {', '.join(map(str, numbers))}, {self.of_query}, {self.name!r})"
 
 
-def _extremes(t: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Least and most of `t [batch, heads, length or 1]` in every tile along `length`: `[batch, heads, tiles or 1]`."""
+def _extremes(t: Tensor, length: int, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor]:
+    """Least and most of `t [batch, heads, length or 1]` in each of some tiles: `[batch, heads, tiles or 1]`."""
     if t.shape[2] == 1:
         return t, t
-    places = torch.arange(tiles_over(length) * TILE, device=t.device).clamp(max=length - 1)
+    end = tiles_over(length) if last is None else last
+    places = torch.arange(first * TILE, end * TILE, device=t.device).clamp(max=length - 1)
     tiles = t[..., places].unflatten(2, (-1, TILE))
     return tiles.amin(-1), tiles.amax(-1)
 

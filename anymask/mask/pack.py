@@ -86,7 +86,7 @@ def tile_words(mask: Mask, grid: Grid, known: BlockMask | None = None) -> tuple[
         kinds[..., -1].clamp_(max=PARTIAL)
     unknown = kinds == PARTIAL
     if known is not None:
-        old, number = _tables(known, 0, tiles_over(known.q_len))
+        old, number = tile_tables(known, 0, tiles_over(known.q_len))
         whole = ..., slice(known.q_len // TILE), slice(known.kv_len // TILE)
         kinds[whole] = old[whole]
         unknown[whole] = False
@@ -131,8 +131,11 @@ def grown(block_mask: BlockMask, mask: Mask, q_len: int, kv_len: int) -> BlockMa
     return _lists_of(*tile_words(mask, grid, block_mask), grid)
 
 
-def _tables(block_mask: BlockMask, first: int, lines: int) -> tuple[TileKinds, Tensor]:
-    """Kinds `[batch, heads, lines, kv_tiles]` of the q tiles from `first` on, empty past the end, and their words."""
+def tile_tables(block_mask: BlockMask, first: int, lines: int) -> tuple[TileKinds, Tensor]:
+    """Kinds, int8, and places in `rows.words`, int64, of the tiles of `lines` lines: `[batch, heads, lines, kv_tiles]`.
+
+    Lines are q tiles from `first` on, past the end empty; a tile that is not partial has place 0.
+    """
     rows, q_tiles = block_mask.rows, tiles_over(block_mask.q_len)
     shape = (block_mask.batch, block_mask.heads, lines, tiles_over(block_mask.kv_len))
     kinds = torch.full(shape, EMPTY, dtype=torch.int8, device=block_mask.device)
@@ -182,7 +185,7 @@ def queries_of(block_mask: BlockMask, start: int, stop: int) -> BlockMask:
     rows, shift = block_mask.rows, start % TILE
     grid = Grid(stop - start, block_mask.kv_len, block_mask.device)
     # the old tiles that are covered, and one line below them
-    kinds, number = (t.flatten(0, 1) for t in _tables(block_mask, start // TILE, grid.q_tiles + 1))
+    kinds, number = (t.flatten(0, 1) for t in tile_tables(block_mask, start // TILE, grid.q_tiles + 1))
     found = torch.full((kinds.shape[0], grid.q_tiles, grid.kv_tiles), EMPTY, dtype=torch.int8, device=grid.device)
     touched = (torch.maximum(kinds[:, :-1], kinds[:, 1:]) != EMPTY).nonzero()
     kept, row = [], torch.arange(TILE, device=grid.device)

@@ -132,7 +132,7 @@ def _load_v(v_desc, sample, kv_head, row, v_bufs, v_ready, stage):
 
 @gluon.jit
 def _listed(t, lists, partial_begin, n_partial, full_begin, n_full, MASKED: gl.constexpr):
-    """The kv tile that an item visits at step `t`, partial ones first; 0 past the end."""
+    """The `t`-th kv tile of an item, partial ones first; 0 past the end."""
     if MASKED:
         entry = lists[3] + (partial_begin + t) if t < n_partial else lists[1] + (full_begin + t - n_partial)
         tile = gl.load(entry, mask=t < n_partial + n_full, other=0)
@@ -188,10 +188,10 @@ def _attend(
     # words of this step and, read one step ahead, of the next
     if MASKED:
         n_hidden = n_partial * STEPS
-        w = load_words(words, FIRST_ROW, n_partial > 0, -1, W_LAYOUT)
+        w = load_words(words, FIRST_ROW, n_partial > 0, W_LAYOUT)
         if STEPS == 1:
             words += TILE * 4
-        w_next = load_words(words, FIRST_ROW, n_hidden > 1, -1, W_LAYOUT)
+        w_next = load_words(words, FIRST_ROW, n_hidden > 1, W_LAYOUT)
     else:
         w = end_words(kv_len - (n // STEPS - 1) * TILE, W_LAYOUT)
         w_next = w
@@ -216,7 +216,7 @@ def _attend(
         w = w_next >> (t % STEPS * (BLOCK_N // 4))
         if MASKED:
             words += gl.where((t + 1) % STEPS == 0, TILE * 4, 0)
-            w_next = load_words(words, FIRST_ROW, t + 1 < n_hidden, -1, W_LAYOUT)
+            w_next = load_words(words, FIRST_ROW, t + 1 < n_hidden, W_LAYOUT)
         mbarrier.wait(k_ready.index(stage), phase)
         s_flying = _scores(q, k_bufs.index(stage))
         acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)

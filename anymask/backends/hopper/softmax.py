@@ -1,4 +1,4 @@
-"""The forward kernel's masking and its one copy of the online softmax, on the scores `[ROWS, TILE]` of a warpgroup."""
+"""The forward kernel's masking and its one copy of the online softmax, on the scores `[ROWS, N]` of a warpgroup."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,11 +31,11 @@ def no_words(BLOCK_N: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def load_words(words, first_row, pred, other, W_LAYOUT: gl.constexpr):
-    """int32 `[ROWS, 4]`: words of the rows of a tile that starts at `words`, `other` without `pred`."""
+def load_words(words, first_row, pred, W_LAYOUT: gl.constexpr):
+    """int32 `[ROWS, 4]`: words of the rows of a tile that starts at `words`, all ones without `pred`."""
     rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT))
     offs = rows.expand_dims(1) * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    return gl.load(words + offs, mask=pred, other=other)
+    return gl.load(words + offs, mask=pred, other=-1)
 
 
 @gluon.jit
