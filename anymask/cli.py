@@ -175,6 +175,18 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="For a machine to r
         print(f"{name:9} {'can run' if reason == 'yes' else 'not here: ' + reason}")
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Benchmarks, in a checkout: the same as python -m benchmarks.run, whose --help has the options."""
+    try:
+        from benchmarks import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "benchmarks":
+            raise
+        _fail("benchmarks are not installed; run this in a checkout of the project")
+    raise typer.Exit(run.main(context.args))
+
+
 @app.command()
 def show(
     mask: Annotated[
@@ -188,6 +200,7 @@ def show(
     window: Annotated[int | None, typer.Option(help="Tokens before the query, for sliding_window.")] = None,
     plane: Annotated[tuple[int, int], typer.Option(help="Batch and head to draw.")] = (0, 0),
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a picture there too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what it costs, for a machine to read.")] = False,
 ) -> None:
     """Draw the tiles of a mask, and its tokens if they are few."""
     try:
@@ -196,6 +209,12 @@ def show(
             length = length or gallery.LENGTH
             kv_len = kv_len or length
         packed = lazy if isinstance(lazy, anymask.BlockMask) else anymask.pack(lazy, q_len=length, kv_len=kv_len)
+        if out is not None:
+            viz.plot(packed, out, plane, title=mask)
+        if as_json:
+            sizes = {name: getattr(packed, name) for name in ("q_len", "kv_len", "batch", "heads")}
+            print(json.dumps({"mask": mask, **sizes, **asdict(packed.stats())}, indent=2))
+            return
         print(repr(packed))
         if max(packed.q_len, packed.kv_len) <= SHOW_TOKENS:
             shares, _ = viz.token_shares(packed, plane)
@@ -203,7 +222,6 @@ def show(
         scale = viz.scale(packed)
         print(f"tiles of 128 x 128, {scale} x {scale} to a character: {viz.LEGEND}\n{viz.to_text(packed, plane)}")
         if out is not None:
-            viz.plot(packed, out, plane, title=mask)
             print(out.resolve())
     except (ValueError, ImportError) as error:
         _fail(str(error))

@@ -115,13 +115,13 @@ def _against_own(case: str, key: str, variant: str) -> Callable[[Rows, str], Mea
 
 
 def build_figures() -> list[Figure]:
-    """Building a mask of 32,768 x 32,768 pairs on one GPU, all in one run."""
+    """Building a mask of 32,768 x 32,768 pairs, or of a million tokens, on one GPU, all in one run."""
     documents, symbolic, function = "documents8_causal", "anymask:symbolic", "anymask:function"
-    flex, eager = "flex-build", "flex-build-eager"
+    flex, eager, million = "flex-build", "flex-build-eager", "documents256_causal L1048576"
 
-    def absolute(key: str, unit: float, name: str) -> Callable[[Rows, str], Measured]:
+    def absolute(key: str, unit: float, name: str, case: str = documents) -> Callable[[Rows, str], Measured]:
         def measure(rows: Rows, ours: str) -> Measured:
-            row = _usable(rows, "pack", documents, symbolic, key)
+            row = _usable(rows, "pack", case, symbolic, key)
             return Measured(None, row) if isinstance(row, str) else Measured(row.values[key] / unit, name)
 
         return measure
@@ -152,6 +152,35 @@ def build_figures() -> list[Figure]:
         Figure(
             "from_function, peak memory", 0.05, "x", "FlexAttention eager", against(documents, peak, function, eager)
         ),
+        Figure("a million tokens by name, build", 20, "ms", "", absolute(host, 1, "on the host's clock", million)),
+        Figure("a million tokens by name, peak", 256, "MiB", "", absolute(peak, 2**20, "result included", million)),
+    ]
+
+
+def density_figures(shares: tuple[float, ...]) -> list[Figure]:
+    """Time in proportion to the tiles that are not empty, from 10 % of them on."""
+
+    def measure(key: str, rows: Rows, ours: str) -> Measured:
+        found = {share: _usable(rows, "attention", f"tiles{share:.0%}".rstrip("%"), ours, key) for share in shares}
+        wanted = {share: row for share, row in found.items() if share >= 0.1}
+        missing = [row for row in wanted.values() if isinstance(row, str)]
+        if missing:
+            return Measured(None, missing[0])
+        times = {share: row.values[key] for share, row in wanted.items() if not isinstance(row, str)}
+        off = {share: abs(ms / (share * times[1.0]) - 1) for share, ms in times.items()}
+        worst = max(off, key=off.__getitem__)
+        note = f"at {worst:.0%}: {times[worst]:.3f} ms where {worst * times[1.0]:.3f} are in proportion"
+        return Measured(off[worst], note)
+
+    return [
+        Figure(
+            f"{step}, off proportion, 10 to 100 % of tiles",
+            0.10,
+            "x",
+            "of the time in proportion",
+            partial(measure, f"{step}_ms"),
+        )
+        for step in ("forward", "backward")
     ]
 
 
@@ -203,8 +232,10 @@ def _against_fastest(case: str, key: str) -> Callable[[Rows, str], Measured]:
             # a rival that could not run is out of the race; one that was not asked leaves the race undecided
             if row is None or row.status not in (OK, FAILED, WRONG):
                 return Measured(None, f"{rival}: {'no row' if row is None else row.note}")
-            if row.status == OK:
+            if row.status == OK and key in row.values:
                 times[rival] = row.values[key]
+            elif row.status == OK:
+                lost.append(f"{rival} has no such pass")
             else:
                 lost.append(f"{rival} {row.status}")
         if not times:

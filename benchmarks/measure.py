@@ -13,9 +13,10 @@ from torch import Tensor
 
 import anymask
 from benchmarks import check, timing
+from benchmarks.masks import MaskMod
 from benchmarks.providers import OURS, Prepared, Unsupported, captured, failures, find, flex_mask_builder
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Row, reason
-from benchmarks.suites import Case, Problem, Suite
+from benchmarks.suites import DENSE_LENGTH, Case, Problem, Suite
 
 # floating-point operations per attended pair and dimension: two products forward, five backward
 FLOPS = {"forward": 4, "backward": 10, "both": 14}
@@ -44,11 +45,13 @@ def prepare(problem: Problem, provider: str, expected: References) -> Ready | Ro
     try:
         prepared = find(provider)(problem)
         leaves = (problem.q, problem.k, problem.v)
+        if prepared.forward_only:
+            leaves = tuple(t.detach() for t in leaves)
         out = prepared.attend(*leaves)
-        grads = torch.autograd.grad(out, leaves, problem.do, retain_graph=True)
+        grads = () if prepared.forward_only else torch.autograd.grad(out, leaves, problem.do, retain_graph=True)
         if prepared.unmasked:
             expected = check.references(replace(problem, mask=None))
-        errors = check.errors((out, *grads), expected, problem.shape.dtype)
+        errors = check.errors(problem, (out, *grads), expected)
     except Unsupported as why:
         return row(SKIPPED, str(why))
     except failures() as error:
@@ -69,47 +72,53 @@ def error_values(errors: check.Errors) -> dict[str, float]:
 
 def attention_rows(suite: Suite, problem: Problem, ready: dict[str, Ready]) -> Iterator[Row]:
     """The timed rows of the providers that are ready."""
-    pairs = {
-        name: replace(problem, mask=None).pairs if r.prepared.unmasked else problem.pairs for name, r in ready.items()
-    }
+    case = problem.case.name
+    if suite.baseline is not None and suite.baseline not in ready:
+        for name in ready:
+            yield Row("attention", case, name, SKIPPED, f"{suite.baseline} is not there to compare with")
+        return
+    all_pairs, masked_pairs = replace(problem, mask=None).pairs, problem.pairs
+    pairs = {name: all_pairs if r.prepared.unmasked else masked_pairs for name, r in ready.items()}
     values = {name: error_values(r.errors) | {"pairs": float(pairs[name])} for name, r in ready.items()}
-    calls = {name: _calls(problem, r) for name, r in ready.items()}
+    calls = {name: _calls(suite, problem, r) for name, r in ready.items()}
     if suite.baseline is None:
         for name, r in ready.items():
             values[name] |= _memory(problem, calls[name])
-            if name.startswith(OURS):
-                values[name] |= {f"{step}_host_us": timing.host_us(calls[name][step]) for step in suite.passes}
-                detached = [t.detach() for t in (problem.q, problem.k, problem.v)]
-                values[name]["inference_host_us"] = timing.host_us(functools.partial(r.prepared.attend, *detached))
-    elif suite.baseline not in ready:
-        for name in ready:
-            yield Row("attention", problem.case.name, name, SKIPPED, f"{suite.baseline} is not there to compare with")
-        return
+            if not suite.host:
+                continue
+            values[name] |= {f"{step}_host_us": timing.host_us(call) for step, call in calls[name].items()}
+            detached = [t.detach() for t in (problem.q, problem.k, problem.v)]
+            values[name]["inference_host_us"] = timing.host_us(functools.partial(r.prepared.attend, *detached))
     for step in suite.passes:
-        functions = {name: c[step] for name, c in calls.items()}
+        functions = {name: c[step] for name, c in calls.items() if step in c}
         if suite.baseline is not None:
             ratios = timing.cpu_ratios(functions, suite.baseline)
             for name, found in ratios.of.items():
                 values[name] |= _quantiles(f"{step}_ratio", found)
                 values[name] |= {f"{step}_rounds": float(ratios.rounds), f"{step}_quiet_rounds": float(ratios.quiet)}
             continue
-        for name, found in timing.cuda_ms(functions).items():
+        for name, found in timing.cuda_ms(functions, suite.rounds, suite.block_ms).items():
             flop = FLOPS[step] * problem.shape.head_dim
             values[name] |= _quantiles(f"{step}_ms", found)
             values[name][f"{step}_tflops"] = flop * pairs[name] / found.median / 1e9
             if name.startswith(OURS):
                 values[name][f"{step}_tile_tflops"] = flop * problem.tile_pairs / found.median / 1e9
     for name, r in ready.items():
-        yield Row("attention", problem.case.name, name, OK, r.prepared.note, values[name])
+        yield Row("attention", case, name, OK, r.prepared.note, values[name])
 
 
-def _calls(problem: Problem, ready: Ready) -> dict[str, timing.Function]:
+def _calls(suite: Suite, problem: Problem, ready: Ready) -> dict[str, timing.Function]:
+    """The passes of a suite that the provider has."""
     leaves, do, attend = (problem.q, problem.k, problem.v), problem.do, ready.prepared.attend
-    return {
+    if ready.prepared.forward_only:
+        detached = [t.detach() for t in leaves]
+        return {"forward": lambda: attend(*detached)}
+    every = {
         "forward": lambda: attend(*leaves),
         "backward": lambda: torch.autograd.grad(ready.out, leaves, do, retain_graph=True),
         "both": lambda: torch.autograd.grad(attend(*leaves), leaves, do),
     }
+    return {step: every[step] for step in suite.passes}
 
 
 def _memory(problem: Problem, calls: dict[str, timing.Function]) -> dict[str, float]:
@@ -120,8 +129,8 @@ def _memory(problem: Problem, calls: dict[str, timing.Function]) -> dict[str, fl
         "result_bytes": float(problem.q.nbytes + 4 * rows),
         "gradient_bytes": float(problem.q.nbytes + problem.k.nbytes + problem.v.nbytes),
     }
-    for step in ("forward", "backward"):
-        requested, allocated = timing.extra_bytes(calls[step])
+    for step, call in calls.items():
+        requested, allocated = timing.extra_bytes(call)
         values[f"{step}_extra_bytes"] = float(requested)
         values[f"{step}_extra_allocated_bytes"] = float(allocated)
     return values
@@ -133,10 +142,13 @@ def _quantiles(key: str, found: timing.Quantiles) -> dict[str, float]:
 
 def pack_providers(suite: Suite, case: Case) -> tuple[str, ...]:
     """Who builds the mask of a case: ours from what it can be given, and on a GPU FlexAttention's ways and a copy."""
+    assert case.mask is not None
     if suite.baseline is not None:
         return ("anymask",)
-    ours = ("anymask",) if case.symbolic is None else ("anymask", "anymask:symbolic")
-    if case.closed_form is not None:
+    if case.shape.length > DENSE_LENGTH:
+        return ("anymask:symbolic",)
+    ours = ("anymask",) if case.mask.symbolic is None else ("anymask", "anymask:symbolic")
+    if case.mask.rule is not None:
         return (*ours, "anymask:function", "flex-build", "flex-build-eager")
     return (*ours, "flex-build-dense", "flex-build-dense-eager", "copy")
 
@@ -158,32 +170,44 @@ def pack_row(suite: Suite, problem: Problem, provider: str) -> Row:
 
 def _pack_ours(suite: Suite, problem: Problem, provider: str) -> Row:
     mask, case, length, device = problem.mask, problem.case, problem.shape.length, problem.q.device.type
-    assert mask is not None
+    assert case.mask is not None
     if provider == "anymask":
+        assert mask is not None
         build = functools.partial(anymask.pack, mask)
         note = "pack of a dense tensor: tiles and bits, both views"
     else:
         if provider == "anymask:symbolic":
-            assert case.symbolic is not None
-            lazy, note = case.symbolic(length, device), "pack of the mask by name"
+            assert case.mask.symbolic is not None
+            lazy, note = case.mask.symbolic(length, device), "pack of the mask by name"
         else:
-            assert case.closed_form is not None
-            lazy, note = anymask.from_function(case.closed_form), "pack of from_function(the closed form)"
+            lazy, note = anymask.from_function(_rule(problem)), "pack of from_function(the closed form)"
         build = functools.partial(anymask.pack, lazy, q_len=length, kv_len=length, device=device)
     block_mask = build()
-    if not torch.equal(block_mask.to_dense()[0, 0], mask):
+    if mask is None:
+        right, note = check.lines_match(block_mask, _rule(problem)), f"{note}, checked on {check.LINES} lines of tiles"
+    else:
+        right = torch.equal(block_mask.to_dense()[0, 0], mask)
+    if not right:
         return Row("pack", case.name, provider, WRONG, "to_dense() is not the mask that was packed")
     values = {
         "words_bytes": float(block_mask.rows.words.nbytes + block_mask.cols.words.nbytes),
         "held_bytes": float(block_mask.nbytes),
-        "dense_bytes": float(mask.nbytes),
+        "dense_bytes": float(length**2),
     }
+    del block_mask
     if suite.baseline is None:
         builds: list[Callable[[], object]] = [build]
-        if provider == "anymask":
+        if provider == "anymask" and mask is not None:
             builds = [functools.partial(anymask.pack, mask.clone()) for _ in range(COPIES)]
         values |= _build_times(builds)
     return Row("pack", case.name, provider, OK, note, values)
+
+
+def _rule(problem: Problem) -> MaskMod:
+    """The closed form of the mask, where the plan says that it has one."""
+    assert problem.case.mask is not None
+    assert problem.case.mask.rule is not None
+    return problem.case.mask.rule(problem.shape.length, problem.q.device.type)
 
 
 def _copies(problem: Problem) -> tuple[list[Callable[[], object]], str]:
@@ -200,8 +224,7 @@ def _flex_builds(problem: Problem, provider: str) -> tuple[list[Callable[[], obj
         assert problem.mask is not None
         mods, source = [captured(problem.mask.clone()) for _ in range(COPIES)], "a function that reads the dense tensor"
     else:
-        assert problem.case.closed_form is not None
-        mods, source = [problem.case.closed_form] * COPIES, "the closed form"
+        mods, source = [_rule(problem)] * COPIES, "the closed form"
     build = flex_mask_builder(problem, compiled)
     note = f"create_block_mask of {source}, {'compiled' if compiled else 'eager'}: tiles without bits"
     return [functools.partial(build, mod) for mod in mods], note

@@ -7,8 +7,10 @@ packed mask, a block mask, compilation) is not in its time; `note` says how it w
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import anymask
 from anymask import backends
-from benchmarks.suites import MaskMod, Problem
+from benchmarks.masks import MaskMod
+from benchmarks.suites import Problem
 
 OURS = "anymask:"
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,6 +40,8 @@ class Prepared:
     note: str
     # it computes without the mask: what the same shape costs at best, checked against attention without a mask
     unmasked: bool = False
+    # it has no backward pass
+    forward_only: bool = False
 
 
 def find(name: str) -> Callable[[Problem], Prepared]:
@@ -62,11 +67,12 @@ def ours(problem: Problem, backend: str, deterministic: bool = False) -> Prepare
 
 def flex(problem: Problem) -> Prepared:
     """FlexAttention, compiled, with a closed-form mask function."""
-    if problem.mask is None:
+    kind = problem.case.mask
+    if kind is None:
         return _flex(problem, None, "no mask")
-    if problem.case.closed_form is None:
+    if kind.rule is None:
         raise Unsupported("the mask has no closed form")
-    return _flex(problem, problem.case.closed_form, "closed-form mask_mod")
+    return _flex(problem, kind.rule(problem.shape.length, problem.q.device.type), "closed-form mask_mod")
 
 
 def flex_dense(problem: Problem) -> Prepared:
@@ -88,7 +94,7 @@ def flex_mask_builder(problem: Problem, compiled: bool) -> Callable[[MaskMod], F
 
 def _flex(problem: Problem, mask_mod: MaskMod | None, note: str) -> Prepared:
     block_mask = None if mask_mod is None else flex_mask_builder(problem, compiled=False)(mask_mod)
-    call, mode = flex_attention, "eager"
+    call, mode = _flex_eager, "eager"
     if problem.compiled:
         # the timed backward keeps its graph, which donated buffers forbid
         torch._functorch.config.donated_buffer = False
@@ -96,7 +102,16 @@ def _flex(problem: Problem, mask_mod: MaskMod | None, note: str) -> Prepared:
         # fullgraph: an error rather than a silent return to the eager, dense form
         call = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=options)
         mode = f"torch.compile, {options} mode"
-    return Prepared(lambda q, k, v: call(q, k, v, block_mask=block_mask), f"{note}; {mode}")
+    attend = functools.partial(call, block_mask=block_mask, enable_gqa=problem.grouped)
+    # eager FlexAttention has a backward pass on GPUs only
+    return Prepared(attend, f"{note}; {mode}", forward_only=problem.q.device.type == "cpu")
+
+
+def _flex_eager(*args: Any, **options: Any) -> Tensor:
+    with warnings.catch_warnings():
+        # that it is slow is what is measured
+        warnings.filterwarnings("ignore", "flex_attention called without")
+        return flex_attention(*args, **options)
 
 
 def sdpa(problem: Problem) -> Prepared:
@@ -151,22 +166,26 @@ def _sdpa(problem: Problem, kernel: SDPBackend | None, mask: Tensor | None = Non
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if kernel is None:
-            return scaled_dot_product_attention(q, k, v, planes)
+            return scaled_dot_product_attention(q, k, v, planes, enable_gqa=problem.grouped)
         with sdpa_kernel(kernel):
-            return scaled_dot_product_attention(q, k, v, planes)
+            return scaled_dot_product_attention(q, k, v, planes, enable_gqa=problem.grouped)
 
     return Prepared(attend, note if planes is not None else "no mask")
 
 
 def _sdpa_causal(problem: Problem, kernel: SDPBackend) -> Prepared:
-    if problem.case.name != "causal":
-        raise Unsupported("only the causal mask is built in")
+    _require_causal(problem)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(kernel):
-            return scaled_dot_product_attention(q, k, v, is_causal=True)
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=problem.grouped)
 
     return Prepared(attend, "is_causal=True")
+
+
+def _require_causal(problem: Problem) -> None:
+    if problem.case.mask is None or problem.case.mask.name != "causal":
+        raise Unsupported("only the causal mask is built in")
 
 
 def _mask(problem: Problem) -> Tensor:

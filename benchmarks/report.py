@@ -1,4 +1,4 @@
-"""Rows as a Markdown report, a CSV file and bar charts."""
+"""Rows as a Markdown report and a CSV file, with pictures."""
 
 from __future__ import annotations
 
@@ -8,31 +8,15 @@ from collections.abc import Iterable
 from dataclasses import astuple
 from pathlib import Path
 
+from benchmarks import pictures
 from benchmarks.check import NAMES
 from benchmarks.figures import MISSED, NOT_MEASURED, REACHED, Verdict
-from benchmarks.providers import OURS
 from benchmarks.results import OK, Results, Row, Rows, write_atomic
-
-# ours in a strong colour, each rival in the same one everywhere
-COLOURS = {
-    "flex": "#5b8db8",
-    "flex-dense": "#a9c7de",
-    "cudnn": "#6aa56a",
-    "cudnn-bias": "#a6cfa6",
-    "cudnn-causal": "#3d7a3d",
-    "cudnn-unmasked": "#86c5a8",
-    "efficient": "#b9a3cc",
-    "flash": "#c9b458",
-    "flash-causal": "#9c8a34",
-    "sdpa": "#6aa56a",
-    "flex-build": "#5b8db8",
-    "flex-build-dense": "#a9c7de",
-    "flex-build-dense-eager": "#d3e2ee",
-}
-OUR_COLOURS = ("#d1495b", "#e8935c")
+from benchmarks.suites import Suite
 
 METHOD = """\
 Times: CUDA events, every call after a flush of the L2 cache, median (20 % to 80 %), providers of a mask taking turns.
+Host: a call while the device lags behind, so that nothing waits.
 Backward: `torch.autograd.grad(out, (q, k, v), do, retain_graph=True)` on a prepared output.
 TFLOP/s count attended pairs only: 4 · batch · heads · pairs · head_dim forward, 2.5 times that backward; "tile" counts
 all pairs of the tiles that are not empty. Preparing a mask (packing, block masks, compilation) is not in a call's time.
@@ -43,8 +27,9 @@ what else the machine does: median (20 % to 80 %) over rounds in which all take 
 which other processes used the cores are left out if at least three others remain, else "machine busy" says so and no
 figure is judged."""
 CHECK = """\
-Error: the Frobenius norm of the difference to fp64, in parts of the reference, on the first and the last (batch, head)
-plane. A provider whose error is too large is shown as wrong and has no speed."""
+Error: the Frobenius norm of the difference to fp64, in parts of the reference, on the first and the last
+head of k and v and the query heads that read them. A provider whose error is too large is shown as wrong and has no
+speed."""
 
 
 def to_csv(rows: Rows) -> str:
@@ -59,16 +44,16 @@ def to_csv(rows: Rows) -> str:
     return out.getvalue()
 
 
-def to_markdown(results: Results, verdicts: list[Verdict], pictures: Iterable[Path] = ()) -> str:
+def to_markdown(results: Results, verdicts: list[Verdict], drawn: Iterable[Path] = ()) -> str:
     """The report: figures first, then every row, then where they come from."""
     rows, env = results.rows, results.environment
     on_cpu = any("forward_ratio" in row.values for row in rows) or env["device"].startswith("CPU")
     parts = [f"# Benchmark: {env['device']}", f"{env['shape']}, {env['date']}. `{env['command']}`"]
     counts = {kind: sum(v.reached == kind for v in verdicts) for kind in (REACHED, MISSED, NOT_MEASURED)}
-    summary = f"{counts[REACHED]} reached, {counts[MISSED]} missed, {counts[NOT_MEASURED]} not measured."
-    table = _table(("figure", "target", "measured", "reached", "note"), [astuple(v) for v in verdicts])
-    parts += ["## Figures to reach", summary, table]
-    parts += [f"![{picture.stem}]({picture.name})" for picture in pictures]
+    if verdicts:
+        summary = f"{counts[REACHED]} reached, {counts[MISSED]} missed, {counts[NOT_MEASURED]} not measured."
+        parts += ["## Figures to reach", summary, verdict_table(verdicts)]
+    parts += [f"![{picture.stem}]({picture.name})" for picture in drawn]
     for case in rows.cases("attention"):
         found = [r for r in rows if (r.group, r.case) == ("attention", case)]
         parts += [f"## {case}", _cpu_table(found) if on_cpu else _gpu_table(found)]
@@ -161,8 +146,8 @@ def _flops(row: Row, step: str) -> str:
 
 
 def _errors(row: Row) -> str:
-    found = [row.get(f"error_{name}") for name in NAMES]
-    return "-" if None in found else ", ".join(f"{e:.1e}" for e in found)
+    found = [e for name in NAMES if (e := row.get(f"error_{name}")) is not None]
+    return ", ".join(f"{e:.1e}" for e in found) or "-"
 
 
 def _mib(row: Row, key: str) -> str:
@@ -194,67 +179,20 @@ def verdict_table(verdicts: list[Verdict]) -> str:
     return _table(("figure", "target", "measured", "reached", "note"), [astuple(v) for v in verdicts])
 
 
-def plots(rows: Rows, folder: Path, stem: str, title: str) -> list[Path]:
-    """One bar chart per pass and one for building; returns the files written."""
-    suffix = "ratio" if any("forward_ratio" in row.values for row in rows) else "ms"
-    unit = "time in parts of SDPA's" if suffix == "ratio" else "ms, less is better"
-    charts = [("attention", f"{step}_{suffix}", step, unit) for step in ("forward", "backward", "both")]
-    charts.append(("pack", "device_ms", "building the mask, device time", "ms, less is better"))
-    written = []
-    for group, key, what, label in charts:
-        bars = [row for row in rows if row.group == group and row.status == OK and row.get(key) is not None]
-        if bars:
-            path = folder / f"{stem}-{group}-{key.rsplit('_', 1)[0]}.png"
-            _bar_chart(Rows(bars), group, key, label, f"{what}: {title}", path)
-            written.append(path)
-    return written
-
-
-def _bar_chart(rows: Rows, group: str, key: str, label: str, title: str, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    cases, providers = rows.cases(group), rows.providers(group)
-    ours = [p for p in providers if p.startswith((OURS, "anymask"))]
-    colours = COLOURS | dict(zip(ours, OUR_COLOURS, strict=False))
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shown: set[str] = set()
-    for x, case in enumerate(cases):
-        found = [r for r in rows if r.case == case]
-        width = 0.86 / max(len(found), 1)
-        for n, row in enumerate(found):
-            left = x - 0.43 + n * width
-            bar = axes.bar(left + width / 2, row.values[key], width * 0.92, color=colours.get(row.provider, "#999999"))
-            axes.bar_label(bar, fmt="%.2f", fontsize=7, padding=2, rotation=90 if len(rows) > 12 else 0)
-            if row.provider not in shown:
-                bar.set_label(row.provider)
-                shown.add(row.provider)
-    axes.set_xticks(range(len(cases)), cases)
-    axes.set_ylabel(label)
-    axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.15)
-    figure.legend(loc="outside lower center", ncols=min(len(shown), 6), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
-
-
-def write(results: Results, verdicts: list[Verdict], with_plots: bool) -> list[Path]:
+def write(suite: Suite, results: Results, verdicts: list[Verdict], with_plots: bool) -> list[Path]:
     """CSV, Markdown and, with `with_plots`, PNG files beside the JSON; returns what was written."""
     folder, stem = results.path.parent, results.path.stem
-    pictures: list[Path] = []
+    drawn: list[Path] = []
     if with_plots:
-        env = results.environment
-        pictures = plots(results.rows, folder, stem, f"{env['device']}, {env['shape']}")
+        drawn = pictures.draw(suite, results, folder, stem)
         for group in ("attention", "pack"):
             # a picture of an earlier run would show other numbers than the report
-            for old in set(folder.glob(f"{stem}-{group}-*.png")) - set(pictures):
+            for old in set(folder.glob(f"{stem}-{group}-*.png")) - set(drawn):
                 old.unlink()
     files = {
         folder / f"{stem}.csv": to_csv(results.rows),
-        folder / f"{stem}.md": to_markdown(results, verdicts, pictures),
+        folder / f"{stem}.md": to_markdown(results, verdicts, drawn),
     }
     for path, text in files.items():
         write_atomic(path, text)
-    return [results.path, *files, *pictures]
+    return [results.path, *files, *drawn]

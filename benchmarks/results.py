@@ -83,14 +83,29 @@ class Results:
         """
         results = Results(path, environment)
         if resume and path.exists():
-            old = json.loads(path.read_text())
-            changed = [key for key in SAME if old["environment"].get(key) != environment.get(key)]
+            old = Results.load(path)
+            changed = [key for key in SAME if old.environment.get(key) != environment.get(key)]
             if changed:
                 raise ValueError(f"cannot resume {path.name}: it differs from this run in {', '.join(changed)}")
-            results.environment["resumed"] = f"rows of {old['environment']['date']} are kept"
-            for row in old["rows"]:
+            results.environment["resumed"] = f"rows of {old.environment['date']} are kept"
+            results.rows = old.rows
+        return results
+
+    @staticmethod
+    def load(path: Path) -> Results:
+        """The result in a file that `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else, or is not there.
+        """
+        try:
+            found = json.loads(path.read_text())
+            results = Results(path, found["environment"])
+            for row in found["rows"]:
                 row["values"] = {k: math.nan if v is None else v for k, v in row["values"].items()}
                 results.rows.append(Row(**row))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no result of this benchmark: {type(error).__name__}: {error}") from error
         return results
 
     def add(self, row: Row) -> None:

@@ -2,7 +2,7 @@
 
 Rows are printed and saved as they are found; the report ends in the table of figures to reach. The exit code is 0 if
 everything of ours ran and was right, 1 if not, 2 for wrong arguments, 130 if interrupted. A missed figure is not an
-error of the run: it is in the table.
+error of the run: it is in the table. `anymask bench` is the same driver.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import check, measure, report
+from benchmarks import check, compare, measure, report
 from benchmarks.figures import Verdict, judge
 from benchmarks.providers import OURS, failures
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Results, Row, Rows, environment, reason, slug
@@ -49,6 +49,8 @@ class Runner:
     device: str
     seed: int
     max_autotune: bool
+    # folder of the earlier package's module, for its provider
+    earlier: str | None
     # seconds since `started` after which nothing new is begun
     budget: float
     started: float
@@ -74,7 +76,7 @@ class Runner:
             measure.release()
 
     def _job(self, job: Job) -> None:
-        problem = make_problem(self.suite, job.case, self.device, self.seed, self.max_autotune)
+        problem = make_problem(job.case, self.device, self.seed, self.max_autotune, self.earlier)
         attention = job.names("attention")
         expected = check.references(problem) if attention else {}
         ready: dict[str, measure.Ready] = {}
@@ -114,7 +116,7 @@ def plan(suite: Suite, ours: tuple[str, ...], only: str) -> list[Job]:
     jobs = []
     for case in suite.cases:
         wanted = [("attention", name) for name in (*ours, *case.rivals)] if suite.passes else []
-        if case.dense is not None and suite.packs:
+        if case.mask is not None and suite.packs:
             wanted += [("pack", name) for name in measure.pack_providers(suite, case)]
         kept = {(g, p): None for g, p in wanted if only in f"{g}/{case.name}/{p}"}
         if suite.baseline is not None and any(g == "attention" for g, _ in kept):
@@ -127,9 +129,9 @@ def plan(suite: Suite, ours: tuple[str, ...], only: str) -> list[Job]:
 
 def verdicts_of(suite: Suite, results: Results, ours: str) -> list[Verdict]:
     """The table of figures; at another length than theirs, none is measured."""
-    if suite.shape.length == suite.figure_length:
+    if suite.judged:
         return judge(suite.figures(), results.rows, ours)
-    note = f"stated for {suite.figure_length} tokens, this run has {suite.shape.length}"
+    note = f"stated for other lengths; this run has {suite.shape}"
     return [replace(v, note=note) for v in judge(suite.figures(), Rows(), ours)]
 
 
@@ -150,7 +152,12 @@ def parser() -> argparse.ArgumentParser:
     )
     chosen = p.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--quick", action="store_const", dest="suite", const="quick", help="the same as --suite quick")
-    chosen.add_argument("--suite", choices=tuple(GPU_SUITES), help="each ends in its figures to reach; a CPU has quick")
+    chosen.add_argument(
+        "--compare", nargs=2, type=Path, metavar="FILE.json", help="show what changed between two runs beyond noise"
+    )
+    chosen.add_argument(
+        "--suite", choices=tuple(GPU_SUITES), metavar="NAME", help=f"{', '.join(GPU_SUITES)}; a CPU has quick"
+    )
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     p.add_argument(
         "--backend",
@@ -169,6 +176,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--length", type=int, metavar="TOKENS", help="another length, at which the figures are not judged")
     p.add_argument("--max-autotune", action="store_true", help="let torch.compile search; takes minutes more")
     p.add_argument("--resume", action="store_true", help="keep the rows of an interrupted run of the same code")
+    p.add_argument("--earlier", metavar="FOLDER", help="where the earlier package's fa2_custom_mask is, as a rival")
+    p.add_argument("--json", action="store_true", help="print the result as JSON too, and progress to the error stream")
     p.add_argument("--commit", help="commit to record where the code is not a git checkout")
     return p
 
@@ -178,6 +187,13 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     arguments = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(arguments)
+    if options.compare:
+        try:
+            changes = compare.compare(*options.compare)
+        except ValueError as error:
+            parser().error(str(error))
+        print(compare.to_json(changes) if options.json else compare.to_text(changes))
+        return 0
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -190,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         suite = resized(suite, options.length)
     partial = options.only or options.length
     folder = options.out or Path("out/benchmarks" if partial else "benchmarks/results") / slug(device)
-    env = environment(device, suite.name, str(suite.shape), options.seed, command_line(arguments), options.commit)
+    env = environment(device, suite.name, suite.shape, options.seed, command_line(arguments), options.commit)
     if options.resume and (env["commit"] == "unknown" or env["commit"].endswith("+changes")):
         parser().error(f"--resume needs rows of the same code, and the commit is {env['commit']}")
     try:
@@ -206,7 +222,7 @@ def drive(
 ) -> int:
     """Run the plan under a progress bar, write the report, print the figures."""
     # rows are long: let the terminal wrap them, and keep them whole in a file
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, stderr=options.json)
     jobs = plan(suite, ours, options.only)
     total = sum(len(job.wanted) for job in jobs)
     console.print(
@@ -228,12 +244,22 @@ def drive(
 
         def emit(row: Row) -> None:
             results.add(row)
-            report.write(results, verdicts_of(suite, results, ours[0]), with_plots=False)
+            report.write(suite, results, verdicts_of(suite, results, ours[0]), with_plots=False)
             progress.update(task, completed=len(results.rows))
             say(f"[{len(results.rows)}/{total}] {report.summary_line(row)}")
 
         runner = Runner(
-            suite, ours, device, options.seed, options.max_autotune, options.budget, started, results, emit, say
+            suite,
+            ours,
+            device,
+            options.seed,
+            options.max_autotune,
+            options.earlier,
+            options.budget,
+            started,
+            results,
+            emit,
+            say,
         )
         try:
             runner.run(jobs)
@@ -242,9 +268,11 @@ def drive(
     verdicts = verdicts_of(suite, results, ours[0])
     results.environment["seconds"] = f"{time.monotonic() - started:.0f}"
     results.save()
-    written = report.write(results, verdicts, with_plots=True)
+    written = report.write(suite, results, verdicts, with_plots=True)
     console.print(report.verdict_table(verdicts))
     console.print(f"{time.monotonic() - started:.0f} s; wrote {', '.join(path.name for path in written)}")
+    if options.json:
+        print(results.path.read_text(), end="")
     return code or exit_code(results)
 
 

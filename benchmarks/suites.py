@@ -1,77 +1,123 @@
-"""What is measured: shapes, masks, and which provider runs which mask.
-
-Every mask is written twice, independently: as a dense tensor (what anymask and SDPA get, and what the fp64 reference
-reads) and, where it has one, as a closed-form `mask_mod` for FlexAttention.
-"""
+"""What is measured: which masks, at which shapes, by which providers, and how it is shown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import anymask
-from anymask import BlockMask, Mask, backends
-from benchmarks.figures import Figure, build_figures, cpu_figures, gpu_figures, hopper_figures
+from anymask import BlockMask, backends
+from benchmarks import masks
+from benchmarks.figures import (
+    Figure,
+    build_figures,
+    cpu_figures,
+    density_figures,
+    gpu_figures,
+    hopper_figures,
+)
+from benchmarks.masks import MaskKind
 
 GPU_BACKENDS = tuple(name for name in backends.NAMES if name not in ("cpu", "reference"))
 PASSES = ("forward", "backward")
-
-# (batch, head, query, key) index tensors -> bool, as FlexAttention takes it
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# longest mask, in tokens, that is made as a tensor: 16 GiB
+DENSE_LENGTH = 131072
+# shares of the tiles that are not empty, in the suite of that name
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of q, k and v, all `[batch, heads, length, head_dim]`."""
+    """Sizes of q `[batch, heads, length, head_dim]`, and of k and v, which have `kv_heads`."""
 
     batch: int
     heads: int
     length: int
     head_dim: int
     dtype: torch.dtype
+    # 0: as many as `heads`
+    kv_heads: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype} B{self.batch} H{self.heads} L{self.length} D{self.head_dim}"
+        return summary([self])
+
+
+def summary(shapes: list[Shape]) -> str:
+    """`float16 B2 H16:4 L256..8192 D128`: each size, or from the least to the most."""
+
+    def span(name: str) -> str:
+        found = [getattr(shape, name) for shape in shapes]
+        return str(found[0]) if len(set(found)) == 1 else f"{min(found)}..{max(found)}"
+
+    dtypes = dict.fromkeys(str(shape.dtype).removeprefix("torch.") for shape in shapes)
+    heads = span("heads") + ("" if all(s.heads == s.kv_heads for s in shapes) else f":{span('kv_heads')}")
+    return f"{'/'.join(dtypes)} B{span('batch')} H{heads} L{span('length')} D{span('head_dim')}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One mask and the providers that run it."""
+    """One mask at one shape, and who runs it."""
 
     name: str
-    # (length in tokens, generator) -> bool [length, length]; None is no mask
-    dense: Callable[[int, torch.Generator], Tensor] | None
-    # None: the mask has no closed form
-    closed_form: MaskMod | None
+    shape: Shape
+    # None is no mask
+    mask: MaskKind | None
     # names for `providers.find`, without ours
     rivals: tuple[str, ...]
-    # (length in tokens, device) -> the mask by name, where it has one
-    symbolic: Callable[[int, str], Mask] | None = None
+    # where it stands in a picture of curves: the title of its panel, and its place along x
+    panel: str = ""
+    x: float = 0.0
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Pictures in which every provider is a line."""
+
+    x: str
+    # value of a row -> what it is, with its unit
+    y: dict[str, str]
+    # x and y in powers of two and of ten
+    log_x: bool = True
+    log_y: bool = False
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases at one shape, on one kind of device."""
+    """Cases on one kind of device."""
 
     name: str
-    shape: Shape
     cases: tuple[Case, ...]
     # of "forward", "backward", "both"; none if only masks are built
     passes: tuple[str, ...]
     # names for `providers.find`, without the prefix of ours; the figures are about the first
     ours: tuple[str, ...]
-    # what is promised at `figure_length` tokens
-    figures: Callable[[], list[Figure]]
-    figure_length: int
+    # what is promised
+    figures: Callable[[], list[Figure]] = field(default=lambda: [])
+    # whether this is the suite that promises it, and not one at another length
+    judged: bool = True
     # CPU only: the provider whose time is 1; times on a GPU are in ms
     baseline: str | None = None
     # whether building the masks is measured too
-    packs: bool = True
+    packs: bool = False
+    # None: a bar for every case and provider
+    curves: Curves | None = None
+    # whether the host's time of a call is measured too
+    host: bool = False
+    # of the clock: how often providers take turns, and for how many ms each
+    rounds: int = 5
+    block_ms: float = 40.0
+
+    @property
+    def shape(self) -> str:
+        """Sizes of all cases."""
+        return summary([case.shape for case in self.cases])
 
 
 @dataclass(frozen=True)
@@ -79,12 +125,11 @@ class Problem:
     """The tensors of one case. Inputs are standard normal; q, k, v require gradients."""
 
     case: Case
-    shape: Shape
     q: Tensor
     k: Tensor
     v: Tensor
     do: Tensor
-    # bool [length, length]; None is no mask
+    # bool [length, length]; None is no mask, or one too long for a tensor, which is only built
     mask: Tensor | None
     # the mask packed by anymask, None without a mask
     block_mask: BlockMask | None
@@ -92,11 +137,23 @@ class Problem:
     compiled: bool
     # let rivals search for their launch options
     max_autotune: bool
+    # folder of the earlier package's module, for its provider
+    earlier: str | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of q, k and v."""
+        return self.case.shape
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several query heads share one of k and v."""
+        return self.shape.heads != self.shape.kv_heads
 
     @property
     def pairs(self) -> int:
         """Attended pairs over all batches and heads, counted in the mask."""
-        plane = self.shape.length**2 if self.mask is None else int(self.mask.sum())
+        plane = self.shape.length**2 if self.mask is None else sum(int(rows.sum()) for rows in self.mask.split(4096))
         return plane * self.shape.batch * self.shape.heads
 
     @property
@@ -108,108 +165,177 @@ class Problem:
         return (partial + full) * 128 * 128 * self.shape.batch * self.shape.heads
 
 
-def make_problem(suite: Suite, case: Case, device: str, seed: int, max_autotune: bool = False) -> Problem:
+def make_problem(case: Case, device: str, seed: int, max_autotune: bool = False, earlier: str | None = None) -> Problem:
     """The inputs of `case`, the same for the same seed, device and shape."""
     generator = torch.Generator(device).manual_seed(seed)
-    s = suite.shape
-    size = (s.batch, s.heads, s.length, s.head_dim)
-    q, k, v, do = (torch.randn(size, generator=generator, device=device, dtype=s.dtype) for _ in range(4))
+    s = case.shape
+    q, k, v, do = (
+        torch.randn(s.batch, heads, s.length, s.head_dim, generator=generator, device=device, dtype=s.dtype)
+        for heads in (s.heads, s.kv_heads, s.kv_heads, s.heads)
+    )
     for t in (q, k, v):
         t.requires_grad_()
-    mask = None if case.dense is None else case.dense(s.length, generator)
+    mask = None if case.mask is None or s.length > DENSE_LENGTH else case.mask.dense(s.length, generator)
     block_mask = None if mask is None else anymask.pack(mask)
-    return Problem(case, s, q, k, v, do, mask, block_mask, device == "cuda", max_autotune)
+    return Problem(case, q, k, v, do, mask, block_mask, device == "cuda", max_autotune, earlier)
 
 
-def random(share: float, rivals: tuple[str, ...]) -> Case:
-    """Each pair attends with probability `share`."""
-
-    def dense(length: int, generator: torch.Generator) -> Tensor:
-        return torch.rand(length, length, generator=generator, device=generator.device) < share
-
-    return Case(f"random{share:.0%}".rstrip("%"), dense, None, rivals)
-
-
-def causal(rivals: tuple[str, ...]) -> Case:
-    """Query i sees keys j <= i."""
-
-    def dense(length: int, generator: torch.Generator) -> Tensor:
-        return _ones(length, generator).tril()
-
-    return Case("causal", dense, lambda b, h, i, j: i >= j, rivals, lambda length, device: anymask.causal())
-
-
-def window(size: int, rivals: tuple[str, ...]) -> Case:
-    """Query i sees keys `i - size <= j <= i`."""
-
-    def dense(length: int, generator: torch.Generator) -> Tensor:
-        return _ones(length, generator).tril().triu(-size)
-
-    def symbolic(length: int, device: str) -> Mask:
-        return anymask.sliding_window(size)
-
-    return Case(f"window{size}", dense, lambda b, h, i, j: (i >= j) & (i - j <= size), rivals, symbolic)
-
-
-def documents(count: int, length: int, rivals: tuple[str, ...]) -> Case:
-    """`count` causal documents of `length // count` tokens; what is left over belongs to one more."""
-    size = length // count
-
-    def dense(length: int, generator: torch.Generator) -> Tensor:
-        ids = torch.arange(length, device=generator.device).div(size, rounding_mode="floor")
-        return (ids[:, None] == ids[None, :]).tril()
-
-    def closed_form(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) & (i // size == j // size)
-
-    def symbolic(length: int, device: str) -> Mask:
-        return anymask.causal() & anymask.document(torch.arange(length, device=device) // size)
-
-    return Case(f"documents{count}_causal", dense, closed_form, rivals, symbolic)
-
-
-def _ones(length: int, generator: torch.Generator) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool, device=generator.device)
+def _cases(shape: Shape, *rivals_of: tuple[MaskKind | None, tuple[str, ...]]) -> tuple[Case, ...]:
+    """One case for each mask, all at one shape."""
+    return tuple(Case("none" if m is None else m.name, shape, m, rivals) for m, rivals in rivals_of)
 
 
 def quick_gpu() -> Suite:
     """The figures stated for a GPU; the most important masks first, in case time runs out."""
-    shape = Shape(2, 16, 8192, 128, torch.float16)
-    with_mask = ("flex", "flex-dense", "cudnn", "cudnn-bias", "efficient")
-    cases = (
-        random(0.5, with_mask),
-        causal((*with_mask, "cudnn-causal", "flash-causal")),
-        window(1024, with_mask),
-        documents(8, shape.length, with_mask),
-        Case("none", None, None, ("flex", "cudnn", "flash", "efficient")),
+    with_mask = ("flex", "flex-dense", "cudnn", "cudnn-bias", "efficient", "fa4")
+    cases = _cases(
+        Shape(2, 16, 8192, 128, torch.float16),
+        (masks.random(0.5), with_mask),
+        (masks.causal(), (*with_mask, "cudnn-causal", "flash-causal", "fa4-causal")),
+        (masks.window(1024), with_mask),
+        (masks.documents(8), with_mask),
+        (None, ("flex", "cudnn", "flash", "efficient", "fa4")),
     )
-    return Suite("quick", shape, cases, PASSES, GPU_BACKENDS, gpu_figures, shape.length)
+    return Suite("quick", cases, PASSES, GPU_BACKENDS, gpu_figures, packs=True, host=True)
 
 
 def hopper(name: str, shape: Shape) -> Suite:
     """Against cuDNN without any mask, its own causal one, and FlexAttention: what the Hopper kernels are judged by."""
-    cases = [Case("none", None, None, ("cudnn",))]
+    wanted: list[tuple[MaskKind | None, tuple[str, ...]]] = [(None, ("cudnn",))]
     if shape.length >= 8192:
-        cases += [
-            random(0.5, ("cudnn-unmasked",)),
-            causal(("cudnn-causal",)),
-            window(1024, ("flex",)),
-            documents(8, shape.length, ("flex",)),
+        wanted += [
+            (masks.random(0.5), ("cudnn-unmasked",)),
+            (masks.causal(), ("cudnn-causal",)),
+            (masks.window(1024), ("flex",)),
+            (masks.documents(8), ("flex",)),
         ]
     ours = ("hopper", "hopper:deterministic")
-    return Suite(name, shape, tuple(cases), PASSES, ours, partial(hopper_figures, name), shape.length, packs=False)
+    return Suite(name, _cases(shape, *wanted), PASSES, ours, partial(hopper_figures, name), host=True)
 
 
-def build_gpu() -> Suite:
+def build() -> Suite:
     """Building masks, against FlexAttention and against a copy of the dense tensor; no attention is computed."""
     shape = Shape(1, 1, 32768, 64, torch.float16)
-    cases = (documents(8, shape.length, ()), causal(()), random(0.5, ()))
-    return Suite("build", shape, cases, (), ("triton",), build_figures, shape.length)
+    cases = _cases(shape, (masks.documents(8), ()), (masks.causal(), ()), (masks.random(0.5), ()))
+    # no [length, length] anything: 256 documents of 4096 tokens in one row
+    million = Case("documents256_causal L1048576", replace(shape, length=2**20), masks.documents(256), ())
+    return Suite("build", (*cases, million), (), ("triton",), build_figures, packs=True)
+
+
+TFLOPS = {"forward_tflops": "forward, TFLOP/s of attended pairs", "backward_tflops": "backward, TFLOP/s"}
+MS = {"forward_ms": "forward, ms", "backward_ms": "backward, ms"}
+
+
+def classic() -> Suite:
+    """The curves of the package that this one began as: no mask, and a causal one as a tensor, by length."""
+    unmasked = ("cudnn", "flash", "fa4", "efficient", "flex")
+    masked = ("cudnn-causal", "fa4-causal", "flex", "flex-dense", "cudnn", "efficient", "earlier")
+    cases = []
+    for heads in (32, 16):
+        for mask in (masks.causal(), None):
+            kind = "no mask" if mask is None else "causal mask as a tensor"
+            for length in (256, 512, 1024, 2048, 4096, 8192, 16384):
+                shape = Shape(4, heads, length, 64, torch.float16)
+                name = f"{'none' if mask is None else mask.name} H{heads} L{length}"
+                panel = f"{kind}, {heads} heads"
+                cases.append(Case(name, shape, mask, unmasked if mask is None else masked, panel, length))
+    return Suite(
+        "classic", tuple(cases), PASSES, GPU_BACKENDS, curves=Curves("tokens", TFLOPS), rounds=3, block_ms=15.0
+    )
+
+
+def zoo() -> Suite:
+    """Many kinds of masks, 4 query heads to one of k and v."""
+    rivals = ("cudnn-unmasked", "flex", "fa4", "cudnn")
+    cases = []
+    for length, batch in ((8192, 2), (32768, 1)):
+        for head_dim in (128, 64):
+            shape = Shape(batch, 16, length, head_dim, torch.float16, kv_heads=4)
+            panel = f"{length:,} tokens, batch {batch}, head_dim {head_dim}"
+            cases += [Case(f"{m.name} L{length} D{head_dim}", shape, m, rivals, panel) for m in masks.kinds()]
+    return Suite("masks", tuple(cases), PASSES, GPU_BACKENDS, rounds=3, block_ms=15.0)
+
+
+def density() -> Suite:
+    """Time against the share of tiles that are not empty: random tiles, each with random bits."""
+    shape = Shape(1, 16, 16384, 128, torch.float16)
+    cases = tuple(
+        Case(m.name, shape, m, ("cudnn-unmasked",), "random tiles, each half full", 100 * share)
+        for share in SHARES
+        for m in (masks.random_tiles(share),)
+    )
+    curves = Curves("tiles that are not empty, %", MS, log_x=False)
+    return Suite("density", cases, PASSES, GPU_BACKENDS, partial(density_figures, SHARES), curves=curves)
+
+
+def lengths() -> Suite:
+    """131,072 tokens in sequences of 256 to 131,072."""
+    causal, cases = masks.causal(), []
+    for length in (2**n for n in range(8, 18)):
+        shape = Shape(131072 // length, 8, length, 128, torch.float16)
+        rivals = ("cudnn-causal", "flex", "fa4-causal")
+        cases.append(Case(f"causal L{length}", shape, causal, rivals, "causal", length))
+        cases.append(
+            Case(f"packed_documents L{length}", shape, masks.kinds()[3], ("flex", "fa4"), "16 documents", length)
+        )
+    return Suite(
+        "lengths", tuple(cases), PASSES, GPU_BACKENDS, curves=Curves("tokens", TFLOPS), rounds=3, block_ms=15.0
+    )
+
+
+def memory() -> Suite:
+    """Peak bytes of a call above what is held before it, the mask as a tensor."""
+    rivals = ("flex-dense", "cudnn", "cudnn-bias", "efficient")
+    cases = tuple(
+        Case(f"random50 L{length}", Shape(1, 8, length, 128, torch.float16), masks.random(0.5), rivals, panel, length)
+        for panel in ("random bits",)
+        for length in (1024, 2048, 4096, 8192, 16384, 32768)
+    )
+    peaks = {f"{step}_extra_bytes": f"{step}, peak extra memory in MiB" for step in PASSES}
+    curves = Curves("tokens", peaks, log_y=True)
+    return Suite("memory", cases, PASSES, GPU_BACKENDS, curves=curves, rounds=1, block_ms=10.0)
+
+
+def latency() -> Suite:
+    """Small shapes, where the host decides."""
+    rivals = ("cudnn-causal", "flash-causal", "flex", "fa4-causal")
+    cases = tuple(
+        Case(f"causal L{n}", Shape(1, 8, n, 128, torch.float16), masks.causal(), rivals, "causal, 1 x 8 heads", n)
+        for n in (128, 256, 512, 1024, 2048)
+    )
+    us = {
+        "inference_host_us": "forward without gradients, host us a call",
+        "forward_host_us": "forward with gradients recorded, host us a call",
+        "backward_host_us": "backward, host us a call",
+    }
+    return Suite(
+        "latency", cases, PASSES, GPU_BACKENDS, curves=Curves("tokens", us), host=True, rounds=3, block_ms=10.0
+    )
+
+
+def scaling() -> Suite:
+    """More heads, and more samples."""
+    rivals, cases = ("cudnn-causal", "flex", "fa4-causal"), []
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        for panel, shape in (
+            ("heads, batch 1, 4096 tokens", Shape(1, n, 4096, 128, torch.float16)),
+            ("batch, 8 heads, 2048 tokens", Shape(n, 8, 2048, 128, torch.float16)),
+        ):
+            cases.append(Case(f"causal {panel.split(',')[0]} {n}", shape, masks.causal(), rivals, panel, n))
+    curves = Curves("heads, or batch", TFLOPS)
+    return Suite("scaling", tuple(cases), PASSES, GPU_BACKENDS, curves=curves, rounds=3, block_ms=15.0)
 
 
 GPU_SUITES: dict[str, Callable[[], Suite]] = {
     "quick": quick_gpu,
-    "build": build_gpu,
+    "classic": classic,
+    "masks": zoo,
+    "density": density,
+    "lengths": lengths,
+    "build": build,
+    "memory": memory,
+    "latency": latency,
+    "scaling": scaling,
     "hopper-d128": partial(hopper, "hopper-d128", Shape(2, 16, 8192, 128, torch.float16)),
     "hopper-d64": partial(hopper, "hopper-d64", Shape(2, 32, 8192, 64, torch.float16)),
     "hopper-short": partial(hopper, "hopper-short", Shape(16, 16, 1024, 128, torch.float16)),
@@ -218,12 +344,20 @@ GPU_SUITES: dict[str, Callable[[], Suite]] = {
 
 def quick_cpu() -> Suite:
     """The figures stated for a CPU."""
-    shape = Shape(1, 8, 2048, 64, torch.float32)
-    cases = (random(0.5, ("sdpa",)), documents(8, shape.length, ("sdpa",)))
-    return Suite("quick", shape, cases, (*PASSES, "both"), ("cpu",), cpu_figures, shape.length, baseline="sdpa")
+    cases = _cases(
+        Shape(1, 8, 2048, 64, torch.float32),
+        (masks.random(0.5), ("sdpa", "flex-dense")),
+        (masks.documents(8), ("sdpa", "flex")),
+    )
+    return Suite("quick", cases, (*PASSES, "both"), ("cpu",), cpu_figures, baseline="sdpa", packs=True)
 
 
 def resized(suite: Suite, length: int) -> Suite:
-    """The suite at another length in tokens. Its figures are then not measured; windows keep their size."""
-    cases = tuple(documents(8, length, c.rivals) if c.name.startswith("documents") else c for c in suite.cases)
-    return replace(suite, shape=replace(suite.shape, length=length), cases=cases)
+    """The suite at another length in tokens, at which its figures are not stated; windows keep their size."""
+    cases = []
+    for c in suite.cases:
+        name = c.name.replace(f"L{c.shape.length}", f"L{length}")
+        x = length if c.x == c.shape.length else c.x
+        cases.append(replace(c, shape=replace(c.shape, length=length), name=name, x=x))
+    # cases that differed in nothing but their length are one now
+    return replace(suite, cases=tuple({c.name: c for c in cases}.values()), judged=False)

@@ -44,7 +44,7 @@ class Quantiles:
         return Quantiles(statistics.median(samples), fifths[0], fifths[3])
 
 
-def cuda_ms(functions: Mapping[str, Function], rounds: int = 5, block_ms: float = 40.0) -> dict[str, Quantiles]:
+def cuda_ms(functions: Mapping[str, Function], rounds: int, block_ms: float) -> dict[str, Quantiles]:
     """Device time of each function in ms, by CUDA events, L2 flushed before every call.
 
     Functions take turns in blocks of about `block_ms`, so a change of clock meets them all.

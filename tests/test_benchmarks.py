@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import anymask
-from benchmarks import check, figures, measure, providers, report, results, run, sanitize, suites, timing
+from benchmarks import check, figures, masks, measure, providers, report, results, run, sanitize, suites, timing
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Results, Row, Rows
 
 OURS = "anymask:triton"
@@ -30,8 +30,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def problem(case: suites.Case, shape: suites.Shape = SMALL) -> suites.Problem:
-    return suites.make_problem(replace(suites.quick_cpu(), shape=shape, cases=(case,)), case, "cpu", seed=0)
+def case_of(mask: masks.MaskKind | None, *rivals: str, shape: suites.Shape = SMALL) -> suites.Case:
+    return suites.Case("none" if mask is None else mask.name, shape, mask, rivals)
+
+
+def problem(mask: masks.MaskKind | None, shape: suites.Shape = SMALL) -> suites.Problem:
+    return suites.make_problem(case_of(mask, shape=shape), "cpu", seed=0)
+
+
+def shrunk(suite: suites.Suite, **changes: object) -> suites.Suite:
+    """The suite at a small shape."""
+    return replace(suite, cases=tuple(replace(c, shape=SMALL) for c in suite.cases), **changes)
 
 
 def right_result(p: suites.Problem) -> tuple[Tensor, ...]:
@@ -134,56 +143,88 @@ def test_cpu_figures_need_a_quiet_machine() -> None:
     assert "busy" in found[0].note
 
 
-CASES = [suites.random(0.5, ()), suites.causal(()), suites.window(64, ()), suites.documents(8, 256, ())]
+CASES = [masks.random(0.5), masks.causal(), masks.window(64), masks.documents(8)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_checker_accepts_right_and_shows_wrong(case: suites.Case) -> None:
+def test_checker_accepts_right_and_shows_wrong(case: masks.MaskKind) -> None:
     p = problem(case)
     expected = check.references(p)
     found = right_result(p)
-    assert check.errors(found, expected, p.q.dtype).right
+    assert check.errors(p, found, expected).right
     for n, name in enumerate(check.NAMES):
         damaged = list(found)
         damaged[n] = found[n].detach().clone()
         # one row of the last checked plane
         damaged[n][-1, -1, 100] *= 1.1
-        errors = check.errors(tuple(damaged), expected, p.q.dtype)
+        errors = check.errors(p, tuple(damaged), expected)
         assert not errors.right
         assert errors.worst_row[name] == max(errors.worst_row.values())
         damaged[n][-1, -1, 100, 0] = math.nan
-        assert not check.errors(tuple(damaged), expected, p.q.dtype).right
+        assert not check.errors(p, tuple(damaged), expected).right
 
 
 def test_checker_sees_another_mask() -> None:
     p = problem(CASES[0])
     other = replace(p, mask=p.mask.roll(1, 0))
-    assert not check.errors(right_result(other), check.references(p), p.q.dtype).right
+    assert not check.errors(p, right_result(other), check.references(p)).right
 
 
-@pytest.mark.parametrize("case", CASES[1:], ids=lambda c: c.name)
-def test_closed_forms_say_what_the_dense_masks_say(case: suites.Case) -> None:
-    p = problem(case)
-    i, j = torch.arange(256)[:, None], torch.arange(256)[None, :]
-    assert torch.equal(case.closed_form(None, None, i, j), p.mask)
-    assert 0 < p.mask.sum() < p.mask.numel()
+@pytest.mark.parametrize("kind", [*masks.kinds(), masks.documents(8)], ids=lambda k: k.name)
+@pytest.mark.parametrize("length", [1000, 2048])
+def test_all_ways_to_write_a_mask_say_the_same(kind: masks.MaskKind, length: int) -> None:
+    if kind.name in ("block_diffusion", "pixels_2d"):
+        # blocks, or pixels, fill it
+        length = 1 << (length.bit_length() - 1)
+    dense = kind.dense(length, torch.Generator().manual_seed(0))
+    assert 0 < dense.sum() < dense.numel()
+    i, j, zero = torch.arange(length)[:, None], torch.arange(length)[None, :], torch.zeros((), dtype=torch.int64)
+    if kind.rule is not None:
+        assert torch.equal(kind.rule(length, "cpu")(zero, zero, i, j).expand(length, length), dense)
+    if kind.symbolic is not None:
+        packed = anymask.pack(kind.symbolic(length, "cpu"), q_len=length, kv_len=length)
+        assert torch.equal(packed.to_dense()[0, 0], dense)
 
 
 def test_masks_mean_what_their_names_say() -> None:
-    assert torch.equal(problem(CASES[1]).mask, anymask.pack(anymask.causal(), q_len=256, kv_len=256).to_dense()[0, 0])
-    window = anymask.pack(anymask.sliding_window(64), q_len=256, kv_len=256).to_dense()[0, 0]
-    assert torch.equal(problem(CASES[2]).mask, window)
-    assert problem(CASES[3]).mask.sum() == 8 * (32 * 33 // 2)
-    p = problem(CASES[0])
+    assert problem(masks.documents(8)).mask.sum() == 8 * (32 * 33 // 2)
+    p = problem(masks.random(0.5))
     assert 0.45 < p.pairs / (4 * 256 * 256) < 0.55
     assert p.tile_pairs == 4 * 256 * 256
+    p = problem(masks.random_tiles(0.5), replace(SMALL, length=512))
+    assert p.tile_pairs == 4 * 512 * 256
+    # seven of the fifteen segments fork
+    assert (masks._tree(256, "cpu")[0][1:].bincount() == 2).sum() == 7
+    assert len(masks.kinds()) >= 12
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_mask_too_long_for_a_tensor_is_checked_on_lines() -> None:
+    kind = masks.documents(16)
+    rule = kind.rule(4000, "cpu")
+    right = anymask.pack(kind.symbolic(4000, "cpu"), q_len=4000, kv_len=4000)
+    assert check.lines_match(right, rule)
+    wrong = anymask.pack(kind.symbolic(4000, "cpu") & anymask.causal(offset=-1), q_len=4000, kv_len=4000)
+    assert not check.lines_match(wrong, rule)
+
+
+def test_grouped_heads_are_checked_group_by_group() -> None:
+    p = problem(masks.causal(), suites.Shape(2, 4, 256, 16, torch.float32, kv_heads=2))
+    out = scaled_dot_product_attention(p.q, p.k, p.v, p.mask, enable_gqa=True)
+    found = out, *torch.autograd.grad(out, (p.q, p.k, p.v), p.do)
+    assert check.errors(p, found, check.references(p)).right
+    for n in range(4):
+        damaged = [t.detach().clone() for t in found]
+        damaged[n][-1, -1, 100] *= 1.1
+        assert not check.errors(p, tuple(damaged), check.references(p)).right
+    for name in ("sdpa", "flex"):
+        prepared = providers.find(name)(p)
+        torch.testing.assert_close(prepared.attend(*(t.detach() for t in (p.q, p.k, p.v))), out.detach())
+
+
 @pytest.mark.parametrize("mask_mod", ["closed", "dense"])
 def test_flex_gets_the_same_mask(mask_mod: str) -> None:
-    for case in CASES[1:] if mask_mod == "closed" else CASES:
-        p = problem(case)
+    for kind in CASES[1:] if mask_mod == "closed" else CASES:
+        p = problem(kind)
         q, k, v = (t.detach() for t in (p.q, p.k, p.v))
         p = replace(p, q=q, k=k, v=v)
         prepared = providers.find("flex" if mask_mod == "closed" else "flex-dense")(p)
@@ -202,7 +243,7 @@ def test_providers_refuse_what_they_cannot() -> None:
 
 def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     one = timing.Quantiles(1.0, 0.9, 1.1)
-    monkeypatch.setattr(timing, "cuda_ms", lambda functions: dict.fromkeys(functions, one))
+    monkeypatch.setattr(timing, "cuda_ms", lambda functions, rounds, block_ms: dict.fromkeys(functions, one))
     monkeypatch.setattr(timing, "extra_bytes", lambda function: (1024, 2048))
     monkeypatch.setattr(timing, "host_us", lambda function: 50.0)
     monkeypatch.setattr(timing, "device_work_ms", lambda functions: 0.05)
@@ -213,12 +254,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu_suite_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's suite, tiny, on the CPU, with invented times: everything but the clock is real."""
     fake_clock(monkeypatch)
-    suite = replace(suites.quick_gpu(), shape=SMALL, ours=("cpu",))
-    cases = (
-        *(c for c in suite.cases if not c.name.startswith("documents")),
-        suites.documents(8, 256, ("flex", "cudnn")),
-    )
-    monkeypatch.setattr(run, "quick_cpu", lambda: replace(suite, cases=cases))
+    monkeypatch.setattr(run, "quick_cpu", lambda: shrunk(suites.quick_gpu(), ours=("cpu",)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -250,10 +286,11 @@ def test_gpu_suite_with_failing_rivals(gpu_suite_on_cpu: None, tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore")
 def test_the_build_suite_builds_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_clock(monkeypatch)
-    small = replace(
-        suites.build_gpu(), shape=SMALL, cases=(suites.documents(8, 256, ()), *suites.build_gpu().cases[1:])
-    )
-    monkeypatch.setattr(run, "quick_cpu", lambda: replace(small, figure_length=256))
+    monkeypatch.setattr(suites, "DENSE_LENGTH", 512)
+    monkeypatch.setattr(measure, "DENSE_LENGTH", 512)
+    small = shrunk(suites.build())
+    million = replace(small.cases[-1], shape=replace(SMALL, length=1024))
+    monkeypatch.setattr(run, "quick_cpu", lambda: replace(small, cases=(*small.cases[:-1], million)))
     assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "build.json").read_text())
     assert {r["group"] for r in data["rows"]} == {"pack"}
@@ -265,8 +302,8 @@ def test_the_build_suite_builds_only(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_a_mask_by_name_that_is_another_is_wrong(
     gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = replace(suites.causal(()), symbolic=lambda length, device: anymask.causal(offset=1))
-    monkeypatch.setattr(run, "quick_cpu", lambda: replace(suites.build_gpu(), shape=SMALL, cases=(wrong,)))
+    wrong = replace(masks.causal(), symbolic=lambda length, device: anymask.causal(offset=1))
+    monkeypatch.setattr(run, "quick_cpu", lambda: replace(suites.build(), cases=(case_of(wrong),)))
     assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
     rows = {r["provider"]: r["status"] for r in json.loads((tmp_path / "build.json").read_text())["rows"]}
     assert rows["anymask:symbolic"] == WRONG
@@ -278,9 +315,8 @@ def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fake_clock(monkeypatch)
-    suite = suites.hopper("hopper-d64", replace(SMALL, length=8192))
-    cases = tuple(c for c in suite.cases if c.name == "random50")
-    one_case = replace(suite, shape=SMALL, cases=cases, ours=("cpu",))
+    suite = shrunk(suites.hopper("hopper-d64", replace(SMALL, length=8192)), ours=("cpu",))
+    one_case = replace(suite, cases=tuple(c for c in suite.cases if c.name == "random50"))
     monkeypatch.setattr(run, "quick_cpu", lambda: one_case)
     plain = providers._sdpa
     monkeypatch.setattr(providers, "_sdpa", lambda problem, kernel, *rest: plain(problem, None, *rest))
@@ -290,7 +326,7 @@ def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it(
     pairs = {name: row["values"]["pairs"] for name, row in rows.items()}
     assert pairs["cudnn-unmasked"] == SMALL.batch * SMALL.heads * 256 * 256 > pairs["anymask:cpu"]
     # a yardstick that minds the mask, and a result of ours that is wrong
-    masked = replace(providers.find("cudnn")(problem(one_case.cases[0])), unmasked=True)
+    masked = replace(providers.find("cudnn")(problem(masks.random(0.5))), unmasked=True)
     monkeypatch.setitem(providers.PROVIDERS, "cudnn-unmasked", lambda problem: masked)
     monkeypatch.setattr(providers.anymask, "attention", lambda q, k, v, *a, **o: q * k * v)
     assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
@@ -374,13 +410,15 @@ def test_cpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--quick", "--device", "cpu", "--length", "128", "--only", "random50", "--out", str(tmp_path)]
     assert run.main(arguments) == 0
     data = json.loads((tmp_path / "quick.json").read_text())
-    mine, rival, pack = data["rows"]
+    mine, rival, flex, pack = data["rows"]
+    assert flex["status"] == OK
+    assert {key for key in flex["values"] if key.startswith(("error", "backward"))} == {"error_o"}
     assert mine["values"]["both_ratio"] > 0
     assert rival["values"]["both_ratio"] == 1
     assert not any("_ms" in key for row in data["rows"] for key in row["values"])
     # one partial tile of 128 x 128: a bit per pair in each view
     assert pack["values"]["words_bytes"] * 4 == pack["values"]["dense_bytes"]
-    assert "stated for 2048 tokens" in (tmp_path / "quick.md").read_text()
+    assert "stated for other lengths" in (tmp_path / "quick.md").read_text()
 
 
 def test_interrupted_run_keeps_its_rows_and_resumes(
@@ -466,3 +504,83 @@ def test_disturbed_rounds_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_others_s", lambda: float(next(used)))
     found = timing.cpu_ratios({"a": lambda: None}, "a", rounds=3)
     assert (found.rounds, found.quiet) == (3, 3)
+
+
+def written(path: Path, rows: Rows, **environment: str) -> Path:
+    Results(path, ENV | {"suite": "quick"} | environment, rows).save()
+    return path
+
+
+def spread(row: str, ms: float, noise: float = 0.01) -> Row:
+    values = {"forward_ms": ms, "forward_ms_p20": ms * (1 - noise), "forward_ms_p80": ms * (1 + noise)}
+    return Row("attention", row, OURS, OK, "", values)
+
+
+def test_two_runs_are_compared_beyond_their_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Rows([spread("a", 1.0), spread("b", 1.0), spread("c", 1.0), spread("d", 1.0, 0.2), spread("e", 1.0)])
+    after = Rows([spread("a", 1.1), spread("b", 0.9), spread("c", 1.025), spread("d", 1.1, 0.2), spread("f", 1.0)])
+    files = [str(written(tmp_path / f"{n}.json", rows)) for n, rows in enumerate((before, after))]
+    assert run.main(["--compare", *files, "--json"]) == 0
+    found = {c["row"].split("/")[1]: (c["verdict"], c["ratio"]) for c in json.loads(capsys.readouterr().out)}
+    # c moved less than clocks drift, d less than its own spread
+    assert found == {
+        "a": ("slower", pytest.approx(1.1)),
+        "b": ("faster", pytest.approx(0.9)),
+        "c": ("same", pytest.approx(1.025)),
+        "d": ("same", pytest.approx(1.1)),
+        "e": ("lost", None),
+        "f": ("appeared", None),
+    }
+    assert run.main(["--compare", *files]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("slower")
+    assert "2 of 6 numbers did not change" in text
+    other = written(tmp_path / "other.json", after, shape="another")
+    (tmp_path / "none.json").write_text("[]")
+    for bad, why in ((str(other), "differ in shape"), (str(tmp_path / "none.json"), "no result of this benchmark")):
+        with pytest.raises(SystemExit):
+            run.main(["--compare", files[0], bad])
+        assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, make in suites.GPU_SUITES.items() if make().passes])
+def test_every_suite_draws_what_it_measures(name: str, tmp_path: Path) -> None:
+    suite = suites.GPU_SUITES[name]()
+    assert len({c.name for c in suite.cases}) == len(suite.cases)
+    keys = suite.curves.y if suite.curves else ("forward_ms", "backward_ms")
+    rows = Rows()
+    for n, job in enumerate(run.plan(suite, ("anymask:hopper", "anymask:triton"), "attention/")):
+        rows += [Row(g, job.case.name, p, OK, "", dict.fromkeys(keys, 1.0 + n)) for g, p in job.wanted]
+    drawn = report.pictures.draw(suite, Results(tmp_path / "x.json", ENV, rows), tmp_path, name)
+    assert len(drawn) == len(keys)
+    assert all(path.stat().st_size > 10_000 for path in drawn)
+    # every rival has a colour of its own kind, the same in all pictures
+    assert {row.provider for row in rows} - {"anymask:hopper:deterministic"} <= set(report.pictures.COLOURS)
+
+
+def test_density_figure_is_the_worst_distance_from_proportion() -> None:
+    shares = (0.05, 0.1, 0.5, 1.0)
+
+    def rows(*times: float) -> Rows:
+        timed = zip(shares, times, strict=True)
+        return Rows(
+            Row("attention", f"tiles{100 * s:.0f}", OURS, OK, "", {"forward_ms": t, "backward_ms": t}) for s, t in timed
+        )
+
+    good, _ = figures.judge(figures.density_figures(shares), rows(9.0, 1.09, 4.8, 10.0), OURS)
+    assert (good.reached, good.measured) == (figures.REACHED, "0.090 x")
+    bad, _ = figures.judge(figures.density_figures(shares), rows(9.0, 1.09, 5.6, 10.0), OURS)
+    assert bad.reached == figures.MISSED
+    assert "at 50%" in bad.note
+    none, _ = figures.judge(figures.density_figures(shares), Rows(rows(9.0, 1.09, 5.6, 10.0)[:3]), OURS)
+    assert none.reached == figures.NOT_MEASURED
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_empty_mask_is_right_if_all_is_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_clock(monkeypatch)
+    p = problem(masks.random_tiles(0.0))
+    zeros = [torch.zeros_like(t) for t in (p.q, p.q, p.k, p.v)]
+    assert check.errors(p, tuple(zeros), check.references(p)).right
+    zeros[1][0, 0, 3, 0] = 1.0
+    assert not check.errors(p, tuple(zeros), check.references(p)).right
