@@ -100,7 +100,7 @@ def main() -> None:
             ("backward", backwards(args, mask), differentiate, expected),
         ):
             kept = {n: call for n, call in calls.items() if is_close(call(), right)}
-            times = timing.cuda_ms({"cuDNN": baseline} | kept)
+            times = timing.cuda_ms({"cuDNN": baseline} | kept, 5, 40.0)
             lines += [f"{step}, {name}: cuDNN {times['cuDNN'].median:.3f} ms"]
             lines += [f"  wrong: {n}" for n in calls if n not in kept]
             ranked = sorted(kept, key=lambda n: times[n].median)
