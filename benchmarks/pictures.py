@@ -31,7 +31,6 @@ COLOURS = {
     "flash": "#c9b458",
     "flash-causal": "#9c8a34",
     "fa4": "#4a4a4a",
-    "fa4-causal": "#8a8a8a",
     "flashinfer": "#7fb8b8",
     "xformers": "#c48fb0",
     "earlier": "#a58a6f",

@@ -7,9 +7,13 @@ packed mask, a block mask, compilation) is not in its time; `note` says how it w
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -183,6 +187,127 @@ def _sdpa_causal(problem: Problem, kernel: SDPBackend) -> Prepared:
     return Prepared(attend, "is_causal=True")
 
 
+def fa4(problem: Problem) -> Prepared:
+    """FlashAttention-4 (`flash_attn.cute`)."""
+    _require_package("flash_attn.cute", "flash-attn-4")
+    from benchmarks import fa4 as rival
+
+    arguments, note = rival.options(problem.mask, problem.shape.head_dim)
+    scale = problem.shape.head_dim**-0.5
+    return Prepared(functools.partial(rival.attend, scale=scale, arguments=arguments), note)
+
+
+def flashinfer(problem: Problem) -> Prepared:
+    """FlashInfer's prefill with a custom mask; it has no backward pass."""
+    _require_package("flashinfer", "flashinfer-python")
+    import flashinfer as rival
+
+    s, mask, scale = problem.shape, problem.mask, problem.shape.head_dim**-0.5
+    packed = None
+    if mask is not None:
+        bits = torch.nn.functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8).byte()
+        weights = 1 << torch.arange(8, device=mask.device, dtype=torch.uint8)
+        packed = (bits * weights).sum(-1, dtype=torch.uint8).repeat(s.batch)
+    wrapper = rival.BatchPrefillWithRaggedKVCacheWrapper(
+        torch.empty(2**28, dtype=torch.uint8, device=problem.q.device), "NHD", backend="fa2"
+    )
+    offsets = torch.arange(s.batch + 1, dtype=torch.int32, device=problem.q.device) * s.length
+    wrapper.plan(
+        offsets,
+        offsets.clone(),
+        s.heads,
+        s.kv_heads,
+        s.head_dim,
+        packed_custom_mask=packed,
+        sm_scale=scale,
+        q_data_type=s.dtype,
+        kv_data_type=s.dtype,
+    )
+    # its own order, [tokens, heads, head_dim], made ahead: it is how its users have it
+    ragged = [t.detach().transpose(1, 2).flatten(0, 1).contiguous() for t in (problem.q, problem.k, problem.v)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = wrapper.run(*ragged)
+        return out.view(s.batch, s.length, s.heads, s.head_dim).transpose(1, 2)
+
+    return Prepared(attend, "packed mask, planned before" if mask is not None else "no mask", forward_only=True)
+
+
+def xformers(problem: Problem) -> Prepared:
+    """xformers' memory-efficient attention with the mask as an additive tensor."""
+    _require_package("xformers", "xformers")
+    if problem.grouped:
+        raise Unsupported("its kernels with a bias have no grouped heads")
+    from xformers.ops import fmha, memory_efficient_attention
+
+    s, mask, bias = problem.shape, problem.mask, None
+    if mask is not None:
+        # rows of a multiple of 8 elements, as the kernel wants them
+        storage = torch.zeros(s.length, -(-s.length // 8) * 8, dtype=s.dtype, device=mask.device)
+        storage[:, : s.length].masked_fill_(~mask, -float("inf"))
+        bias = storage[:, : s.length].expand(s.batch, s.heads, s.length, s.length)
+    kernels = fmha.cutlass.FwOp, fmha.cutlass.BwOp
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        swapped = (t.transpose(1, 2) for t in (q, k, v))
+        out: Tensor = memory_efficient_attention(*swapped, attn_bias=bias, op=kernels)
+        return out.transpose(1, 2)
+
+    return Prepared(attend, "no mask" if mask is None else "additive mask prepared before")
+
+
+def earlier(problem: Problem) -> Prepared:
+    """The kernels that this package began as, `fa2_custom_mask`, from the folder given with `--earlier`."""
+    if problem.earlier is None:
+        raise Unsupported("not asked for; --earlier names its folder")
+    s, mask = problem.shape, problem.mask
+    if s.dtype != torch.float16 or s.length % 128 or problem.grouped or s.head_dim not in (32, 64, 128, 256):
+        raise Unsupported(
+            "fp16, lengths of a multiple of 128, head_dim 32 to 256 in powers of two and equal heads only"
+        )
+    module = _load_earlier(Path(problem.earlier))
+    planes = None if mask is None else mask.expand(s.batch, s.heads, s.length, s.length)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = module.flash_attention_custom_mask(q, k, v, planes, s.head_dim**-0.5)
+        return out
+
+    return Prepared(attend, "bool mask" if mask is not None else "no mask")
+
+
+@functools.cache
+def _load_earlier(folder: Path) -> ModuleType:
+    """The package in `folder`, beside our module of the same name: its files import each other by that name."""
+    name, package = "fa2_custom_mask", folder / "fa2_custom_mask"
+    if not (package / "__init__.py").is_file():
+        raise Unsupported(f"there is no {name}/__init__.py in the folder of --earlier")
+    mine = {n: sys.modules.pop(n) for n in list(sys.modules) if n.partition(".")[0] == name}
+    spec = importlib.util.spec_from_file_location(
+        name, package / "__init__.py", submodule_search_locations=[str(package)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for n in [n for n in sys.modules if n.partition(".")[0] == name]:
+            del sys.modules[n]
+        sys.modules.update(mine)
+    return module
+
+
+def _require_package(module: str, package: str) -> None:
+    """Raise Unsupported if a rival is not installed; one that is, and breaks, fails aloud."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise Unsupported(f"{package} is not installed")
+
+
 def _require_causal(problem: Problem) -> None:
     if problem.case.mask is None or problem.case.mask.name != "causal":
         raise Unsupported("only the causal mask is built in")
@@ -205,6 +330,10 @@ PROVIDERS: dict[str, Callable[[Problem], Prepared]] = {
     "efficient": efficient,
     "flash": flash,
     "flash-causal": flash_causal,
+    "fa4": fa4,
+    "flashinfer": flashinfer,
+    "xformers": xformers,
+    "earlier": earlier,
 }
 
 

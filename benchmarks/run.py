@@ -277,12 +277,15 @@ def drive(
 
 
 def command_line(arguments: list[str]) -> str:
-    """The command as recorded: the output folder is the reader's own."""
+    """The command as recorded: folders are the reader's own."""
     kept, skip = [], False
     for argument in arguments:
-        if not (skip or argument.startswith("--out")):
+        own = argument.startswith(("--out", "--earlier"))
+        if not (skip or own):
             kept.append(argument)
-        skip = argument == "--out"
+        if argument.startswith("--earlier"):
+            kept.append("--earlier FOLDER")
+        skip = own and "=" not in argument
     return " ".join(["python -m benchmarks.run", *kept])
 
 

@@ -187,11 +187,11 @@ def _cases(shape: Shape, *rivals_of: tuple[MaskKind | None, tuple[str, ...]]) ->
 
 def quick_gpu() -> Suite:
     """The figures stated for a GPU; the most important masks first, in case time runs out."""
-    with_mask = ("flex", "flex-dense", "cudnn", "cudnn-bias", "efficient", "fa4")
+    with_mask = ("flex", "flex-dense", "cudnn", "cudnn-bias", "efficient", "fa4", "flashinfer", "xformers", "earlier")
     cases = _cases(
         Shape(2, 16, 8192, 128, torch.float16),
         (masks.random(0.5), with_mask),
-        (masks.causal(), (*with_mask, "cudnn-causal", "flash-causal", "fa4-causal")),
+        (masks.causal(), (*with_mask, "cudnn-causal", "flash-causal")),
         (masks.window(1024), with_mask),
         (masks.documents(8), with_mask),
         (None, ("flex", "cudnn", "flash", "efficient", "fa4")),
@@ -228,8 +228,8 @@ MS = {"forward_ms": "forward, ms", "backward_ms": "backward, ms"}
 
 def classic() -> Suite:
     """The curves of the package that this one began as: no mask, and a causal one as a tensor, by length."""
-    unmasked = ("cudnn", "flash", "fa4", "efficient", "flex")
-    masked = ("cudnn-causal", "fa4-causal", "flex", "flex-dense", "cudnn", "efficient", "earlier")
+    unmasked = ("cudnn", "flash", "fa4", "efficient", "flex", "earlier")
+    masked = ("cudnn-causal", "fa4", "flex", "flex-dense", "cudnn", "efficient", "earlier")
     cases = []
     for heads in (32, 16):
         for mask in (masks.causal(), None):
@@ -246,7 +246,7 @@ def classic() -> Suite:
 
 def zoo() -> Suite:
     """Many kinds of masks, 4 query heads to one of k and v."""
-    rivals = ("cudnn-unmasked", "flex", "fa4", "cudnn")
+    rivals = ("cudnn-unmasked", "flex", "fa4", "cudnn", "flashinfer")
     cases = []
     for length, batch in ((8192, 2), (32768, 1)):
         for head_dim in (128, 64):
@@ -273,7 +273,7 @@ def lengths() -> Suite:
     causal, cases = masks.causal(), []
     for length in (2**n for n in range(8, 18)):
         shape = Shape(131072 // length, 8, length, 128, torch.float16)
-        rivals = ("cudnn-causal", "flex", "fa4-causal")
+        rivals = ("cudnn-causal", "flex", "fa4")
         cases.append(Case(f"causal L{length}", shape, causal, rivals, "causal", length))
         cases.append(
             Case(f"packed_documents L{length}", shape, masks.kinds()[3], ("flex", "fa4"), "16 documents", length)
@@ -298,7 +298,7 @@ def memory() -> Suite:
 
 def latency() -> Suite:
     """Small shapes, where the host decides."""
-    rivals = ("cudnn-causal", "flash-causal", "flex", "fa4-causal")
+    rivals = ("cudnn-causal", "flash-causal", "flex", "fa4")
     cases = tuple(
         Case(f"causal L{n}", Shape(1, 8, n, 128, torch.float16), masks.causal(), rivals, "causal, 1 x 8 heads", n)
         for n in (128, 256, 512, 1024, 2048)
@@ -315,7 +315,7 @@ def latency() -> Suite:
 
 def scaling() -> Suite:
     """More heads, and more samples."""
-    rivals, cases = ("cudnn-causal", "flex", "fa4-causal"), []
+    rivals, cases = ("cudnn-causal", "flex", "fa4"), []
     for n in (1, 2, 4, 8, 16, 32, 64):
         for panel, shape in (
             ("heads, batch 1, 4096 tokens", Shape(1, n, 4096, 128, torch.float16)),

@@ -584,3 +584,52 @@ def test_an_empty_mask_is_right_if_all_is_zero(monkeypatch: pytest.MonkeyPatch, 
     assert check.errors(p, tuple(zeros), check.references(p)).right
     zeros[1][0, 0, 3, 0] = 1.0
     assert not check.errors(p, tuple(zeros), check.references(p)).right
+
+
+def test_rivals_that_are_not_there_say_so() -> None:
+    p = problem(masks.causal())
+    for name, package in (("fa4", "flash-attn-4"), ("flashinfer", "flashinfer-python"), ("xformers", "xformers")):
+        with pytest.raises(providers.Unsupported, match=f"{package} is not installed"):
+            providers.find(name)(p)
+    with pytest.raises(providers.Unsupported, match="--earlier"):
+        providers.find("earlier")(p)
+
+
+EARLIER = """
+from torch.nn.functional import scaled_dot_product_attention
+
+def flash_attention_custom_mask(q, k, v, mask=None, sm_scale=1.3):
+    right = scaled_dot_product_attention(q, k, v, mask, scale=sm_scale)
+    wrong = scaled_dot_product_attention(q, k, v, mask, scale=2 * sm_scale)
+    return wrong + (right - wrong).detach()
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_earlier_package_is_loaded_beside_ours_and_its_wrong_gradients_have_no_speed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import fa2_custom_mask as ours
+
+    package = tmp_path / "fa2_custom_mask"
+    package.mkdir()
+    (package / "__init__.py").write_text("from fa2_custom_mask.impl import flash_attention_custom_mask\n")
+    (package / "impl.py").write_text(EARLIER)
+    fake_clock(monkeypatch)
+    shape = replace(SMALL, dtype=torch.float16, head_dim=32)
+    suite = replace(suites.classic(), cases=(case_of(masks.causal(), "earlier", shape=shape),), ours=("cpu",))
+    monkeypatch.setattr(run, "quick_cpu", lambda: suite)
+    arguments = ["--quick", "--device", "cpu", "--earlier", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert run.main(arguments) == 0
+    data = json.loads((tmp_path / "out" / "classic.json").read_text())
+    row = next(r for r in data["rows"] if r["provider"] == "earlier")
+    assert row["status"] == OK
+    assert "gradients WRONG" in row["note"]
+    assert "forward_tflops" in row["values"]
+    assert not [key for key in row["values"] if key.startswith("backward")]
+    assert str(tmp_path) not in json.dumps(data)
+    import fa2_custom_mask as still
+
+    assert still is ours
+    with pytest.raises(providers.Unsupported, match="__init__"):
+        providers.find("earlier")(replace(problem(masks.causal(), shape), earlier=str(tmp_path / "none")))
