@@ -65,6 +65,8 @@ def _interpreter() -> Iterator[None]:
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
         # int32 arithmetic is checked for overflow
         object.__setattr__(builder.options, "debug", True)
+        # the interpreter takes as long for few rows
+        patch.setattr("anymask.mask.triton_pack.STRIP", 64)
         yield
         object.__setattr__(builder.options, "debug", debug)
 
@@ -268,7 +270,7 @@ def _check_expression(mask: Mask, q_len: int, kv_len: int) -> None:
     assert_same_block_mask(_pack_expression(mask, q_len, kv_len), pack(mask, q_len=q_len, kv_len=kv_len))
 
 
-@pytest.mark.parametrize("length", [1, 128, 300, 512])
+@pytest.mark.parametrize("length", [1, 300])
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("function")])
 def test_every_builder_packs_the_same_on_the_device(name: str, length: int) -> None:
     mask = CASES[name][0](length)
@@ -283,20 +285,25 @@ def test_the_gallery_packs_the_same_on_the_device(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (130, 260), (257, 100), (4300, 140), (140, 4300)], ids=str)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (130, 260), (257, 100)], ids=str)
 def test_expressions_with_planes_pack_the_same_on_the_device(q_len: int, kv_len: int) -> None:
     ids, kv_ids = torch.randint(-3, 3, (2, 1, q_len)) << 40, torch.randint(-3, 3, (1, 3, kv_len)) << 40
     documents = anymask.document(ids.sort().values, kv_ids=kv_ids.sort().values)
     lengths = anymask.key_padding(torch.tensor([kv_len // 2, kv_len - 1]))
     _check_expression(causal_lower_right() & documents, q_len, kv_len)
     _check_expression(~(documents & lengths) | anymask.sliding_window(9, 5), q_len, kv_len)
-    if q_len * kv_len < 10**5:
-        dense = anymask.from_dense(torch.rand(3, q_len, kv_len) < 0.5)
-        layout = torch.rand(2, 1, -(-q_len // 70), -(-kv_len // 70)) < 0.5
-        _check_expression(causal(5) & dense & ~anymask.block_sparse(layout, 70) | lengths, q_len, kv_len)
-        # a tensor of floats, broadcast along one dimension
-        rows = anymask.mask.leaves.Dense((torch.rand(2, 1, q_len, 1) - 0.5).clamp(min=0))
-        _check_expression(rows & Stride(3) | Positions(5, 10**12, of_query=False), q_len, kv_len)
+    dense = anymask.from_dense(torch.rand(3, q_len, kv_len) < 0.5)
+    layout = torch.rand(2, 1, -(-q_len // 70), -(-kv_len // 70)) < 0.5
+    _check_expression(causal(5) & dense & ~anymask.block_sparse(layout, 70) | lengths, q_len, kv_len)
+    # a tensor of floats, broadcast along one dimension
+    rows = Dense((torch.rand(2, 1, q_len, 1) - 0.5).clamp(min=0))
+    _check_expression(rows & Stride(3) | Positions(5, 10**12, of_query=False), q_len, kv_len)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(4300, 140), (140, 4300)], ids=str)
+def test_many_tiles_pack_the_same_on_the_device(q_len: int, kv_len: int) -> None:
+    ids, kv_ids = torch.arange(q_len) // 640, torch.arange(kv_len) // 640
+    _check_expression(causal(900) & anymask.document(ids, kv_ids=kv_ids), q_len, kv_len)
 
 
 @pytest.mark.parametrize("block", [1, 60, 128, 256])
@@ -305,7 +312,7 @@ def test_block_masks_pack_the_same_on_the_device(block: int) -> None:
     _check_expression(anymask.block_sparse(layout, block), 500, 400)
 
 
-@pytest.mark.parametrize("limit", [2**28, 2**40, 10**30])
+@pytest.mark.parametrize("limit", [2**28, 2**40, 2**62])
 def test_far_limits_pack_the_same_on_the_device(limit: int) -> None:
     _check_expression(anymask.sliding_window(limit, 3) & causal(-limit) | Stride(limit), 200, 300)
     _check_expression(causal(limit) & ~anymask.chunked(limit) | Positions(-limit, 7, of_query=True), 200, 300)

@@ -16,7 +16,7 @@ from torch import Tensor
 from anymask.mask import bits
 from anymask.mask.bits import tiles_over
 from anymask.mask.expr import Grid, Mask
-from anymask.mask.triton_bits import LAUNCH, TILE, WORDS, bits_of_words, word_offsets
+from anymask.mask.triton_bits import LAUNCH, TILE, WORDS, word_and_bit
 
 # dtypes that kernels read as they are; others are compared with 0 first, at the price of a bool copy
 READABLE = (
@@ -224,7 +224,7 @@ def _sum_before(tensors, strides, leaf: tl.constexpr, b, h, q, k):
     """The sum over the blocks before `q` and `k`."""
     ptr = tensors[leaf] + _plane(strides, leaf, b, h)
     ptr += (q - 1) * _field(strides, leaf, 2) + (k - 1) * _field(strides, leaf, 3)
-    return tl.load(ptr, mask=(q > 0) & (k > 0), other=0)
+    return tl.load(ptr, mask=tl.minimum(q, k) > 0, other=0)
 
 
 @triton.jit
@@ -299,19 +299,16 @@ def classify(
 
 
 @triton.jit
-def evaluate(ops: tl.constexpr, at: tl.constexpr, numbers, tensors, strides, b, h, q_tile, kv_tile, q_len, kv_len):
-    """bool that broadcasts to `[TILE, TILE]`: `Mask.evaluate` of the node at `at`, for a tile. Positions beyond the
-    plane repeat its last ones."""
-    q = tl.minimum(q_tile * TILE + tl.arange(0, TILE), q_len - 1)[:, None]
-    k = tl.minimum(kv_tile * TILE + tl.arange(0, TILE), kv_len - 1)[None, :]
+def evaluate(ops: tl.constexpr, at: tl.constexpr, numbers, tensors, strides, b, h, q, k, q_len, kv_len):
+    """bool that broadcasts to the shape of positions `q` and `k`, of one tile: `Mask.evaluate` of the node at `at`."""
     if ops[at] == AND:
-        left = evaluate(ops, ops[at + 1], numbers, tensors, strides, b, h, q_tile, kv_tile, q_len, kv_len)
-        return left & evaluate(ops, ops[at + 2], numbers, tensors, strides, b, h, q_tile, kv_tile, q_len, kv_len)
+        left = evaluate(ops, ops[at + 1], numbers, tensors, strides, b, h, q, k, q_len, kv_len)
+        return left & evaluate(ops, ops[at + 2], numbers, tensors, strides, b, h, q, k, q_len, kv_len)
     elif ops[at] == OR:
-        left = evaluate(ops, ops[at + 1], numbers, tensors, strides, b, h, q_tile, kv_tile, q_len, kv_len)
-        return left | evaluate(ops, ops[at + 2], numbers, tensors, strides, b, h, q_tile, kv_tile, q_len, kv_len)
+        left = evaluate(ops, ops[at + 1], numbers, tensors, strides, b, h, q, k, q_len, kv_len)
+        return left | evaluate(ops, ops[at + 2], numbers, tensors, strides, b, h, q, k, q_len, kv_len)
     elif ops[at] == NOT:
-        return ~evaluate(ops, ops[at + 1], numbers, tensors, strides, b, h, q_tile, kv_tile, q_len, kv_len)
+        return ~evaluate(ops, ops[at + 1], numbers, tensors, strides, b, h, q, k, q_len, kv_len)
     elif ops[at] == BAND:
         low, high, block = numbers[ops[at + 1]] >> 2, numbers[ops[at + 2]] >> 2, numbers[ops[at + 4]] >> 2
         shift = (kv_len - q_len) * ops[at + 3]
@@ -340,6 +337,9 @@ def evaluate(ops: tl.constexpr, at: tl.constexpr, numbers, tensors, strides, b, 
     else:
         tl.static_assert(ops[at] == PACKED)
         # places lie like kinds
-        plane = tensors[ops[at + 2]] + _plane(strides, ops[at + 1], b, h)
-        place = tl.load(plane + q_tile * _field(strides, ops[at + 1], 2) + kv_tile * _field(strides, ops[at + 1], 3))
-        return bits_of_words(tl.load(tensors[ops[at + 3]] + place.to(tl.int64) * (TILE * WORDS) + word_offsets()))
+        at_tile = (tl.min(q) // TILE) * _field(strides, ops[at + 1], 2) + (tl.min(k) // TILE) * _field(
+            strides, ops[at + 1], 3
+        )
+        place = tl.load(tensors[ops[at + 2]] + _plane(strides, ops[at + 1], b, h) + at_tile).to(tl.int64)
+        word, bit = word_and_bit(k % TILE)
+        return ((tl.load(tensors[ops[at + 3]] + (place * TILE + q % TILE) * WORDS + word) >> bit) & 1) != 0

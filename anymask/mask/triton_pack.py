@@ -14,13 +14,15 @@ from torch import Tensor
 from anymask.mask import bits
 from anymask.mask.block_mask import BlockMask
 from anymask.mask.expr import Grid, Mask
-from anymask.mask.triton_bits import LAUNCH, TILE, WORDS, kind_of_bits, word_offsets, words_of_bits
+from anymask.mask.triton_bits import LAUNCH, TILE, WORDS, kind_of_words, word_offsets, words_of_bits
 from anymask.mask.triton_expr import READABLE, Program, classify, evaluate, packed_program, program_of
 from anymask.mask.triton_lists import TOTALS, empty, lists_of, nothing_yet
 from anymask.shapes import TileKinds, Words
 
 # kv tiles that a program classifies; those that stay undecided it evaluates one after the other
 SPAN = 32
+# rows of a tile that a program evaluates at a time: few, as a deep expression has many values at once in registers
+STRIP = 16
 
 
 def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
@@ -112,7 +114,7 @@ def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: W
     shape = heads, grid.q_len, grid.kv_len, grid.q_tiles, grid.kv_tiles
     if found.kinds.numel():
         _tiles_kernel[(n_rows * triton.cdiv(grid.kv_tiles, SPAN),)](
-            *mask, program.extremes, *found, *shape, n_rows, n_cols, SPAN, num_warps=4, **LAUNCH
+            *mask, program.extremes, *found, *shape, n_rows, n_cols, SPAN, STRIP, num_warps=4, **LAUNCH
         )
     rows, cols = lists_of(found, grid)
     n_partial = rows.lines.numel()
@@ -126,6 +128,7 @@ def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: W
             *(cols.lines, cols.partial_tiles, words_t),
             entries,
             *shape,
+            STRIP,
             num_warps=4,
             **LAUNCH,
         )
@@ -141,6 +144,15 @@ def _rows_of(tile):
 def _mark(live, plane, length, positions, lives):
     """All programs write the same 1."""
     tl.store(live + plane.to(tl.int64) * length + positions, lives.to(tl.uint8), mask=lives)
+
+
+@triton.jit
+def _inside(ops: tl.constexpr, numbers, tensors, strides, b, h, q, k, q_len, kv_len):
+    """The pairs of positions, some of which may lie outside the plane and attend to nothing."""
+    bits = evaluate(
+        ops, 0, numbers, tensors, strides, b, h, tl.minimum(q, q_len - 1), tl.minimum(k, kv_len - 1), q_len, kv_len
+    )
+    return bits & (q < q_len) & (k < kv_len)
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"])
@@ -162,6 +174,7 @@ def _tiles_kernel(
     n_rows,
     n_cols,
     SPAN: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
     """One program a line of SPAN tiles: their kinds, counted by row and by column, and what lives in partial ones."""
     spans = tl.cdiv(kv_tiles, SPAN)
@@ -176,19 +189,22 @@ def _tiles_kernel(
     # columns beyond kv_len are off, so the last kv tile is full for nobody
     kind = tl.where((kv_tile + 1) * TILE > kv_len, tl.minimum(kind, 1), kind)
     undecided = there & (kind == 1)
-    rows = _rows_of(q_tile)
     for _ in tl.range(0, tl.sum(undecided.to(tl.int32))):
         at = tl.min(tl.where(undecided, lane, SPAN))
         cols = _rows_of(first + at)
-        tile = evaluate(ops, 0, numbers, tensors, strides, b, h, q_tile, first + at, q_len, kv_len)
-        tile = (tile & (rows < q_len)[:, None] & (cols < kv_len)[None, :]).to(tl.int32)
-        row_any = tl.max(tile, 1) != 0
-        col_any = tl.max(tile, 0) != 0
-        found = kind_of_bits(row_any, tl.min(tile, 1) != 0, rows, q_len)
-        kind = tl.where(lane == at, found, kind)
+        any_pair = tl.zeros([STRIP, TILE], tl.int32)
+        all_pairs = any_pair + 1
+        for start in tl.range(0, TILE, STRIP):
+            rows = q_tile * TILE + start + tl.arange(0, STRIP)
+            tile = _inside(ops, numbers, tensors, strides, b, h, rows[:, None], cols[None, :], q_len, kv_len)
+            any_pair = tl.maximum(any_pair, tile.to(tl.int32))
+            # rows that do not exist count for neither
+            all_pairs = tl.minimum(all_pairs, (tile | (rows >= q_len)[:, None]).to(tl.int32))
+            _mark(q_live, plane, q_len, rows, tl.max(tile.to(tl.int32), 1) != 0)
+        col_any = tl.max(any_pair, 0)
+        _mark(kv_live, plane, kv_len, cols, col_any != 0)
+        kind = tl.where(lane == at, tl.max(col_any) + tl.min(all_pairs), kind)
         undecided = undecided & (lane != at)
-        _mark(q_live, plane, q_len, rows, row_any)
-        _mark(kv_live, plane, kv_len, cols, col_any)
     tl.store(kinds + line.to(tl.int64) * kv_tiles + first + lane, kind.to(tl.int8), mask=there)
     counts += TOTALS
     for of in tl.static_range(2):
@@ -230,24 +246,22 @@ def _dense_kernel(
     inside = (rows[:, None] < q_len) & (cols[None, :] < kv_len)
     # [TILE, TILE]
     tile = (tl.load(ptrs, mask=inside, other=0) != 0).to(tl.float16)
-    w = words_of_bits(tile)
-    tl.store(words + number.to(tl.int64) * (TILE * WORDS) + word_offsets(), w)
-    w_t = words_of_bits(tl.trans(tile))
+    w = words_of_bits(tile, TILE)
+    tl.store(words + number.to(tl.int64) * (TILE * WORDS) + word_offsets(0, TILE), w)
+    w_t = words_of_bits(tl.trans(tile), TILE)
     column = plane * kv_tiles + kv_tile
-    tl.store(words_t + (column.to(tl.int64) * q_tiles + q_tile) * (TILE * WORDS) + word_offsets(), w_t)
-    row_any = tl.max((w != 0).to(tl.int32), 1) != 0
-    col_any = tl.max((w_t != 0).to(tl.int32), 1) != 0
-    kind = kind_of_bits(row_any, tl.min((w == -1).to(tl.int32), 1) != 0, rows, q_len)
+    tl.store(words_t + (column.to(tl.int64) * q_tiles + q_tile) * (TILE * WORDS) + word_offsets(0, TILE), w_t)
+    kind = kind_of_words(w, rows, q_len)
     tl.store(kinds + number, kind)
-    _mark(q_live, plane, q_len, rows, row_any)
-    _mark(kv_live, plane, kv_len, cols, col_any)
+    _mark(q_live, plane, q_len, rows, tl.max((w != 0).to(tl.int32), 1) != 0)
+    _mark(kv_live, plane, kv_len, cols, tl.max((w_t != 0).to(tl.int32), 1) != 0)
     counts += TOTALS
     tl.atomic_add(counts + tl.where(kind == 2, 0, n_rows) + line, 1, mask=kind > 0, sem="relaxed")
     column += 2 * n_rows + tl.where(kind == 2, 0, n_cols)
     tl.atomic_add(counts + column, 1, mask=kind > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len"])
+@triton.jit(do_not_specialize=["place_stride", "field_stride", "q_len", "kv_len"])
 def _tile_words_kernel(tiles, places, words, kinds, strides, place_stride, field_stride, q_len, kv_len):
     """`words_of_tiles`, one program a tile."""
     number = tl.program_id(0).to(tl.int64)
@@ -256,10 +270,9 @@ def _tile_words_kernel(tiles, places, words, kinds, strides, place_stride, field
     cols = _rows_of(tl.load(place + 3 * field_stride).to(tl.int32))
     within = tl.arange(0, TILE).to(tl.int64)
     ptrs = tiles + number * strides[0] + within[:, None] * strides[1] + within[None, :] * strides[2]
-    w = words_of_bits(tl.load(ptrs, mask=(rows < q_len)[:, None] & (cols < kv_len)[None, :], other=0))
-    tl.store(words + number * (TILE * WORDS) + word_offsets(), w)
-    row_any, row_all = tl.max((w != 0).to(tl.int32), 1) != 0, tl.min((w == -1).to(tl.int32), 1) != 0
-    tl.store(kinds + number, kind_of_bits(row_any, row_all, rows, q_len))
+    w = words_of_bits(tl.load(ptrs, mask=(rows < q_len)[:, None] & (cols < kv_len)[None, :], other=0), TILE)
+    tl.store(words + number * (TILE * WORDS) + word_offsets(0, TILE), w)
+    tl.store(kinds + number, kind_of_words(w, rows, q_len))
 
 
 @triton.jit(do_not_specialize=["n_partial", "q_tiles", "kv_tiles"])
@@ -278,7 +291,7 @@ def _copy_kernel(
 ):
     """One program an entry of the rows, then of the columns: its words, out of those of all tiles."""
     entry = tl.program_id(0)
-    offs = word_offsets()
+    offs = word_offsets(0, TILE)
     if entry < n_partial:
         tile = tl.load(row_lines + entry).to(tl.int64) * kv_tiles + tl.load(row_tiles + entry)
         w = tl.load(all_words + tile * (TILE * WORDS) + offs)
@@ -308,23 +321,26 @@ def _words_kernel(
     kv_len,
     q_tiles,
     kv_tiles,
+    STRIP: tl.constexpr,
 ):
     """One program an entry of the rows, `entries` of them, then of the columns: its words from the tile again."""
     entry = tl.program_id(0)
-    is_row = entry < entries
-    if is_row:
+    if entry < entries:
         line = tl.load(row_lines + entry)
-        plane, q_tile = line // q_tiles, line % q_tiles
-        kv_tile = tl.load(row_tiles + entry)
+        plane, cols = line // q_tiles, _rows_of(tl.load(row_tiles + entry))
+        b, h = plane // heads, plane % heads
+        at = row_words + entry.to(tl.int64) * (TILE * WORDS)
+        for start in tl.range(0, TILE, STRIP):
+            rows = (line % q_tiles) * TILE + start + tl.arange(0, STRIP)
+            tile = _inside(ops, numbers, tensors, strides, b, h, rows[:, None], cols[None, :], q_len, kv_len)
+            tl.store(at + word_offsets(start, STRIP), words_of_bits(tile, STRIP))
     else:
         entry -= entries
         line = tl.load(col_lines + entry)
-        plane, kv_tile = line // kv_tiles, line % kv_tiles
-        q_tile = tl.load(col_tiles + entry)
-    tile = evaluate(ops, 0, numbers, tensors, strides, plane // heads, plane % heads, q_tile, kv_tile, q_len, kv_len)
-    tile = (tile & (_rows_of(q_tile) < q_len)[:, None] & (_rows_of(kv_tile) < kv_len)[None, :]).to(tl.float16)
-    at = entry.to(tl.int64) * (TILE * WORDS) + word_offsets()
-    if is_row:
-        tl.store(row_words + at, words_of_bits(tile))
-    else:
-        tl.store(col_words + at, words_of_bits(tl.trans(tile)))
+        plane, cols = line // kv_tiles, _rows_of(tl.load(col_tiles + entry))
+        b, h = plane // heads, plane % heads
+        at = col_words + entry.to(tl.int64) * (TILE * WORDS)
+        for start in tl.range(0, TILE, STRIP):
+            rows = (line % kv_tiles) * TILE + start + tl.arange(0, STRIP)
+            tile = _inside(ops, numbers, tensors, strides, b, h, cols[None, :], rows[:, None], q_len, kv_len)
+            tl.store(at + word_offsets(start, STRIP), words_of_bits(tile, STRIP))
