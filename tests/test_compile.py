@@ -205,7 +205,12 @@ def test_packing_fits(compiled, monkeypatch, target):
     triton_pack.lists_from_tiles(kinds, words, Grid(384, 384, torch.device("cpu")))
     lists = ["_scan_kernel", "_fill_kernel"]
     assert_fits(kernels, target, ["_dense_kernel", *lists, "_copy_kernel", "_tiles_kernel", *lists, "_words_kernel"])
-    assert max(spilled_bytes(k) for k in kernels) == 0
+    assert_packing_spills_little(kernels, target)
+
+
+def assert_packing_spills_little(kernels, target):
+    """None on sm_90; elsewhere a few scalars, on AMD into lanes of a vector register."""
+    assert max(spilled_bytes(k) for k in kernels) <= (0 if target == "sm_90" else 64)
 
 
 EXPRESSIONS = {
@@ -224,7 +229,16 @@ def test_packing_expressions_fits(compiled, monkeypatch, target, name):
     triton_pack.pack_expression(EXPRESSIONS[name](384), Grid(384, 384, torch.device("cpu")))
     lists = ["_tiles_kernel", "_scan_kernel", "_fill_kernel", "_words_kernel"]
     assert_fits(kernels, target, ["_extremes_kernel", *lists] if name == "documents" else lists)
-    assert max(spilled_bytes(k) for k in kernels) == 0
+    assert_packing_spills_little(kernels, target)
+
+
+def test_words_of_tiles_fit(compiled):
+    kernels = compiled("sm_90")
+    space, places = Grid(384, 384, torch.device("cpu")), torch.zeros(3, 4, dtype=torch.long)
+    words, kinds = torch.zeros(3, 128, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int8)
+    triton_pack.words_of_tiles(torch.zeros(3, 128, 128, dtype=torch.bool), places, space, words, kinds)
+    assert_fits(kernels, "sm_90", ["_tile_words_kernel"])
+    assert_packing_spills_little(kernels, "sm_90")
 
 
 def test_new_numbers_and_lengths_of_an_expression_compile_nothing(compiled, monkeypatch):

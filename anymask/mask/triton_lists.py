@@ -99,6 +99,7 @@ def lists_of(found: Found, grid: Grid) -> tuple[Lists, Lists]:
             q_tiles,
             kv_tiles,
             CHUNK,
+            num_warps=8,
             **LAUNCH,
         )
     # a copy, as the zeros of all would live on with a part
