@@ -77,7 +77,7 @@ def lists_of(found: Found, grid: Grid) -> tuple[Lists, Lists]:
     row_full, row_partial, col_full, col_partial = offsets = [
         empty(grid, n + 1) for n in (n_rows, n_rows, n_cols, n_cols)
     ]
-    q_chunks, kv_chunks = (triton.cdiv(n, LIVE_CHUNK) for n in (n_queries, n_keys))
+    q_chunks, kv_chunks = (-(-n // LIVE_CHUNK) for n in (n_queries, n_keys))
     _scan_kernel[(4 + q_chunks + kv_chunks,)](
         counts, *offsets, q_live, kv_live, n_rows, n_cols, n_queries, n_keys, grid.q_len, grid.kv_len,
         q_tiles, kv_tiles, CHUNK, LIVE_CHUNK, **LAUNCH,

@@ -113,7 +113,7 @@ def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: W
     mask = program.ops, program.numbers, program.tensors, program.strides
     shape = heads, grid.q_len, grid.kv_len, grid.q_tiles, grid.kv_tiles
     if found.kinds.numel():
-        _tiles_kernel[(n_rows * triton.cdiv(grid.kv_tiles, SPAN),)](
+        _tiles_kernel[(n_rows * -(-grid.kv_tiles // SPAN),)](
             *mask, program.extremes, *found, *shape, n_rows, n_cols, SPAN, STRIP, num_warps=4, **LAUNCH
         )
     rows, cols = lists_of(found, grid)
