@@ -2,7 +2,7 @@
 
 A kernel finds the kind of every tile and, on the way, counts tiles and marks the positions that live: for a mask by
 name `_tiles_kernel`, which evaluates only what bounds leave undecided, for a dense tensor `_dense_kernel`, which reads
-it once and keeps the words of all tiles. From there all entries share `_lists`: scan, synchronise for the sizes, and
+it once and keeps the words of all tiles. From there all entries share `lists_of`: scan, synchronise for the sizes, and
 fill the lists. Last come the words of the partial tiles, for both views.
 """
 
@@ -49,8 +49,8 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
                 kv_len,
                 grid.q_tiles,
                 grid.kv_tiles,
-                found.kinds.shape[0] * heads * grid.q_tiles,
-                found.kinds.shape[0] * heads * grid.kv_tiles,
+                batch * heads * grid.q_tiles,
+                batch * heads * grid.kv_tiles,
                 num_warps=4,
                 **LAUNCH,
             )
