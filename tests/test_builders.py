@@ -266,6 +266,7 @@ def test_tensors_follow_the_mask_to_a_device() -> None:
     assert len(leaves) == 5
     assert {t.device.type for t in leaves} == {"meta"}
     assert causal().to("meta") == causal()
+    assert mask.to("cpu") is mask
 
 
 def test_masks_print_briefly() -> None:

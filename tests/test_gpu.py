@@ -3,14 +3,34 @@
 Head dimensions and mask forms are few on purpose: each combination compiles its own kernels.
 """
 
+import sys
+import warnings
 from typing import Any
 
 import grid
 import pytest
 import torch
 from grid import BF16, F16, F32, cases
+from test_builders import CASES
 
-from anymask import attention, causal, explain, flash_attention_custom_mask, gallery, ops, pack, sliding_window
+from anymask import (
+    attention,
+    block_sparse,
+    causal,
+    causal_lower_right,
+    dilated,
+    document,
+    explain,
+    flash_attention_custom_mask,
+    from_dense,
+    from_function,
+    gallery,
+    key_padding,
+    ops,
+    pack,
+    sliding_window,
+)
+from anymask.mask.bits import unpack_bits
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, make_inputs, make_qkv, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -247,6 +267,106 @@ class TestPacking:
         mask = causal() & ~sliding_window(3000)
         lens = {"q_len": 40000, "kv_len": 40000}
         assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), pack(mask, **lens))
+
+    @pytest.mark.parametrize("length", [1, 300, 512, 5000])
+    @pytest.mark.parametrize("name", CASES)
+    def test_of_every_builder(self, name: str, length: int, device: str) -> None:
+        mask, lens = CASES[name][0](length), {"q_len": length, "kv_len": length}
+        assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), pack(mask, **lens))
+        assert_same_block_mask(pack(~mask, **lens, device=device).to("cpu"), pack(~mask, **lens))
+
+    @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (130, 260), (257, 100), (4300, 900)], ids=str)
+    def test_of_expressions_with_planes(self, q_len: int, kv_len: int, device: str) -> None:
+        ids, kv_ids = torch.randint(-3, 3, (2, 1, q_len)) << 40, torch.randint(-3, 3, (1, 3, kv_len)) << 40
+        documents = document(ids.sort().values, kv_ids=kv_ids.sort().values)
+        lengths = key_padding(torch.tensor([kv_len // 2, kv_len - 1]))
+        layout = torch.rand(2, 1, -(-q_len // 70), -(-kv_len // 70)) < 0.5
+        dense = from_dense(torch.rand(3, q_len, kv_len) < 0.5)
+        for mask in (
+            causal_lower_right() & documents,
+            ~(documents & lengths) | sliding_window(9, 5),
+            causal(5) & dense & ~block_sparse(layout, 70) | lengths,
+            documents & from_function(lambda b, h, q, k: (q * k + b) % 3 > 0, batch=2),
+        ):
+            lens = {"q_len": q_len, "kv_len": kv_len}
+            assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), pack(mask, **lens))
+
+    def test_of_many_tiles_of_a_function(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys.modules["anymask.mask.pack"], "GROUP_TILES", 5000)
+        lens = {"q_len": 11000, "kv_len": 10000}
+        for fn in (lambda b, h, q, k: (q >= k) & (q // 3000 == k // 3000), lambda b, h, q, k: k % 7000 > 300):
+            expected = pack(fn(0, 0, torch.arange(11000)[:, None], torch.arange(10000)).expand(11000, 10000))
+            assert_same_block_mask(pack(from_function(fn), **lens, device=device).to("cpu"), expected)
+
+    def test_new_numbers_and_lengths_compile_nothing(self, device: str) -> None:
+        from anymask.mask import triton_expr, triton_pack
+
+        def compiled() -> int:
+            kernels = triton_expr._extremes_kernel, triton_pack._tiles_kernel, triton_pack._words_kernel
+            return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+        counts = set()
+        for n in (1000, 1, 2, 16, 129, 384, 4096):
+            mask = sliding_window(n, n - 1) & document(torch.arange(n, device=device)[None].expand(n % 3 + 1, n))
+            pack(mask & dilated(n, 1), q_len=n, kv_len=n, device=device)
+            counts.add(compiled())
+        assert len(counts) == 1
+
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+    def test_synchronises_once(self, device: str) -> None:
+        mask = causal() & document(torch.arange(3000, device=device) // 700) & block_sparse(torch.eye(30).bool(), 100)
+        mask = mask.to(device)
+        pack(mask, q_len=3000, kv_len=3000, device=device)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                pack(mask, q_len=3000, kv_len=3000, device=device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len([w for w in found if "synchronizing" in str(w.message)]) == 1
+
+    def test_of_a_million_tokens(self, device: str) -> None:
+        length = 2**20
+        at = torch.arange(length, device=device)
+        ids = at // 65000
+        mask = causal() & document(ids)
+        pack(mask, q_len=length, kv_len=length, device=device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        packed = pack(mask, q_len=length, kv_len=length, device=device)
+        assert torch.cuda.max_memory_allocated() - before <= 256 * 2**20
+
+        def defined(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return (q[..., :, None] >= k[..., None, :]) & (ids[q][..., :, None] == ids[k][..., None, :])
+
+        # whole lines of tiles, at the borders of documents and of the plane
+        for start in (0, 65000 // 128 * 128, 65000 * 9 // 128 * 128, length - 128):
+            rows = packed.queries(start, start + 128).to_dense()[0, 0]
+            assert torch.equal(rows, defined(at[start : start + 128], at))
+        cols, within = packed.cols, torch.arange(128, device=device)
+        some = torch.randperm(cols.partial_tiles.numel(), device=device)[:500]
+        q = cols.partial_tiles[some].long()[:, None] * 128 + within
+        k = cols.line_numbers(1)[some][:, None] * 128 + within
+        assert torch.equal(unpack_bits(cols.words[some]), defined(q, k).mT)
+        assert cols.partial_tiles.numel() == packed.rows.partial_tiles.numel()
+        assert torch.equal(packed.rows.full_offsets[-1], packed.cols.full_offsets[-1])
+        assert packed.rows.live.numel() == packed.cols.live.numel() == 0
+
+    def test_memory_by_name(self, device: str) -> None:
+        mask = causal() & document(torch.arange(32768, device=device) // 3000)
+        pack(mask, q_len=32768, kv_len=32768, device=device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        packed = pack(mask, q_len=32768, kv_len=32768, device=device)
+        assert torch.cuda.max_memory_allocated() - before <= packed.nbytes + 8 * 2**20
+
+    def test_memory_of_a_function(self, device: str) -> None:
+        mask = from_function(lambda b, h, q, k: (q >= k) & (q // 3000 == k // 3000))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        pack(mask, q_len=32768, kv_len=32768, device=device)
+        assert torch.cuda.max_memory_allocated() - before <= 500 * 2**20
 
     def test_memory(self, device: str) -> None:
         tensor = torch.rand(8192, 8192, device=device) < 0.5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-MINIMUM = 250
+MINIMUM = 340
 
 
 @pytest.mark.slow

@@ -11,11 +11,14 @@ import grid
 import pytest
 import torch
 from grid import BF16, F16, F32, cases
+from test_builders import CASES
 
-from anymask import attention, pack
+import anymask
+from anymask import BlockMask, attention, causal, causal_lower_right, gallery, pack
+from anymask.mask.bits import TILE, WORDS
 from anymask.mask.expr import Grid, Mask
-from anymask.mask.leaves import Dense
-from anymask.mask.pack import tile_words
+from anymask.mask.leaves import Dense, Positions, Stride
+from anymask.mask.pack import _words_of_tiles, tile_words
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, reference
 
 pytestmark = [
@@ -28,6 +31,7 @@ BACKENDS = ("triton",)
 # a kernel's paths: no mask, only full tiles, bits, dead keys, dead queries, planes by batch, by head and by both
 MASK_NAMES = ["none", "causal", "tiles", "empty_rows", "empty_columns", "per_batch", "per_head", "per_batch_head"]
 HEADS = [(4, 2), (7, 1)]
+CPU = torch.device("cpu")
 SCALES = (-0.3, 0.0, 1e-3, 3.0)
 
 
@@ -61,6 +65,8 @@ def _interpreter() -> Iterator[None]:
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
         # int32 arithmetic is checked for overflow
         object.__setattr__(builder.options, "debug", True)
+        # the interpreter takes as long for few rows
+        patch.setattr("anymask.mask.triton_pack.STRIP", 64)
         yield
         object.__setattr__(builder.options, "debug", debug)
 
@@ -221,11 +227,11 @@ def test_packing_is_the_same_on_the_device(name: str, q_len: int, kv_len: int) -
     from anymask.mask import triton_pack
 
     mask, dense = MASKS[name](2, 2, q_len, kv_len)
-    space = Grid(q_len, kv_len, torch.device("cpu"))
+    space = Grid(q_len, kv_len, CPU)
     if isinstance(mask, Mask):
-        assert_same_block_mask(
-            triton_pack.lists_from_tiles(*tile_words(mask, space), space), pack(mask, q_len=q_len, kv_len=kv_len)
-        )
+        expected = pack(mask, q_len=q_len, kv_len=kv_len)
+        assert_same_block_mask(triton_pack.lists_from_tiles(*tile_words(mask, space), space), expected)
+        assert_same_block_mask(_pack_expression(mask, q_len, kv_len), expected)
     # planes of size 1 stay 1, expanded ones are read in place
     tensor = dense[(None,) * (4 - dense.dim())]
     assert_same_block_mask(
@@ -250,3 +256,98 @@ def test_packing_nothing_is_the_same_on_the_device(q_len: int, kv_len: int) -> N
 
     tensor = torch.ones(2, 1, q_len, kv_len, dtype=torch.bool)
     assert_same_block_mask(triton_pack.pack_dense(tensor, q_len, kv_len), pack(tensor))
+
+
+def _pack_expression(mask: Mask, q_len: int, kv_len: int) -> BlockMask:
+    from anymask.mask import triton_pack
+
+    packed = triton_pack.pack_expression(mask, Grid(q_len, kv_len, CPU))
+    assert packed is not None
+    return packed
+
+
+def _check_expression(mask: Mask, q_len: int, kv_len: int) -> None:
+    assert_same_block_mask(_pack_expression(mask, q_len, kv_len), pack(mask, q_len=q_len, kv_len=kv_len))
+
+
+@pytest.mark.parametrize("length", [1, 300])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("function")])
+def test_every_builder_packs_the_same_on_the_device(name: str, length: int) -> None:
+    mask = CASES[name][0](length)
+    _check_expression(mask, length, length)
+    _check_expression(~mask & ~causal(-30), length, length)
+
+
+@pytest.mark.parametrize("name", [name for name in gallery.EXAMPLES if name != "from_function"])
+def test_the_gallery_packs_the_same_on_the_device(name: str) -> None:
+    assert_same_block_mask(
+        _pack_expression(gallery.example(name), gallery.LENGTH, gallery.LENGTH), gallery.packed(name)
+    )
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (130, 260), (257, 100)], ids=str)
+def test_expressions_with_planes_pack_the_same_on_the_device(q_len: int, kv_len: int) -> None:
+    ids, kv_ids = torch.randint(-3, 3, (2, 1, q_len)) << 40, torch.randint(-3, 3, (1, 3, kv_len)) << 40
+    documents = anymask.document(ids.sort().values, kv_ids=kv_ids.sort().values)
+    lengths = anymask.key_padding(torch.tensor([kv_len // 2, kv_len - 1]))
+    _check_expression(causal_lower_right() & documents, q_len, kv_len)
+    _check_expression(~(documents & lengths) | anymask.sliding_window(9, 5), q_len, kv_len)
+    dense = anymask.from_dense(torch.rand(3, q_len, kv_len) < 0.5)
+    layout = torch.rand(2, 1, -(-q_len // 70), -(-kv_len // 70)) < 0.5
+    _check_expression(causal(5) & dense & ~anymask.block_sparse(layout, 70) | lengths, q_len, kv_len)
+    # a tensor of floats, broadcast along one dimension
+    rows = Dense((torch.rand(2, 1, q_len, 1) - 0.5).clamp(min=0))
+    _check_expression(rows & Stride(3) | Positions(5, 10**12, of_query=False), q_len, kv_len)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(4300, 140), (140, 4300)], ids=str)
+def test_many_tiles_pack_the_same_on_the_device(q_len: int, kv_len: int) -> None:
+    ids, kv_ids = torch.arange(q_len) // 640, torch.arange(kv_len) // 640
+    _check_expression(causal(900) & anymask.document(ids, kv_ids=kv_ids), q_len, kv_len)
+
+
+@pytest.mark.parametrize("block", [1, 60, 128, 256])
+def test_block_masks_pack_the_same_on_the_device(block: int) -> None:
+    layout = torch.rand(-(-500 // block), -(-400 // block)) < 0.6
+    _check_expression(anymask.block_sparse(layout, block), 500, 400)
+
+
+@pytest.mark.parametrize("limit", [2**28, 2**40, 2**62])
+def test_far_limits_pack_the_same_on_the_device(limit: int) -> None:
+    _check_expression(anymask.sliding_window(limit, 3) & causal(-limit) | Stride(limit), 200, 300)
+    _check_expression(causal(limit) & ~anymask.chunked(limit) | Positions(-limit, 7, of_query=True), 200, 300)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 0), (0, 200), (200, 0)], ids=str)
+def test_expressions_of_nothing_pack_the_same_on_the_device(q_len: int, kv_len: int) -> None:
+    _check_expression(causal() & anymask.key_padding(torch.tensor([3, 4])), q_len, kv_len)
+
+
+def test_functions_are_left_to_torch() -> None:
+    from anymask.mask import triton_pack
+
+    for mask in (
+        anymask.from_function(lambda b, h, q, k: q > k),
+        causal() & anymask.from_function(lambda b, h, q, k: q > k),
+    ):
+        assert triton_pack.pack_expression(mask, Grid(300, 300, CPU)) is None
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(300, 257), (128, 384)], ids=str)
+def test_words_of_tiles_are_the_same_on_the_device(q_len: int, kv_len: int) -> None:
+    from anymask.mask import triton_pack
+
+    space = Grid(q_len, kv_len, CPU)
+    # as nonzero() leaves them on a GPU
+    places = torch.cartesian_prod(*map(torch.arange, (1, 2, space.q_tiles, space.kv_tiles))).T.contiguous().T
+    n = len(places)
+    for tiles in (
+        torch.rand(n, TILE, TILE) < torch.tensor([0, 0.5, 1.1]).repeat(n)[:n, None, None],
+        (torch.rand(n, TILE, 1) < 0.5).expand(n, TILE, TILE),
+        (torch.rand(TILE, TILE) < 0.5).T.expand(n, TILE, TILE),
+    ):
+        results = [(torch.empty(n, TILE, WORDS, dtype=torch.int32), torch.empty(n, dtype=torch.int8)) for _ in range(2)]
+        triton_pack.words_of_tiles(tiles, places, space, *results[0])
+        _words_of_tiles(tiles, places, space, *results[1])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)

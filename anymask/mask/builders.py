@@ -265,7 +265,8 @@ def from_function(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *, bat
 
     Args:
         fn: `fn(b, h, q_idx, kv_idx)` of int64 tensors that broadcast, returns bool; it may read tensors that it has
-            captured, on the device where the mask is packed. It is called on the pairs of up to 1024 tiles at a time.
+            captured, on the device where the mask is packed. It is called on the pairs of up to 1024 tiles at a time,
+            2048 on a GPU.
         batch, heads: samples and query heads that it tells apart; 1 if it reads no `b`, or no `h`.
     """
     if not callable(fn):

@@ -82,11 +82,12 @@ class Mask(ABC):
         """Raise ValueError if the mask cannot describe a plane of these lengths."""
 
     def to(self, device: torch.device | str) -> Mask:
-        """The same mask with all its tensors on `device`; itself if it has none."""
-        leaf = cast(Any, self)
-        values = {f.name: getattr(leaf, f.name) for f in fields(leaf)}
-        moved = {name: x.to(device) for name, x in values.items() if isinstance(x, (Tensor, Mask))}
-        return cast(Mask, replace(leaf, **moved)) if moved else self
+        """The same mask with all its tensors on `device`; itself if they are there."""
+        parts = {name: x for name, x in vars(self).items() if isinstance(x, (Tensor, Mask))}
+        moved = {name: x.to(device) for name, x in parts.items()}
+        if all(moved[name] is x for name, x in parts.items()):
+            return self
+        return cast(Mask, replace(cast(Any, self), **moved))
 
     def __repr__(self) -> str:
         leaf = cast(Any, self)

@@ -14,10 +14,14 @@ from anymask.mask.block_mask import BlockMask, TileLists
 from anymask.mask.builders import from_dense
 from anymask.mask.expr import Grid, Mask
 from anymask.mask.leaves import Dense
-from anymask.shapes import TileKinds, Words
+from anymask.shapes import TileBits, TileKinds, Words
 
 # tiles evaluated at a time: 16 MiB of booleans, and as int64 the positions they are computed from, 128 MiB
 CHUNK_TILES = 1024
+# on a GPU, where chunks are fewer and so launches: twice as much
+CUDA_CHUNK_TILES = 2048
+# tiles evaluated before the words of the partial ones are picked out, which a GPU waits for: 64 MiB of words
+GROUP_TILES = 2**15
 # tiles classified at a time, from bounds of 8 bytes: 16 MiB each
 STRIP_TILES = 2**21
 
@@ -40,7 +44,8 @@ def pack(
     Returns:
         A `BlockMask` of 1 bit per pair of each partial tile, twice (by rows and by columns), plus lists of tiles.
         Temporary memory: one bit per pair of a dense tensor, otherwise one byte per tile plus a bounded chunk.
-        On a GPU it synchronises with the host once for a dense tensor.
+        On a GPU it synchronises with the host once, for a function more often. There the first mask of each structure,
+        whatever its numbers and tensors, compiles two kernels.
 
     Raises:
         ValueError: dtype, rank or shape of a tensor that cannot be a mask of these lengths. TypeError: no mask at all.
@@ -61,10 +66,14 @@ def pack(
     mask.check(q_len, kv_len)
     grid = Grid(q_len, kv_len, torch.device(device or "cpu"))
     mask = mask.to(grid.device)
-    if grid.device.type == "cuda" and isinstance(mask, Dense):
+    if grid.device.type == "cuda":
         from anymask.mask import triton_pack
 
-        return triton_pack.pack_dense(mask.tensor, q_len, kv_len)
+        if isinstance(mask, Dense):
+            return triton_pack.pack_dense(mask.tensor, q_len, kv_len)
+        packed = triton_pack.pack_expression(mask, grid)
+        if packed is not None:
+            return packed
     return _lists_of(*tile_words(mask, grid), grid)
 
 
@@ -94,15 +103,17 @@ def tile_words(mask: Mask, grid: Grid, known: BlockMask | None = None) -> tuple[
     within = torch.arange(TILE, device=grid.device)
     unknown = unknown.nonzero()
     kept = []
-    for chunk in unknown.split(CHUNK_TILES):
-        b, h, q_tile, kv_tile = chunk[:, :, None, None].unbind(1)
-        q = q_tile * TILE + within[:, None]
-        k = kv_tile * TILE + within[None, :]
-        inside = (q < grid.q_len) & (k < grid.kv_len)
-        bits = inside & mask.evaluate(grid, b, h, q.clamp(max=grid.q_len - 1), k.clamp(max=grid.kv_len - 1))
-        words = pack_bits(bits)
-        found = kind_of_words(words, chunk[:, 2], grid)
-        kinds[tuple(chunk.unbind(1))] = found
+    size = CUDA_CHUNK_TILES if grid.device.type == "cuda" else CHUNK_TILES
+    for group in unknown.split(GROUP_TILES):
+        words = torch.empty(len(group), TILE, WORDS, dtype=torch.int32, device=grid.device)
+        found = torch.empty(len(group), dtype=torch.int8, device=grid.device)
+        for chunk, *results in zip(group.split(size), words.split(size), found.split(size), strict=True):
+            b, h, q_tile, kv_tile = chunk[:, :, None, None].unbind(1)
+            q = (q_tile * TILE + within[:, None]).clamp_(max=grid.q_len - 1)
+            k = (kv_tile * TILE + within).clamp_(max=grid.kv_len - 1)
+            bits = mask.evaluate(grid, b, h, q, k).expand(len(chunk), TILE, TILE)
+            _words_of_tiles(bits, chunk, grid, *results)
+        kinds[tuple(group.unbind(1))] = found
         kept.append(words[found == PARTIAL])
     words = torch.cat(kept) if kept else _no_words(grid)
     if known is not None:
@@ -113,6 +124,20 @@ def tile_words(mask: Mask, grid: Grid, known: BlockMask | None = None) -> tuple[
         place[new] = known.rows.words.shape[0] + torch.arange(words.shape[0], device=grid.device)
         words = torch.cat([known.rows.words, words])[place[kinds == PARTIAL]]
     return kinds, words
+
+
+def _words_of_tiles(tiles: TileBits, places: Tensor, grid: Grid, words: Words, kinds: Tensor) -> None:
+    """Write the words and the kinds of tiles at `places [n, 4]`: plane batch, plane head, q tile, kv tile."""
+    if grid.device.type == "cuda":
+        from anymask.mask import triton_pack
+
+        triton_pack.words_of_tiles(tiles, places, grid, words, kinds)
+        return
+    within = torch.arange(TILE, device=grid.device)
+    q, k = (places[:, 2:, None] * TILE + within).unbind(1)
+    inside = (q < grid.q_len)[:, :, None] & (k < grid.kv_len)[:, None, :]
+    words.copy_(pack_bits(tiles & inside))
+    kinds.copy_(kind_of_words(words, places[:, 2], grid))
 
 
 def grown(block_mask: BlockMask, mask: Mask, q_len: int, kv_len: int) -> BlockMask:
