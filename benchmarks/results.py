@@ -88,6 +88,7 @@ class Results:
             if changed:
                 raise ValueError(f"cannot resume {path.name}: it differs from this run in {', '.join(changed)}")
             results.environment["resumed"] = f"rows of {old.environment['date']} are kept"
+            results.environment["command"] = f"{old.environment['command']}; {environment['command']}"
             results.rows = old.rows
         return results
 

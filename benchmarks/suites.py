@@ -246,13 +246,16 @@ def classic() -> Suite:
 
 def zoo() -> Suite:
     """Many kinds of masks, 4 query heads to one of k and v."""
-    rivals = ("cudnn-unmasked", "flex", "fa4", "cudnn", "flashinfer")
+    rivals = ("cudnn-unmasked", "flex", "fa4", "flashinfer")
     cases = []
     for length, batch in ((8192, 2), (32768, 1)):
         for head_dim in (128, 64):
             shape = Shape(batch, 16, length, head_dim, torch.float16, kv_heads=4)
             panel = f"{length:,} tokens, batch {batch}, head_dim {head_dim}"
-            cases += [Case(f"{m.name} L{length} D{head_dim}", shape, m, rivals, panel) for m in masks.kinds()]
+            for m in masks.kinds():
+                # cuDNN with a mask takes the same time for every one
+                more = ("cudnn",) if m.name == "random50" else ()
+                cases.append(Case(f"{m.name} L{length} D{head_dim}", shape, m, (*rivals, *more), panel))
     return Suite("masks", tuple(cases), PASSES, GPU_BACKENDS, rounds=3, block_ms=15.0)
 
 

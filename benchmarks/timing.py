@@ -162,7 +162,7 @@ def wall_ms(functions: list[Function], rounds: int = 5) -> Quantiles:
     return Quantiles.of(samples)
 
 
-def host_us(function: Function, calls: int = 20, rounds: int = 5) -> float:
+def host_us(function: Function, calls: int = 20, rounds: int = 3) -> float:
     """Median us of host time a call takes while the device lags behind; `calls` fit into its queue."""
     samples = []
     for _ in range(rounds):
