@@ -24,6 +24,7 @@ from anymask.backends.hopper.softmax import (
     follow,
     hide,
     load_words,
+    moved,
     no_words,
     packed,
     partial_sums,
@@ -231,11 +232,12 @@ def _attend(
         z, m_i, alpha = follow(z, m_i, W_LAYOUT)
         x = exp2(z)
         l_i = l_i * alpha + partial_sums(x, W_LAYOUT)
+        is_moved = moved(alpha, l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(v_ready.index(stage), phase)
         acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
         mbarrier.arrive(kv_empty.index(stage))
-        acc = rescale(acc, alpha)
+        acc = rescale(acc, alpha, is_moved)
         p = packed(x, dtype)
     last = _slot(first + n - 1, STAGES)[0]
     p = unpacked(p, dtype, P_LAYOUT)

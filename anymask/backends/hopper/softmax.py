@@ -188,31 +188,43 @@ def unpacked(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
     return gl.convert_layout(pairs.reshape([ROWS, p.shape[1] * 8]), LAYOUT, assert_trivial=True)
 
 
-@gluon.constexpr_function
-def _rescale_asm(n: int):
-    """PTX that multiplies `n` elements of a thread by their factors, unless those of all its warp are 1."""
-    lines = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
-    return (
-        "{ .reg .pred p, q; "
-        # neither is above 1
-        f".reg .f32 t; mul.f32 t, ${2 * n}, ${2 * n + 2}; setp.neu.f32 q, t, 0f3F800000; "
-        "vote.sync.any.pred p, q, 0xffffffff; @!p bra KEEP; " + "\n".join(lines) + " KEEP: }"
+@gluon.jit
+def moved(alpha, l_i):
+    """int32 `[ROWS, 4]`: not 0 in a warp in which an `alpha` is not 1. Whoever waits for it has the sums `l_i`."""
+    # alpha is at most 1; the vote, which stays in its place, depends on the sums, or ptxas would move the exponentials
+    # to after the next wait
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .f32 t, u; mul.f32 t, $2, $3; add.f32 u, $4, $5; fma.rn.f32 t, u, 0f00000000, t; "
+        "setp.neu.f32 p, t, 0f3F800000; vote.sync.ballot.b32 $0, p, 0xffffffff; mov.b32 $1, $0; }",
+        "=r,=r,f,f,f,f",
+        [alpha, l_i],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
     )
 
 
 @gluon.constexpr_function
+def _rescale_asm(n: int):
+    """PTX that multiplies `n` elements of a thread by their factors, unless its warp has none that is not 1."""
+    lines = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
+    return f"{{ .reg .pred p; setp.eq.b32 p, ${3 * n}, 0; @p bra KEEP; " + "\n".join(lines) + " KEEP: }"
+
+
+@gluon.constexpr_function
 def _rescale_operands(n: int):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n + ["r"] * n)
 
 
 @gluon.jit
-def rescale(acc, alpha):
+def rescale(acc, alpha, is_moved):
     """`acc [ROWS, D] * alpha [ROWS, 4]`; where every alpha of a warp is 1 it costs a branch."""
     N: gl.constexpr = acc.shape[1] // 2
     LAYOUT: gl.constexpr = acc.type.layout
     W_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_quads(acc).type.layout))
     alpha = gl.convert_layout(alpha, W_LAYOUT, assert_trivial=True).expand_dims(1).expand_dims(3)
+    is_moved = gl.convert_layout(is_moved, W_LAYOUT, assert_trivial=True).expand_dims(1).expand_dims(3)
     acc4 = gl.inline_asm_elementwise(
-        _rescale_asm(N), _rescale_operands(N), [by_quads(acc), alpha], dtype=gl.float32, is_pure=True, pack=N
+        _rescale_asm(N), _rescale_operands(N), [by_quads(acc), alpha, is_moved], dtype=gl.float32, is_pure=True, pack=N
     )
     return by_rows(acc4, LAYOUT)
