@@ -107,7 +107,9 @@ def _follow_asm(n: int):
         lines.append(f"mov.b32 x, ${i}; mov.b32 y, ${i + 1}; max.s32 {c}, {c}, x; max.s32 {c}, {c}, y;")
     lines.append(f"max.s32 a, a, b; max.s32 a, a, c; max.s32 a, a, d; setp.gt.s32 p, a, 0x{HEADROOM};")
     # a product of 0, or of 0 and infinity: one of the rows has met no key
-    lines.append(f"mul.f32 t, ${n}, ${n + 2}; setp.equ.or.f32 q, t, 0f00000000, p; vote.sync.any.pred p, q, 0xffffffff;")
+    lines.append(
+        f"mul.f32 t, ${n}, ${n + 2}; setp.equ.or.f32 q, t, 0f00000000, p; vote.sync.any.pred p, q, 0xffffffff;"
+    )
     lines.append(f"mov.b32 ${n + 1}, 0x3F800000; mov.b32 ${n + 3}, 0x3F800000;")
     lines += [f"mov.b32 ${i}, 0;" for i in range(n + 4, 2 * n)]
     lines.append("@!p bra KEEP;")
