@@ -92,6 +92,12 @@ def assert_keeps_its_registers(kernels, dim):
             # products that ptxas serialised are each followed by a wait
             products = sum(op.startswith("HGMMA") for op in body)
             assert sum(op.startswith("WARPGROUP.DEPBAR") for op in body) <= products // 4, name
+        if name == "_fwd_kernel":
+            for body in loops:
+                # exponentials run beside the product with v, not after it
+                waits = [i for i, op in enumerate(body) if op.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0")]
+                assert len(waits) == 1
+                assert not _has(body[waits[0] :], "MUFU"), name
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])

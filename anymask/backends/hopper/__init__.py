@@ -91,11 +91,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 q_len,
                 kv_len,
                 n_items,
-                (abs(sm_scale) or portable.TINY_SCALE) * portable.LOG2_E,
+                sm_scale * portable.LOG2_E,
             ),
             {
                 "HEAD_DIM": block_d,
-                "IS_NEGATIVE": sm_scale < 0,
                 "STAGES": config.STAGES,
                 "Q_STAGES": config.Q_STAGES,
                 "PAIRS": config.PAIRS,

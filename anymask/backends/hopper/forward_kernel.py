@@ -18,17 +18,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from anymask.backends.hopper.compat import tma_load, tma_store
 from anymask.backends.hopper.softmax import (
-    LOWEST,
     ROWS,
     end_words,
     exponents,
     follow,
     hide,
     load_words,
-    maxima,
+    moved,
     no_words,
+    packed,
     partial_sums,
     rescale,
+    start,
+    unpacked,
 )
 from anymask.backends.hopper.tiles import TILE, barriers, exp2, item_of, rounds, runs
 
@@ -38,10 +40,10 @@ GROUPS = gl.constexpr(2)
 
 
 @gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    """Slot of a ring after `stage`, and the parity of its barrier there."""
-    wraps = stage == STAGES - 1
-    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+def _slot(i, STAGES: gl.constexpr):
+    """Slot of a ring for what passes through it as the `i`-th, and the parity of its barriers then."""
+    i = i.to(gl.uint32)
+    return (i % STAGES).to(gl.int32), (i // STAGES & 1).to(gl.int32)
 
 
 @gluon.jit
@@ -85,7 +87,7 @@ def _produce(
     k_bufs, k_ready, v_bufs, v_ready, kv_empty = kv_ring
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     STEPS: gl.constexpr = TILE // BLOCK_N
-    q_stage, q_phase, stage, phase = 0, 0, 0, 0
+    first = 0
     for round_ in range(rounds(n_items, seat)):
         item = item_of(round_, seat)
         tile, head, sample, partial_begin, n_partial, full_begin, n_full = _line(
@@ -93,6 +95,7 @@ def _produce(
         )
         kv_head = head // group
         n = (n_partial + n_full) * STEPS
+        q_stage, q_phase = _slot(round_, Q_STAGES)
         mbarrier.wait(q_empty.index(q_stage), q_phase ^ 1)
         mbarrier.expect(q_ready.index(q_stage), GROUPS * q_desc.block_type.nbytes)
         for g in gl.static_range(GROUPS):
@@ -102,12 +105,10 @@ def _produce(
                 q_ready.index(q_stage),
                 q_bufs.index(q_stage * GROUPS + g),
             )
-        q_stage, q_phase = _next(q_stage, q_phase, Q_STAGES)
         kv_tile = _listed(0, lists, partial_begin, n_partial, full_begin, n_full, MASKED)
         last_row = 0
-        # not `stage`: a name that enters a loop with another's value and leaves it so is taken for constant
-        v_stage = 0
         for t in range(n):
+            stage, phase = _slot(first + t, STAGES)
             row = kv_tile * TILE + t % STEPS * BLOCK_N
             # read one step ahead: it is an indirection
             kv_tile = _listed((t + 1) // STEPS, lists, partial_begin, n_partial, full_begin, n_full, MASKED)
@@ -115,13 +116,13 @@ def _produce(
             mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
             tma_load(k_desc, [sample, kv_head, row, 0], k_ready.index(stage), k_bufs.index(stage))
             if t > 0:
-                _load_v(v_desc, sample, kv_head, last_row, v_bufs, v_ready, v_stage)
+                _load_v(v_desc, sample, kv_head, last_row, v_bufs, v_ready, _slot(first + t - 1, STAGES)[0])
             last_row = row
-            v_stage = stage
-            stage, phase = _next(stage, phase, STAGES)
+        first += n
         if n > 0:
+            stage, phase = _slot(first, STAGES)
             mbarrier.wait(kv_empty.index(stage), phase ^ 1)
-            _load_v(v_desc, sample, kv_head, last_row, v_bufs, v_ready, v_stage)
+            _load_v(v_desc, sample, kv_head, last_row, v_bufs, v_ready, _slot(first - 1, STAGES)[0])
 
 
 @gluon.jit
@@ -161,14 +162,14 @@ def _attend(
     n,
     kv_len,
     qk_scale,
-    stage,
-    phase,
+    first,
     MASKED: gl.constexpr,
-    IS_NEGATIVE: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The `n >= 1` steps of an item, partial tiles first: output `[ROWS, D]` before division, row sums and references.
+
+    The pair's steps before are `first`, whole tiles.
 
     The tensor cores must never wait for a softmax, so the product with k is issued together with the product of the
     step before with v.
@@ -189,58 +190,61 @@ def _attend(
     if MASKED:
         n_hidden = n_partial * STEPS
         w = load_words(words, FIRST_ROW, n_partial > 0, W_LAYOUT)
+        w_next = w
         if STEPS == 1:
             words += TILE * 4
-        w_next = load_words(words, FIRST_ROW, n_hidden > 1, W_LAYOUT)
+            w_next = load_words(words, FIRST_ROW, n_partial > 1, W_LAYOUT)
     else:
+        n_hidden = STEPS
         w = end_words(kv_len - (n // STEPS - 1) * TILE, W_LAYOUT)
         w_next = w
-        n_hidden = STEPS
+    stage, phase = _slot(first, STAGES)
     mbarrier.wait(k_ready.index(stage), phase)
     s = _scores(q, k_bufs.index(stage))
     s = warpgroup_mma_wait(0, deps=[s])
-    if IS_NEGATIVE:
-        s = -s
-    s = hide(s, w)
-    l_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
-    m_i, l_i, _ = follow(l_i + LOWEST, l_i, maxima(s, W_LAYOUT) * qk_scale)
-    x = exp2(exponents(s, m_i, qk_scale))
+    m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
+    z = hide(exponents(s, m_i, qk_scale), w)
+    z, m_i = start(z, W_LAYOUT)
+    x = exp2(z)
     l_i = partial_sums(x, W_LAYOUT)
     mbarrier.wait(v_ready.index(stage), phase)
     mbarrier.arrive(kv_empty.index(stage))
-    p = gl.convert_layout(x.to(dtype), P_LAYOUT)
+    p = packed(x, dtype)
     acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
-    last = stage
-    stage, phase = _next(stage, phase, STAGES)
-    for t in range(1, n):
-        w = w_next >> (t % STEPS * (BLOCK_N // 4))
-        if MASKED:
-            words += gl.where((t + 1) % STEPS == 0, TILE * 4, 0)
-            w_next = load_words(words, FIRST_ROW, t + 1 < n_hidden, W_LAYOUT)
+    last_hidden = first + n_hidden - 1
+    for i in range(first + 1, first + n):
+        last = _slot(i - 1, STAGES)[0]
+        stage, phase = _slot(i, STAGES)
         mbarrier.wait(k_ready.index(stage), phase)
         s_flying = _scores(q, k_bufs.index(stage))
+        p = unpacked(p, dtype, P_LAYOUT)
         acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_flying])
-        if IS_NEGATIVE:
-            s = -s
-        # one loop and a uniform branch: between two loops p would be unpacked and packed again
+        z = exponents(s, m_i, qk_scale)
+        # one loop and a uniform branch: two loops would be twice the instructions to cache
         if HIDES:  # noqa: SIM102
-            if t < n_hidden:
-                s = hide(s, w)
-        m_i, l_i, alpha = follow(m_i, l_i, maxima(s, W_LAYOUT) * qk_scale)
-        x = exp2(exponents(s, m_i, qk_scale))
-        l_i += partial_sums(x, W_LAYOUT)
+            if i <= last_hidden:
+                step = _slot(i, STEPS)[0]
+                z = hide(z, w_next >> (step * (BLOCK_N // 4)))
+                if MASKED:  # noqa: SIM102
+                    if step == STEPS - 1:
+                        words += TILE * 4
+                        w_next = load_words(words, FIRST_ROW, i < last_hidden, W_LAYOUT)
+        z, m_i, alpha = follow(z, m_i, W_LAYOUT)
+        x = exp2(z)
+        l_i = l_i * alpha + partial_sums(x, W_LAYOUT)
+        is_moved = moved(alpha, l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(v_ready.index(stage), phase)
         acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
         mbarrier.arrive(kv_empty.index(stage))
-        acc = rescale(acc, alpha)
-        p = gl.convert_layout(x.to(dtype), P_LAYOUT)
-        last = stage
-        stage, phase = _next(stage, phase, STAGES)
+        acc = rescale(acc, alpha, is_moved)
+        p = packed(x, dtype)
+    last = _slot(first + n - 1, STAGES)[0]
+    p = unpacked(p, dtype, P_LAYOUT)
     acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
-    return acc, l_i, m_i, stage, phase
+    return acc, l_i, m_i
 
 
 @gluon.jit
@@ -252,7 +256,6 @@ def _consume(
     qk_scale,
     HEAD_DIM: gl.constexpr,
     MASKED: gl.constexpr,
-    IS_NEGATIVE: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
@@ -266,7 +269,7 @@ def _consume(
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    q_stage, q_phase, stage, phase = 0, 0, 0, 0
+    first = 0
     line = _line(gl.minimum(item_of(0, seat), n_items - 1), lists, plane_strides, sizes, MASKED)
     for round_ in range(rounds(n_items, seat)):
         tile, head, sample, partial_begin, n_partial, _, n_full = line
@@ -275,27 +278,16 @@ def _consume(
         words = lists[4]
         if MASKED:
             words += partial_begin.to(gl.int64) * (TILE * 4)
+        q_stage, q_phase = _slot(round_, Q_STAGES)
+        n = (n_partial + n_full) * (TILE // BLOCK_N)
         q = q_bufs.index(q_stage * GROUPS + GROUP).reshape([ROWS, HEAD_DIM])
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
         l_i = no_words(BLOCK_N, S_LAYOUT).to(gl.float32)
-        m_i = l_i + LOWEST
+        m_i = l_i
         mbarrier.wait(q_ready.index(q_stage), q_phase)
-        if n_partial + n_full > 0:
-            acc, l_i, m_i, stage, phase = _attend(
-                q,
-                kv_ring,
-                words,
-                n_partial,
-                (n_partial + n_full) * (TILE // BLOCK_N),
-                kv_len,
-                qk_scale,
-                stage,
-                phase,
-                MASKED,
-                IS_NEGATIVE,
-                GROUP,
-                STAGES,
-            )
+        if n > 0:
+            acc, l_i, m_i = _attend(q, kv_ring, words, n_partial, n, kv_len, qk_scale, first, MASKED, GROUP, STAGES)
+        first += n
         l_i = gl.convert_layout(gl.sum(l_i, 1), R_LAYOUT, assert_trivial=True)
         m_i = gl.convert_layout(gl.max(m_i, 1), R_LAYOUT, assert_trivial=True)
         mbarrier.arrive(q_empty.index(q_stage))
@@ -310,7 +302,6 @@ def _consume(
         o_buf.reshape([ROWS, HEAD_DIM]).store(o)
         fence_async_shared()
         tma_store(o_desc, [sample, head, row, 0], o_buf)
-        q_stage, q_phase = _next(q_stage, q_phase, Q_STAGES)
     tma.store_wait(0)
 
 
@@ -370,7 +361,6 @@ def _fwd_kernel(
     n_items,
     qk_scale,
     HEAD_DIM: gl.constexpr,
-    IS_NEGATIVE: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     PAIRS: gl.constexpr,
@@ -380,7 +370,7 @@ def _fwd_kernel(
     Grid: (programs), so many that there is an item for each, `n_items = batch * q_heads * q_tiles`. Descriptors are
     `[batch, heads, length, D]` with blocks `[1, 1, ROWS, D]` for q and o, `[1, 1, BLOCK_N, D]` for k and v, of which
     BLOCK_N divides a tile: no block leaves its head, and what a block has beyond its length is read as 0 and not
-    written. `IS_NEGATIVE`: qk_scale is the magnitude of a negative scale.
+    written.
 
     Each of `PAIRS` pairs of consumers has `STAGES` slots for k and v and `Q_STAGES` for q in shared memory.
     """
@@ -397,10 +387,10 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(0), STAGES, Q_STAGES,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES,
                 )),
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(1), STAGES, Q_STAGES,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES,
                 )),
                 (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
             ],
@@ -412,16 +402,16 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(0), STAGES, Q_STAGES,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES,
                 )),
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(1), STAGES, Q_STAGES,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES,
                 )),
                 (_consume, (
-                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(0), STAGES, Q_STAGES,
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES,
                 )),
                 (_consume, (
-                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, IS_NEGATIVE, gl.constexpr(1), STAGES, Q_STAGES,
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES,
                 )),
                 (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
                 (_produce, (q_desc, k_desc, v_desc, b, work, group, MASKED, STAGES, Q_STAGES)),

@@ -5,10 +5,10 @@ from triton.experimental.gluon import language as gl
 
 # query rows of a consumer group
 ROWS = gl.constexpr(64)
-# p may be as large as 2**HEADROOM, which fp16 holds with its full precision
-HEADROOM = 8.0
-# reference of a row that has met no key: finite, so that no difference is a NaN
-LOWEST = gl.constexpr(-3.0e38)
+# p may be as large as 2**8, which fp16 holds with its full precision
+HEADROOM = "41000000"  # 8.0
+# the reference of a row that has met a key is at least this far from 0, which is that of one that has met none
+TINY = "21800000"  # 2**-60
 
 
 @gluon.jit
@@ -50,7 +50,7 @@ def end_words(columns, W_LAYOUT: gl.constexpr):
 
 @gluon.constexpr_function
 def _hide_asm(n: int):
-    """PTX that keeps `n` scores whose bit is set: of one thread, 4 at a time 2 of its first row, 2 of its second.
+    """PTX that keeps `n` exponents whose bit is set: of one thread, 4 at a time 2 of its first row, 2 of its second.
 
     One row after the other, with the bit as a constant: so ptxas moves several bits at once to predicates (R2P).
     """
@@ -70,64 +70,19 @@ def _hide_operands(n: int):
 
 
 @gluon.jit
-def hide(s, w):
-    """Scores `s [ROWS, N]` where the pair attends, else -inf. `w [ROWS, 4]`: the words of the rows, low bits first."""
-    N: gl.constexpr = s.shape[1] // 2
-    LAYOUT: gl.constexpr = s.type.layout
-    s4 = gl.inline_asm_elementwise(
+def hide(z, w):
+    """Exponents `z [ROWS, N]` where pairs attend, else -inf. `w [ROWS, 4]`: the words of the rows, low bits first."""
+    N: gl.constexpr = z.shape[1] // 2
+    LAYOUT: gl.constexpr = z.type.layout
+    z4 = gl.inline_asm_elementwise(
         _hide_asm(N),
         _hide_operands(N),
-        [by_quads(s), w.expand_dims(1).expand_dims(3)],
+        [by_quads(z), w.expand_dims(1).expand_dims(3)],
         dtype=gl.float32,
         is_pure=True,
         pack=N,
     )
-    return by_rows(s4, LAYOUT)
-
-
-@gluon.jit
-def maxima(s, W_LAYOUT: gl.constexpr):
-    """`[ROWS, 4]`: the largest of the scores `s [ROWS, N]` that each thread of a quad holds."""
-    # by pairs, fours and fours: one chain over a row would wait for every comparison
-    s5 = s.reshape([ROWS, s.shape[1] // 32, 4, 4, 2])
-    return gl.convert_layout(gl.max(gl.max(gl.max(s5, 4), 2), 1), W_LAYOUT, assert_trivial=True)
-
-
-@gluon.constexpr_function
-def _follow_asm():
-    """PTX for two rows: m and l in place, alpha out ($4, $5), largest exponent of this thread in ($10, $11)."""
-    return (
-        "{ .reg .pred p, q; .reg .f32 t, u, d, limit0, limit1; "
-        f"add.f32 limit0, $0, {HEADROOM}; add.f32 limit1, $1, {HEADROOM}; "
-        "setp.gt.f32 p, $10, limit0; setp.gt.or.f32 q, $11, limit1, p; vote.sync.any.pred p, q, 0xffffffff; "
-        "mov.f32 $4, 0f3F800000; mov.f32 $5, 0f3F800000; @!p bra KEEP; "
-        + "".join(
-            f"shfl.sync.bfly.b32 t, ${10 + r}, 1, 31, 0xffffffff; max.f32 u, t, ${10 + r}; "
-            "shfl.sync.bfly.b32 t, u, 2, 31, 0xffffffff; max.f32 u, t, u; "
-            f"setp.gt.f32 q, u, limit{r}; selp.f32 u, u, ${r}, q; sub.f32 d, ${r}, u; mov.f32 ${r}, u; "
-            f"ex2.approx.ftz.f32 ${4 + r}, d; mul.f32 ${2 + r}, ${2 + r}, ${4 + r}; "
-            for r in range(2)
-        )
-        + "KEEP: }"
-    )
-
-
-@gluon.jit
-def follow(m, l_i, top):
-    """Let the reference `m` of exponents follow their maxima `top`: (m, `l_i` in its terms, alpha), all `[ROWS, 4]`.
-
-    Any m that keeps `p` in range is exact, so m follows a maximum only when that has grown by 2**HEADROOM: most tiles
-    leave every m of a warp where it was, and cost a vote.
-    """
-    return gl.inline_asm_elementwise(
-        _follow_asm(),
-        # alpha is written before the inputs are read for the last time
-        "=f,=f,=f,=f,=&f,=&f,0,1,2,3,f,f",
-        [m, l_i, top],
-        dtype=(gl.float32, gl.float32, gl.float32),
-        is_pure=True,
-        pack=2,
-    )
+    return by_rows(z4, LAYOUT)
 
 
 @gluon.jit
@@ -137,6 +92,101 @@ def exponents(s, m, qk_scale):
     return by_rows(by_quads(s) * qk_scale - m.expand_dims(1).expand_dims(3), LAYOUT)
 
 
+@gluon.constexpr_function
+def _follow_asm(n: int):
+    """PTX for the `n` exponents of a thread, in place: 4 at a time 2 of its first row, 2 of its second.
+
+    Then come, as bits, for each element of these rows: m of the first row in place, its alpha, m of the second, its
+    alpha, and zeros.
+    """
+    # floats above 0 have the order of their bits, the others are negative in both; two maxima are one VIMNMX3
+    chains = "abcd"
+    lines = [f"mov.b32 {c}, ${i};" for i, c in enumerate(chains)]
+    for i in range(4, n, 2):
+        c = chains[i // 2 % 4]
+        lines.append(f"mov.b32 x, ${i}; mov.b32 y, ${i + 1}; max.s32 {c}, {c}, x; max.s32 {c}, {c}, y;")
+    lines.append(f"max.s32 a, a, b; max.s32 a, a, c; max.s32 a, a, d; setp.gt.s32 p, a, 0x{HEADROOM};")
+    # a product of 0, or of 0 and infinity: one of the rows has met no key
+    lines.append(
+        f"mul.f32 t, ${n}, ${n + 2}; setp.equ.or.f32 q, t, 0f00000000, p; vote.sync.any.pred p, q, 0xffffffff;"
+    )
+    lines.append(f"mov.b32 ${n + 1}, 0x3F800000; mov.b32 ${n + 3}, 0x3F800000;")
+    lines += [f"mov.b32 ${i}, 0;" for i in range(n + 4, 2 * n)]
+    lines.append("@!p bra KEEP;")
+    for row in (0, 2):
+        m, alpha = f"${n + row}", f"${n + row + 1}"
+        elements = [f"${i}" for i in range(n) if i & 2 == row]
+        lines.append(f"mov.b32 u, {elements[0]};")
+        lines += [f"max.f32 u, u, {x};" for x in elements[1:]]
+        lines += [f"shfl.sync.bfly.b32 t, u, {lanes}, 31, 0xffffffff; max.f32 u, u, t;" for lanes in (1, 2)]
+        lines.append(
+            f"""
+            setp.eq.f32 p, {m}, 0f00000000; selp.f32 t, 0fFF800000, 0f{HEADROOM}, p; setp.gt.f32 q, u, t;
+            add.f32 u, u, {m}; abs.f32 t, u; max.f32 t, t, 0f{TINY}; copysign.f32 t, u, t;
+            selp.f32 t, t, {m}, q; sub.f32 u, t, {m}; mov.b32 {m}, t;
+            neg.f32 t, u; ex2.approx.ftz.f32 t, t; selp.f32 {alpha}, 0f3F800000, t, p;
+            """
+        )
+        lines += [f"sub.f32 {x}, {x}, u;" for x in elements]
+    return "{ .reg .pred p, q; .reg .b32 a, b, c, d, x, y; .reg .f32 t, u; " + "\n".join(lines) + " KEEP: }"
+
+
+@gluon.constexpr_function
+def _follow_operands(n: int):
+    return ",".join(["=f"] * n + ["=r"] * n + [str(i) for i in range(2 * n)])
+
+
+@gluon.jit
+def follow(z, m, W_LAYOUT: gl.constexpr):
+    """Let the reference `m [ROWS, 4]` of exponents `z [ROWS, N]` follow their maxima: (z in its terms, m, alpha).
+
+    Any m that keeps `p` in range is exact, so m follows a maximum only when that has grown by 2**8: most steps leave
+    every m of a warp where it was, and cost a vote. A row that has met no key has m = 0, and no other row has.
+    """
+    N: gl.constexpr = z.shape[1] // 2
+    LAYOUT: gl.constexpr = z.type.layout
+    z4, rest = gl.inline_asm_elementwise(
+        _follow_asm(N),
+        _follow_operands(N),
+        [by_quads(z), m.to(gl.int32, bitcast=True).expand_dims(1).expand_dims(3)],
+        dtype=(gl.float32, gl.int32),
+        is_pure=True,
+        pack=N,
+    )
+    # of the N // 4 summands one is not 0: no addition is left
+    m, alpha = gl.split(rest)
+    m = gl.convert_layout(gl.sum(m, 1), W_LAYOUT, assert_trivial=True).to(gl.float32, bitcast=True)
+    alpha = gl.convert_layout(gl.sum(alpha, 1), W_LAYOUT, assert_trivial=True).to(gl.float32, bitcast=True)
+    return by_rows(z4, LAYOUT), m, alpha
+
+
+@gluon.constexpr_function
+def _start_asm():
+    """PTX for two rows: the largest exponent of a quad out of those of its threads, as a reference."""
+    return (
+        "{ .reg .pred p; .reg .f32 t, u; "
+        + "".join(
+            f"shfl.sync.bfly.b32 t, ${2 + r}, 1, 31, 0xffffffff; max.f32 u, t, ${2 + r}; "
+            "shfl.sync.bfly.b32 t, u, 2, 31, 0xffffffff; max.f32 u, t, u; "
+            f"abs.f32 t, u; max.f32 t, t, 0f{TINY}; copysign.f32 t, u, t; "
+            f"setp.eq.f32 p, u, 0fFF800000; selp.f32 ${r}, 0f00000000, t, p; "
+            for r in range(2)
+        )
+        + "}"
+    )
+
+
+@gluon.jit
+def start(z, W_LAYOUT: gl.constexpr):
+    """`follow` for the first exponents of a row, which come with m = 0: (z in terms of m, m `[ROWS, 4]`)."""
+    LAYOUT: gl.constexpr = z.type.layout
+    # by pairs, fours and fours: one chain over a row would wait for every comparison
+    z5 = z.reshape([ROWS, z.shape[1] // 32, 4, 4, 2])
+    top = gl.convert_layout(gl.max(gl.max(gl.max(z5, 4), 2), 1), W_LAYOUT, assert_trivial=True)
+    m = gl.inline_asm_elementwise(_start_asm(), "=&f,=&f,f,f", [top], dtype=gl.float32, is_pure=True, pack=2)
+    return by_rows(by_quads(z) - m.expand_dims(1).expand_dims(3), LAYOUT), m
+
+
 @gluon.jit
 def partial_sums(p, W_LAYOUT: gl.constexpr):
     """The part `[ROWS, 4]` of the row sums of `p [ROWS, N]` that each thread of a quad holds."""
@@ -144,30 +194,66 @@ def partial_sums(p, W_LAYOUT: gl.constexpr):
     return gl.convert_layout(gl.sum(gl.sum(by_quads(p), 3), 1), W_LAYOUT, assert_trivial=True)
 
 
-@gluon.constexpr_function
-def _rescale_asm(n: int):
-    """PTX that multiplies `n` elements of a thread by their factors, unless those of all its warp are 1."""
-    lines = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
-    return (
-        "{ .reg .pred p, q; "
-        f"setp.neu.f32 p, ${2 * n}, 0f3F800000; setp.neu.or.f32 q, ${2 * n + 2}, 0f3F800000, p; "
-        "vote.sync.any.pred p, q, 0xffffffff; @!p bra KEEP; " + "\n".join(lines) + " KEEP: }"
+@gluon.jit
+def packed(x, dtype: gl.constexpr):
+    """`x [ROWS, N]` in 16 bits, two of them in each int32 `[ROWS, N // 8, 4]`.
+
+    A loop carries 16-bit values one by one, and then some copies of it put every pair together again.
+    """
+    low, high = gl.split(by_quads(x))
+    convert: gl.constexpr = "cvt.rn.f16x2.f32" if dtype == gl.float16 else "cvt.rn.bf16x2.f32"
+    return gl.inline_asm_elementwise(
+        convert + " $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def unpacked(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """The `[ROWS, N]` that were packed to `p`."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [p], dtype=(dtype.value, dtype.value), is_pure=True, pack=1
+    )
+    pairs = gl.join(low, high)
+    return gl.convert_layout(pairs.reshape([ROWS, p.shape[1] * 8]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def moved(alpha, l_i):
+    """int32 `[ROWS, 4]`: not 0 in a warp in which an `alpha` is not 1. Whoever waits for it has the sums `l_i`."""
+    # alpha is at most 1; the vote, which stays in its place, depends on the sums, or ptxas would move the exponentials
+    # to after the next wait
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .f32 t, u; mul.f32 t, $2, $3; add.f32 u, $4, $5; fma.rn.f32 t, u, 0f00000000, t; "
+        "setp.neu.f32 p, t, 0f3F800000; vote.sync.ballot.b32 $0, p, 0xffffffff; mov.b32 $1, $0; }",
+        "=r,=r,f,f,f,f",
+        [alpha, l_i],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
     )
 
 
 @gluon.constexpr_function
+def _rescale_asm(n: int):
+    """PTX that multiplies `n` elements of a thread by their factors, unless its warp has none that is not 1."""
+    lines = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
+    return f"{{ .reg .pred p; setp.eq.b32 p, ${3 * n}, 0; @p bra KEEP; " + "\n".join(lines) + " KEEP: }"
+
+
+@gluon.constexpr_function
 def _rescale_operands(n: int):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n + ["r"] * n)
 
 
 @gluon.jit
-def rescale(acc, alpha):
+def rescale(acc, alpha, is_moved):
     """`acc [ROWS, D] * alpha [ROWS, 4]`; where every alpha of a warp is 1 it costs a branch."""
     N: gl.constexpr = acc.shape[1] // 2
     LAYOUT: gl.constexpr = acc.type.layout
     W_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_quads(acc).type.layout))
     alpha = gl.convert_layout(alpha, W_LAYOUT, assert_trivial=True).expand_dims(1).expand_dims(3)
+    is_moved = gl.convert_layout(is_moved, W_LAYOUT, assert_trivial=True).expand_dims(1).expand_dims(3)
     acc4 = gl.inline_asm_elementwise(
-        _rescale_asm(N), _rescale_operands(N), [by_quads(acc), alpha], dtype=gl.float32, is_pure=True, pack=N
+        _rescale_asm(N), _rescale_operands(N), [by_quads(acc), alpha, is_moved], dtype=gl.float32, is_pure=True, pack=N
     )
     return by_rows(acc4, LAYOUT)
