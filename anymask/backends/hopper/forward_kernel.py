@@ -29,7 +29,6 @@ from anymask.backends.hopper.softmax import (
     packed,
     partial_sums,
     rescale,
-    start,
     unpacked,
 )
 from anymask.backends.hopper.tiles import TILE, barriers, exp2, item_of, rounds, runs
@@ -204,7 +203,7 @@ def _attend(
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
     z = hide(exponents(s, m_i, qk_scale), w)
-    z, m_i = start(z, W_LAYOUT)
+    z, m_i, _ = follow(z, m_i, W_LAYOUT)
     x = exp2(z)
     l_i = partial_sums(x, W_LAYOUT)
     mbarrier.wait(v_ready.index(stage), phase)

@@ -160,33 +160,6 @@ def follow(z, m, W_LAYOUT: gl.constexpr):
     return by_rows(z4, LAYOUT), m, alpha
 
 
-@gluon.constexpr_function
-def _start_asm():
-    """PTX for two rows: the largest exponent of a quad out of those of its threads, as a reference."""
-    return (
-        "{ .reg .pred p; .reg .f32 t, u; "
-        + "".join(
-            f"shfl.sync.bfly.b32 t, ${2 + r}, 1, 31, 0xffffffff; max.f32 u, t, ${2 + r}; "
-            "shfl.sync.bfly.b32 t, u, 2, 31, 0xffffffff; max.f32 u, t, u; "
-            f"abs.f32 t, u; max.f32 t, t, 0f{TINY}; copysign.f32 t, u, t; "
-            f"setp.eq.f32 p, u, 0fFF800000; selp.f32 ${r}, 0f00000000, t, p; "
-            for r in range(2)
-        )
-        + "}"
-    )
-
-
-@gluon.jit
-def start(z, W_LAYOUT: gl.constexpr):
-    """`follow` for the first exponents of a row, which come with m = 0: (z in terms of m, m `[ROWS, 4]`)."""
-    LAYOUT: gl.constexpr = z.type.layout
-    # by pairs, fours and fours: one chain over a row would wait for every comparison
-    z5 = z.reshape([ROWS, z.shape[1] // 32, 4, 4, 2])
-    top = gl.convert_layout(gl.max(gl.max(gl.max(z5, 4), 2), 1), W_LAYOUT, assert_trivial=True)
-    m = gl.inline_asm_elementwise(_start_asm(), "=&f,=&f,f,f", [top], dtype=gl.float32, is_pure=True, pack=2)
-    return by_rows(by_quads(z) - m.expand_dims(1).expand_dims(3), LAYOUT), m
-
-
 @gluon.jit
 def partial_sums(p, W_LAYOUT: gl.constexpr):
     """The part `[ROWS, 4]` of the row sums of `p [ROWS, N]` that each thread of a quad holds."""
