@@ -29,6 +29,8 @@ from benchmarks.masks import MaskMod
 from benchmarks.suites import Problem
 
 OURS = "anymask:"
+# longest mask, in tokens, of which FlexAttention lists the blocks without being compiled for it: 10 GiB
+EAGER_LENGTH = 32768
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -97,7 +99,9 @@ def flex_mask_builder(problem: Problem, compiled: bool) -> Callable[[MaskMod], F
 
 
 def _flex(problem: Problem, mask_mod: MaskMod | None, note: str) -> Prepared:
-    block_mask = None if mask_mod is None else flex_mask_builder(problem, compiled=False)(mask_mod)
+    # eager, it makes a tensor of all pairs
+    long = problem.shape.length > EAGER_LENGTH
+    block_mask = None if mask_mod is None else flex_mask_builder(problem, compiled=long)(mask_mod)
     call, mode = _flex_eager, "eager"
     if problem.compiled:
         # the timed backward keeps its graph, which donated buffers forbid
