@@ -25,6 +25,7 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 128
 # queries of a warpgroup in the forward kernel
 GROUP_ROWS = 64
 
+
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> str | None:
     """Why this backend cannot run the call, or None."""
     if not q.is_cuda:
