@@ -31,7 +31,6 @@ from anymask import (
     pack,
     sliding_window,
 )
-
 from anymask.backends import triton as backend
 from anymask.mask import triton_pack
 from anymask.mask.expr import Grid

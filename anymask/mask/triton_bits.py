@@ -51,22 +51,24 @@ def load_words_t(tile, row_stride, col_stride, q_left, kv_left, ALIGN: tl.conste
     ALIGN 4 or 16: bytes of 0 and 1 without gaps, where the address, `row_stride` and `kv_left` are multiples of that.
     They are read four at a time, or 16; without, ALIGN is 1.
     """
-    # [bit, word, four columns]: rows by where they are in the words of a column
-    bit, word = tl.arange(0, 32)[:, None, None], tl.arange(0, WORDS)[None, :, None]
+    # rows by where they are in the words of a column, bit and then word: lanes share out the words, whose bits are all
+    # in one thread
+    bit, word = tl.arange(0, TILE)[:, None] // WORDS, tl.arange(0, TILE)[:, None] % WORDS
     row = 8 * (bit // 2) + 2 * word + bit % 2
     far = row.to(tl.int64) * (row_stride // ALIGN)
+    # [128, four columns]
     if ALIGN > 1:
-        fours = tl.arange(0, 32)[None, None, :]
+        fours = tl.arange(0, 32)[None, :]
         # spelt so that Triton sees the factor
         ptrs = tile.to(tl.pointer_type(tl.int32)) + far * (ALIGN // 4) + fours
         x = tl.load(ptrs, mask=(row < q_left) & (fours < (kv_left // ALIGN) * (ALIGN // 4)), other=0)
     else:
-        column = tl.arange(0, TILE)[None, None, :]
+        column = tl.arange(0, TILE)[None, :]
         ptrs = tile + far + column.to(tl.int64) * col_stride
         ones = tl.load(ptrs, mask=(row < q_left) & (column < kv_left), other=0) != 0
         # byte y is column y of the four
-        ones = tl.reshape(ones.to(tl.int32), [32, WORDS, 32, 4])
-        x = tl.sum(ones << (8 * tl.arange(0, 4))[None, None, None, :], 3)
+        ones = tl.reshape(ones.to(tl.int32), [TILE, 32, 4])
+        x = tl.sum(ones << (8 * tl.arange(0, 4))[None, None, :], 2)
     # eight rows in the bits of a byte, an instruction for each four pairs: byte y of the words of column y
     x = tl.reshape(x, [4, 8, WORDS, 32])
     x = tl.sum(x << tl.arange(0, 8)[None, :, None, None], 1)[:, :, :, None]

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anymask.mask import bits
 from anymask.launch import launch, tensor_key
+from anymask.mask import bits
 from anymask.mask.bits import tiles_over
 from anymask.mask.expr import Grid, Mask
 from anymask.mask.triton_bits import LAUNCH, TILE, WORDS, word_and_bit

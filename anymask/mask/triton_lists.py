@@ -37,14 +37,11 @@ class Work(NamedTuple):
     batch: int
     heads: int
     grid: Grid
-    # device, and all that kernels of this module depend on
+    # rows and columns of tiles of all planes
+    n_rows: int
+    n_cols: int
+    # device, and whether integers fit int32: what kernels are compiled for, of the arguments that are made here
     key: tuple[Any, ...]
-
-    @property
-    def lines(self) -> tuple[int, int]:
-        """Rows and columns of tiles of all planes."""
-        planes = self.batch * self.heads
-        return planes * self.grid.q_tiles, planes * self.grid.kv_tiles
 
 
 class Lists(NamedTuple):
@@ -68,22 +65,22 @@ def empty(grid: Grid, *shape: int) -> Tensor:
 
 def work_for(batch: int, heads: int, grid: Grid, extremes: int = 0) -> Work:
     """Zeros, from one launch: no tile counted and no position alive."""
-    planes, q_tiles, kv_tiles = batch * heads, grid.q_tiles, grid.kv_tiles
-    queries = -(-(TOTALS.value + 2 * planes * (q_tiles + kv_tiles)) // 4)
+    planes = batch * heads
+    n_rows, n_cols = planes * grid.q_tiles, planes * grid.kv_tiles
+    queries = -(-(TOTALS.value + 2 * (n_rows + n_cols)) // 4)
     keys = queries - (-planes * grid.q_len // 16)
     first = keys - (-planes * grid.kv_len // 16)
     kinds = first + extremes
-    n = kinds - (-planes * q_tiles * kv_tiles // 16)
-    memory = torch.zeros(4 * n, dtype=torch.int32, device=grid.device)
+    end = kinds - (-n_rows * grid.kv_tiles // 16)
+    memory = torch.zeros(4 * end, dtype=torch.int32, device=grid.device)
     key = grid.device, planes * max(grid.q_len, grid.kv_len) < 2**31
-    return Work(memory, (queries, keys, first, kinds), batch, heads, grid, key)
+    return Work(memory, (queries, keys, first, kinds), batch, heads, grid, n_rows, n_cols, key)
 
 
 def lists_of(work: Work) -> Lists:
     """Scan, synchronise for the sizes, the only time, and fill."""
-    memory, (queries, keys, _, kinds), batch, heads, grid, key = work
+    memory, (queries, keys, _, kinds), batch, heads, grid, n_rows, n_cols, key = work
     planes = batch * heads
-    n_rows, n_cols = work.lines
     n_queries, n_keys = planes * grid.q_len, planes * grid.kv_len
     offsets = empty(grid, sum(offset_sizes(work)))
     chunks = -(-n_queries // LIVE_CHUNK) - (-n_keys // LIVE_CHUNK)
@@ -123,7 +120,6 @@ def lists_of(work: Work) -> Lists:
 def block_mask_of(work: Work, lists: Lists, words: Words, words_t: Words) -> BlockMask:
     """The result: views of a few tensors."""
     batch, heads, grid = work.batch, work.heads, work.grid
-    n_rows, n_cols = work.lines
     row_full, _, row_partial, _, col_full, _, col_partial, _, row_order, _, col_order, _ = (
         lists.offsets.split_with_sizes(offset_sizes(work))
     )
@@ -149,7 +145,7 @@ def block_mask_of(work: Work, lists: Lists, words: Words, words_t: Words) -> Blo
 
 def offset_sizes(work: Work) -> list[int]:
     """Sizes of the parts of `Lists.offsets`, each followed by that of a gap."""
-    n_rows, n_cols = work.lines
+    n_rows, n_cols = work.n_rows, work.n_cols
     row, col = [n_rows + 1, -(n_rows + 1) % 4], [n_cols + 1, -(n_cols + 1) % 4]
     return [*row, *row, *col, *col, n_rows, -n_rows % 4, n_cols, -n_cols % 4]
 

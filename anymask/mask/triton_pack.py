@@ -47,6 +47,11 @@ SPAN = 32
 # rows of a tile that a program evaluates at a time: few, as a deep expression has many values at once in registers
 STRIP = 16
 
+PLACES_AND_SHAPE = [
+    *("queries", "keys", "extremes", "kinds"),
+    *("heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"),
+]
+
 
 def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
     """The `BlockMask` of a tensor `[mask_batch, mask_heads, 1 or q_len, 1 or kv_len]`, non-zero = attend."""
@@ -57,7 +62,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
         tensor = tensor != 0
     with on(grid.device):
         work = work_for(batch, heads, grid)
-        tiles = work.lines[0] * grid.kv_tiles
+        tiles = work.n_rows * grid.kv_tiles
         # of all tiles, written where partial
         words, words_t = _both_words(grid, tiles)
         if tiles:
@@ -67,10 +72,21 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
             launch(
                 _dense_kernel,
                 (tiles, 1, 1),
-                (tensor, work.memory, words, words_t, strides, *work.starts, heads, *_shape(grid), *work.lines),
+                (
+                    tensor,
+                    work.memory,
+                    words,
+                    words_t,
+                    strides,
+                    *work.starts,
+                    heads,
+                    *_shape(grid),
+                    work.n_rows,
+                    work.n_cols,
+                ),
                 {"ALIGN": align},
                 (work.key, tensor_key(tensor), *map(int_key, strides)),
-                num_warps=1,
+                num_warps=1 if align > 1 else 4,
                 **LAUNCH,
             )
         lists = lists_of(work)
@@ -82,8 +98,10 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
                 launch(
                     _copy_kernel,
                     (2 * n_partial, 1, 1),
-                    (lists.tiles, lists.lines, all_words, all_words_t, words, words_t, lists.n_full, n_partial)
-                    + (grid.q_tiles, grid.kv_tiles),
+                    (
+                        *(lists.tiles, lists.lines, all_words, all_words_t, words, words_t),
+                        *(lists.n_full, n_partial, grid.q_tiles, grid.kv_tiles),
+                    ),
                     {},
                     work.key,
                     num_warps=1,
@@ -110,15 +128,15 @@ def words_of_tiles(tiles: Tensor, places: Tensor, grid: Grid, words: Words, kind
 
     `places`: int64 `[n, 4]`, plane batch, plane head, q tile and kv tile. Pairs outside the plane do not count.
     """
-    strides = tiles.stride()
+    strides, align = tiles.stride(), _alignment(tiles, grid.kv_len)
     with on(grid.device):
         launch(
             _tile_words_kernel,
             (tiles.shape[0], 1, 1),
             (tiles.view(torch.uint8), places, words, kinds, strides, *places.stride(), grid.q_len, grid.kv_len),
-            {"ALIGN": _alignment(tiles, grid.kv_len)},
+            {"ALIGN": align},
             (grid.device, *map(tensor_key, (tiles, places, words, kinds)), *map(int_key, strides)),
-            num_warps=1,
+            num_warps=1 if align > 1 else 4,
             **LAUNCH,
         )
 
@@ -131,7 +149,7 @@ def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: W
     mask = program.numbers, program.tensors or (work.memory,), program.strides
     constants = {"ops": program.ops, "STRIP": STRIP}
     key = work.key, program.key
-    n_rows, n_cols = work.lines
+    n_rows, n_cols = work.n_rows, work.n_cols
     if n_rows * n_cols:
         launch(
             _tiles_kernel,
@@ -201,10 +219,7 @@ def _inside(ops: tl.constexpr, numbers, tensors, strides, b, h, q, k, q_len, kv_
     return bits & (q < q_len) & (k < kv_len)
 
 
-@triton.jit(
-    do_not_specialize=["queries", "keys", "extremes", "kinds", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"]
-    + ["n_rows", "n_cols"],
-)
+@triton.jit(do_not_specialize=PLACES_AND_SHAPE)
 def _tiles_kernel(
     numbers,
     tensors,
@@ -267,10 +282,7 @@ def _tiles_kernel(
         tl.atomic_add(counts + column, 1, mask=hit, sem="relaxed")
 
 
-@triton.jit(
-    do_not_specialize=["queries", "keys", "extremes", "kinds", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"]
-    + ["n_rows", "n_cols"],
-)
+@triton.jit(do_not_specialize=PLACES_AND_SHAPE)
 def _dense_kernel(
     tensor,
     memory,
