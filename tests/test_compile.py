@@ -220,6 +220,32 @@ def test_packing_fits(compiled, monkeypatch, target):
     assert_packing_spills_little(kernels, target)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_packing_dense_tensors_of_any_form_fits(compiled, monkeypatch, target):
+    kernels = compiled(target)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [0, 9, 384, 384])
+    tensor = torch.zeros(1, 1, 384, 400, dtype=torch.bool)
+    for form in (tensor[..., :384], tensor[..., 4:388], tensor[..., 1:385], tensor.mT, tensor.float(), tensor.double()):
+        triton_pack.pack_dense(form, *form.shape[2:])
+    dense = [k for k in kernels if k.metadata.name == "_dense_kernel"]
+    assert len(set(map(id, dense))) == len(dense) == 6
+    assert_packing_spills_little(kernels, target)
+    if target == "sm_90":
+        # all 16 bytes at a time, and none at all one at a time
+        assert dense[0].asm["ptx"].count("ld.global.v4.b32") == 32
+        assert "ld.global.b8" not in dense[1].asm["ptx"]
+
+
+def test_launches_of_other_arguments_are_other_kernels():
+    tensor = torch.zeros(64)
+    for a, b in ((tensor, tensor[1:]), (tensor, tensor.int())):
+        assert launch.tensor_key(a) != launch.tensor_key(b)
+    assert launch.tensor_key(tensor) == launch.tensor_key(tensor[4:])
+    keys = [launch.int_key(n) for n in (1, 16, 17, 2**31, 2**31 + 1)]
+    assert len(set(keys)) == len(keys)
+    assert launch.int_key(17) == launch.int_key(2**31 - 1) == launch.int_key(-1)
+
+
 def assert_packing_spills_little(kernels, target):
     """None on sm_90; elsewhere a few scalars, on AMD into lanes of a vector register."""
     assert max(spilled_bytes(k) for k in kernels) <= (0 if target == "sm_90" else 64)
