@@ -76,6 +76,11 @@ class Forgetful(dict):
 
     def __setitem__(self, key, kernel):
         assert self.setdefault(key, kernel) is kernel, f"{kernel.metadata.name} depends on more than {key}"
+        # a launch of the compiled kernel takes constants by position
+        params, constants = kernel.src.fn.params, kernel.src.constants
+        last = [i for i, param in enumerate(params) if param.is_constexpr]
+        assert last == list(range(len(params)))[len(params) - len(last) :]
+        assert tuple(constants[(i,)] for i in last) == key[len(key) - len(last) :]
 
 
 @pytest.fixture

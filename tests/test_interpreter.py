@@ -372,7 +372,8 @@ def _forms() -> dict[str, tuple[torch.Tensor, int]]:
         "odd rows": (rows.flatten()[: 2 * 3 * 140 * 145].view(2, 3, 140, 145)[..., :144], 1),
         "transposed": (rows.mT[:, :, 16:156, :144], 1),
         "every other": (rows[:, :, :140, ::2], 1),
-        "bytes": (rows[:, :, :140, :144].to(torch.uint8) * 6, 1),
+        "bytes": ((rows * torch.randint(-128, 128, rows.shape))[:, :, :140, :144].to(torch.int8), 16),
+        "unsigned bytes": ((rows << torch.arange(176) % 9)[:, :, :140, 4:144].to(torch.uint8), 4),
     }
 
 

@@ -34,22 +34,18 @@ def word_and_bit(column):
 
 @triton.jit
 def words_of_bits(bits, ROWS: tl.constexpr):
-    """Words `[ROWS, WORDS]` of 0/1 `[ROWS, TILE]`: a product with powers of two, exact as a byte is at most 255."""
-    word, bit = word_and_bit(tl.arange(0, TILE)[:, None])
-    octet = tl.arange(0, 16)[None, :]
-    # byte y of word c, as octet 4 * c + y, is the sum of bits 8 * y .. 8 * y + 7
-    belongs = (word == octet // 4) & (bit // 8 == octet % 4)
-    weight = tl.where(belongs, 1 << (bit % 8), 0).to(tl.float16)
-    octets = tl.reshape(tl.dot(bits.to(tl.float16), weight).to(tl.int32), [ROWS, WORDS, 4])
-    return tl.sum(octets << (8 * tl.arange(0, 4))[None, None, :], 2)
+    """Words `[ROWS, WORDS]` of bool `[ROWS, TILE]`."""
+    pairs = tl.reshape(bits.to(tl.int32), [ROWS, 16, WORDS, 2])
+    pairs = tl.sum(pairs << tl.arange(0, 2)[None, None, None, :], 3)
+    return tl.sum(pairs << (2 * tl.arange(0, 16))[None, :, None], 1)
 
 
 @triton.jit
 def load_words_t(tile, row_stride, col_stride, q_left, kv_left, ALIGN: tl.constexpr):
     """Transposed words of the tile at a pointer, of which `q_left` rows and `kv_left` columns exist; non-zero = attend.
 
-    ALIGN 4 or 16: bytes of 0 and 1 without gaps, where the address, `row_stride` and `kv_left` are multiples of that.
-    They are read four at a time, or 16; without, ALIGN is 1.
+    uint8 holds nothing but 0 and 1. ALIGN 4 or 16: bytes without gaps, read as many at a time, where the address,
+    `row_stride` and `kv_left` are multiples of that. Without, ALIGN is 1.
     """
     # rows by where they are in the words of a column, bit and then word: lanes share out the words, whose bits are all
     # in one thread
@@ -62,6 +58,11 @@ def load_words_t(tile, row_stride, col_stride, q_left, kv_left, ALIGN: tl.conste
         # spelt so that Triton sees the factor
         ptrs = tile.to(tl.pointer_type(tl.int32)) + far * (ALIGN // 4) + fours
         x = tl.load(ptrs, mask=(row < q_left) & (fours < (kv_left // ALIGN) * (ALIGN // 4)), other=0)
+        if tile.dtype.element_ty != tl.uint8:
+            # the lowest bit of a byte becomes any of its bits
+            x |= x >> 4
+            x |= x >> 2
+            x = (x | (x >> 1)) & 0x01010101
     else:
         column = tl.arange(0, TILE)[None, :]
         ptrs = tile + far + column.to(tl.int64) * col_stride

@@ -48,7 +48,7 @@ class Lists(NamedTuple):
     """Both views but for their words. The tensors share memory, each part of which starts at a multiple of 16 bytes."""
 
     # int32: full_offsets and partial_offsets of rows, of columns, then both orders
-    offsets: Tensor
+    offsets: tuple[Tensor, ...]
     # int32: full_tiles of rows, of columns, then partial_tiles of rows, of columns
     tiles: Tensor
     # int32: global line numbers of the partial tiles of rows, of columns; dies with the call
@@ -82,7 +82,9 @@ def lists_of(work: Work) -> Lists:
     memory, (queries, keys, _, kinds), batch, heads, grid, n_rows, n_cols, key = work
     planes = batch * heads
     n_queries, n_keys = planes * grid.q_len, planes * grid.kv_len
-    offsets = empty(grid, sum(offset_sizes(work)))
+    row, col = [n_rows + 1, -(n_rows + 1) % 4], [n_cols + 1, -(n_cols + 1) % 4]
+    sizes = [*row, *row, *col, *col, n_rows, -n_rows % 4, n_cols, -n_cols % 4]
+    offsets = empty(grid, sum(sizes))
     chunks = -(-n_queries // LIVE_CHUNK) - (-n_keys // LIVE_CHUNK)
     launch(
         _scan_kernel,
@@ -92,10 +94,14 @@ def lists_of(work: Work) -> Lists:
         key,
         **LAUNCH,
     )
+    # what can be done while the device counts
+    parts = offsets.split_with_sizes(sizes)[::2]
+    parts = *parts[:4], parts[4].view(batch, heads, grid.q_tiles), parts[5].view(batch, heads, grid.kv_tiles)
+    live = all_alive(grid.device)
     # sizes of what follows, and whether every position lives
     n_full, n_partial, q_alive, kv_alive = memory[: TOTALS.value].tolist()
-    tiles = empty(grid, 2 * (_padded(n_full) + _padded(n_partial)))
-    lines = empty(grid, 2 * _padded(n_partial))
+    tiles = empty(grid, 2 * (_up(n_full) + _up(n_partial)))
+    lines = empty(grid, 2 * _up(n_partial))
     if n_rows + n_cols:
         launch(
             _fill_kernel,
@@ -106,7 +112,6 @@ def lists_of(work: Work) -> Lists:
             num_warps=8,
             **LAUNCH,
         )
-    live = all_alive(grid.device)
     if q_alive < n_queries or kv_alive < n_keys:
         # copies, as all of the memory would live on with a part
         octets = memory.view(torch.uint8)
@@ -114,43 +119,26 @@ def lists_of(work: Work) -> Lists:
             live = octets[16 * queries : 16 * queries + n_queries].clone(), live[1]
         if kv_alive < n_keys:
             live = live[0], octets[16 * keys : 16 * keys + n_keys].clone()
-    return Lists(offsets, tiles, lines, n_full, n_partial, live)
+    return Lists(parts, tiles, lines, n_full, n_partial, live)
 
 
-def block_mask_of(work: Work, lists: Lists, words: Words, words_t: Words) -> BlockMask:
+def block_mask_of(grid: Grid, lists: Lists, words: Words, words_t: Words) -> BlockMask:
     """The result: views of a few tensors."""
-    batch, heads, grid = work.batch, work.heads, work.grid
-    row_full, _, row_partial, _, col_full, _, col_partial, _, row_order, _, col_order, _ = (
-        lists.offsets.split_with_sizes(offset_sizes(work))
-    )
-    n_full, n_partial = lists.n_full, lists.n_partial
-    row_full_tiles, _, col_full_tiles, _, row_partial_tiles, _, col_partial_tiles, _ = lists.tiles.split_with_sizes(
-        [n_full, -n_full % 4] * 2 + [n_partial, -n_partial % 4] * 2
-    )
+    row_full, row_partial, col_full, col_partial, row_order, col_order = lists.offsets
+    full, partial = [lists.n_full, -lists.n_full % 4], [lists.n_partial, -lists.n_partial % 4]
+    row_tiles, col_tiles, row_partial_tiles, col_partial_tiles = lists.tiles.split_with_sizes(
+        [*full, *full, *partial, *partial]
+    )[::2]
+    row_live, col_live = lists.live
     return BlockMask(
         grid.q_len,
         grid.kv_len,
-        TileLists(
-            *(row_full, row_full_tiles, row_partial, row_partial_tiles, words),
-            row_order.view(batch, heads, grid.q_tiles),
-            lists.live[0],
-        ),
-        TileLists(
-            *(col_full, col_full_tiles, col_partial, col_partial_tiles, words_t),
-            col_order.view(batch, heads, grid.kv_tiles),
-            lists.live[1],
-        ),
+        TileLists(row_full, row_tiles, row_partial, row_partial_tiles, words, row_order, row_live),
+        TileLists(col_full, col_tiles, col_partial, col_partial_tiles, words_t, col_order, col_live),
     )
 
 
-def offset_sizes(work: Work) -> list[int]:
-    """Sizes of the parts of `Lists.offsets`, each followed by that of a gap."""
-    n_rows, n_cols = work.n_rows, work.n_cols
-    row, col = [n_rows + 1, -(n_rows + 1) % 4], [n_cols + 1, -(n_cols + 1) % 4]
-    return [*row, *row, *col, *col, n_rows, -n_rows % 4, n_cols, -n_cols % 4]
-
-
-def _padded(n: int) -> int:
+def _up(n: int) -> int:
     return n + -n % 4
 
 
@@ -174,7 +162,8 @@ def kinds_at(memory, start):
 
 
 @triton.jit
-def _pad(n):
+def padded(n):
+    """Up to the next multiple of 16 bytes of int32."""
     return tl.cdiv(n, 4) * 4
 
 
@@ -215,12 +204,12 @@ def _scan_kernel(
     if which == 0:
         tl.store(totals + 0, _scan(counts, offsets, n_rows, CHUNK))
     if which == 1:
-        tl.store(totals + 1, _scan(counts + n_rows, offsets + _pad(n_rows + 1), n_rows, CHUNK))
-    cols = offsets + 2 * _pad(n_rows + 1)
+        tl.store(totals + 1, _scan(counts + n_rows, offsets + padded(n_rows + 1), n_rows, CHUNK))
+    cols = offsets + 2 * padded(n_rows + 1)
     if which == 2:
         _scan(counts + 2 * n_rows, cols, n_cols, CHUNK)
     if which == 3:
-        _scan(counts + 2 * n_rows + n_cols, cols + _pad(n_cols + 1), n_cols, CHUNK)
+        _scan(counts + 2 * n_rows + n_cols, cols + padded(n_cols + 1), n_cols, CHUNK)
     q_chunks = tl.cdiv(n_queries, LIVE_CHUNK)
     if (which >= 4) & (which < 4 + q_chunks):
         n = _count_live(live_at(memory, queries), counts, which - 4, n_queries, q_len, LIVE_CHUNK)
@@ -274,12 +263,12 @@ def _fill_kernel(
     number = plane * lines + inner
     # of the list of full tiles; that of partial ones comes next
     n_lines = tl.where(is_row, n_rows, n_cols)
-    list_offsets = offsets + tl.where(is_row, 0, 2 * _pad(n_rows + 1)) + number
+    list_offsets = offsets + tl.where(is_row, 0, 2 * padded(n_rows + 1)) + number
     full_offset = tl.load(list_offsets)
-    partial_offset = tl.load(list_offsets + _pad(n_lines + 1))
-    full_tiles = tiles + tl.where(is_row, 0, _pad(n_full))
-    of_partial = tl.where(is_row, 0, _pad(n_partial))
-    partial_tiles = tiles + 2 * _pad(n_full) + of_partial
+    partial_offset = tl.load(list_offsets + padded(n_lines + 1))
+    full_tiles = tiles + tl.where(is_row, 0, padded(n_full))
+    of_partial = tl.where(is_row, 0, padded(n_partial))
+    partial_tiles = tiles + 2 * padded(n_full).to(tl.int64) + of_partial
     kinds_of_line = kinds_at(memory, kinds) + first
     for start in tl.range(0, length, CHUNK):
         x = start + tl.arange(0, CHUNK)
@@ -302,5 +291,5 @@ def _fill_kernel(
         n = tl.load(full_counts + x, mask=x < lines, other=0) + tl.load(partial_counts + x, mask=x < lines, other=0)
         before = (x < lines) & ((n > mine) | ((n == mine) & (x < inner)))
         place += tl.sum(before.to(tl.int32))
-    order = offsets + 2 * (_pad(n_rows + 1) + _pad(n_cols + 1)) + tl.where(is_row, 0, _pad(n_rows))
+    order = offsets + 2 * (padded(n_rows + 1) + padded(n_cols + 1)) + tl.where(is_row, 0, padded(n_rows))
     tl.store(order + plane * lines + place, inner)

@@ -39,7 +39,7 @@ from anymask.mask.triton_expr import (
     packed_program,
     program_of,
 )
-from anymask.mask.triton_lists import TOTALS, block_mask_of, empty, kinds_at, lists_of, live_at, work_for
+from anymask.mask.triton_lists import TOTALS, block_mask_of, empty, kinds_at, lists_of, live_at, padded, work_for
 from anymask.shapes import TileKinds, Words
 
 # kv tiles that a program classifies; those that stay undecided it evaluates one after the other
@@ -68,7 +68,9 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
         if tiles:
             strides = tensor.stride()
             align = _alignment(tensor, kv_len)
-            tensor = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+            # what `load_words_t` tells 0 and 1 from other bytes by
+            seen_as = {torch.bool: torch.uint8, torch.uint8: torch.int8}.get(tensor.dtype)
+            tensor = tensor if seen_as is None else tensor.view(seen_as)
             launch(
                 _dense_kernel,
                 (tiles, 1, 1),
@@ -86,7 +88,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
                 ),
                 {"ALIGN": align},
                 (work.key, tensor_key(tensor), *map(int_key, strides)),
-                num_warps=1 if align > 1 else 4,
+                num_warps=1 if align > 1 else 8,
                 **LAUNCH,
             )
         lists = lists_of(work)
@@ -107,7 +109,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
                     num_warps=1,
                     **LAUNCH,
                 )
-        return block_mask_of(work, lists, words, words_t)
+        return block_mask_of(grid, lists, words, words_t)
 
 
 def pack_expression(mask: Mask, grid: Grid) -> BlockMask | None:
@@ -136,7 +138,7 @@ def words_of_tiles(tiles: Tensor, places: Tensor, grid: Grid, words: Words, kind
             (tiles.view(torch.uint8), places, words, kinds, strides, *places.stride(), grid.q_len, grid.kv_len),
             {"ALIGN": align},
             (grid.device, *map(tensor_key, (tiles, places, words, kinds)), *map(int_key, strides)),
-            num_warps=1 if align > 1 else 4,
+            num_warps=1 if align > 1 else 8,
             **LAUNCH,
         )
 
@@ -177,7 +179,7 @@ def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: W
             num_warps=4,
             **LAUNCH,
         )
-    return block_mask_of(work, lists, words, words_t)
+    return block_mask_of(grid, lists, words, words_t)
 
 
 def _shape(grid: Grid) -> tuple[int, int, int, int]:
@@ -189,9 +191,9 @@ def _both_words(grid: Grid, n: int) -> tuple[Tensor, ...]:
 
 
 def _alignment(t: Tensor, kv_len: int) -> int:
-    """`ALIGN` of `load_words_t`. Only bool surely holds nothing but 0 and 1."""
+    """`ALIGN` of `load_words_t`."""
     *strides, last = t.stride()
-    if t.dtype != torch.bool or last != 1:
+    if t.element_size() != 1 or last != 1:
         return 1
     together = t.data_ptr() | kv_len
     for stride in strides:
@@ -349,8 +351,8 @@ def _tile_words_kernel(
 @triton.jit
 def _entry(tiles, lines, entry, is_row, n_full, n_partial):
     """Tile and global line number of a partial tile of the rows, or else of the columns."""
-    at = entry + tl.where(is_row, 0, tl.cdiv(n_partial, 4) * 4)
-    return tl.load(tiles + 2 * tl.cdiv(n_full, 4) * 4 + at), tl.load(lines + at)
+    at = entry + tl.where(is_row, 0, padded(n_partial))
+    return tl.load(tiles + 2 * padded(n_full).to(tl.int64) + at), tl.load(lines + at)
 
 
 @triton.jit(do_not_specialize=["n_full", "n_partial", "q_tiles", "kv_tiles"])
