@@ -186,8 +186,8 @@ def _shape(grid: Grid) -> tuple[int, int, int, int]:
     return grid.q_len, grid.kv_len, grid.q_tiles, grid.kv_tiles
 
 
-def _both_words(grid: Grid, n: int) -> tuple[Tensor, ...]:
-    return empty(grid, 2, n, bits.TILE, bits.WORDS).unbind()
+def _both_words(grid: Grid, n: int) -> tuple[Words, Words]:
+    return empty(grid, n, bits.TILE, bits.WORDS), empty(grid, n, bits.TILE, bits.WORDS)
 
 
 def _alignment(t: Tensor, kv_len: int) -> int:
