@@ -187,7 +187,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 @torch.library.impl("anymask::pack", "CompositeExplicitAutograd")
 def _pack(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
-    return pack(mask_from_spec(spec, leaves), q_len=q_len, kv_len=kv_len, device=device).tensors()
+    packed = pack(mask_from_spec(spec, leaves), q_len=q_len, kv_len=kv_len, device=device)
+    # what an operator returns may not share memory, as all but the words, the large ones, may
+    return [t if t is packed.rows.words or t is packed.cols.words else t.clone() for t in packed.tensors()]
 
 
 @torch.library.register_fake("anymask::pack")

@@ -27,6 +27,7 @@ from anymask import (
     document,
     from_dense,
     global_tokens,
+    launch,
     pack,
     sliding_window,
 )
@@ -67,6 +68,21 @@ class TargetOnly:
         return 0
 
 
+class Forgetful(dict):
+    """Of `launch`: finds no kernel, so that every launch compiles, and knows that equal keys mean the same kernel."""
+
+    def get(self, key, default=None):
+        return default
+
+    def __setitem__(self, key, kernel):
+        assert self.setdefault(key, kernel) is kernel, f"{kernel.metadata.name} depends on more than {key}"
+        # a launch of the compiled kernel takes constants by position
+        params, constants = kernel.src.fn.params, kernel.src.constants
+        last = [i for i, param in enumerate(params) if param.is_constexpr]
+        assert last == list(range(len(params)))[len(params) - len(last) :]
+        assert tuple(constants[(i,)] for i in last) == key[len(key) - len(last) :]
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """A function that makes a target current and returns the list that its compiled kernels are added to."""
@@ -83,6 +99,7 @@ def compiled(monkeypatch):
     def start(target):
         backend._options.cache_clear()
         monkeypatch.setattr(JITFunction, "run", compile_only)
+        monkeypatch.setattr(launch, "_kernels", Forgetful())
         monkeypatch.setattr(driver, "_active", TargetOnly(TARGETS[target][0]))
         return kernels
 
@@ -206,6 +223,32 @@ def test_packing_fits(compiled, monkeypatch, target):
     lists = ["_scan_kernel", "_fill_kernel"]
     assert_fits(kernels, target, ["_dense_kernel", *lists, "_copy_kernel", "_tiles_kernel", *lists, "_words_kernel"])
     assert_packing_spills_little(kernels, target)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_packing_dense_tensors_of_any_form_fits(compiled, monkeypatch, target):
+    kernels = compiled(target)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [0, 9, 384, 384])
+    tensor = torch.zeros(1, 1, 384, 400, dtype=torch.bool)
+    for form in (tensor[..., :384], tensor[..., 4:388], tensor[..., 1:385], tensor.mT, tensor.float(), tensor.double()):
+        triton_pack.pack_dense(form, *form.shape[2:])
+    dense = [k for k in kernels if k.metadata.name == "_dense_kernel"]
+    assert len(set(map(id, dense))) == len(dense) == 6
+    assert_packing_spills_little(kernels, target)
+    if target == "sm_90":
+        # all 16 bytes at a time, and none at all one at a time
+        assert dense[0].asm["ptx"].count("ld.global.v4.b32") == 32
+        assert "ld.global.b8" not in dense[1].asm["ptx"]
+
+
+def test_launches_of_other_arguments_are_other_kernels():
+    tensor = torch.zeros(64)
+    for a, b in ((tensor, tensor[1:]), (tensor, tensor.int())):
+        assert launch.tensor_key(a) != launch.tensor_key(b)
+    assert launch.tensor_key(tensor) == launch.tensor_key(tensor[4:])
+    keys = [launch.int_key(n) for n in (1, 16, 17, 2**31, 2**31 + 1)]
+    assert len(set(keys)) == len(keys)
+    assert launch.int_key(17) == launch.int_key(2**31 - 1) == launch.int_key(-1)
 
 
 def assert_packing_spills_little(kernels, target):

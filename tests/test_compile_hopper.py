@@ -37,7 +37,6 @@ FEW_LOADS = 8
 def hopper_kernels(compiled, monkeypatch):  # noqa: F811
     """The list that kernels are added to as they compile for sm_90."""
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(hopper, "_kernels", {})
     return compiled("sm_90")
 
 

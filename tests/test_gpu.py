@@ -5,6 +5,7 @@ Head dimensions and mask forms are few on purpose: each combination compiles its
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import grid
@@ -14,6 +15,7 @@ from grid import BF16, F16, F32, cases
 from test_builders import CASES
 
 from anymask import (
+    BlockMask,
     attention,
     block_sparse,
     causal,
@@ -257,6 +259,42 @@ class TestPacking:
         if dtype.is_floating_point:
             values[..., ::7] = -0.0
         assert_same_block_mask(triton_pack.pack_dense(values, 300, 400), pack(values != 0))
+
+    def test_of_any_form(self, device: str) -> None:
+        from anymask.mask import triton_pack
+
+        rows = torch.rand(2, 3, 1000, 1040, device=device) < 0.5
+        rows[0, 1, :700, :700] = True
+        rows[1, 0] = False
+        forms = {
+            "aligned": rows[:, :, 5:995, 16:1024],
+            "broadcast": rows[:1, 1:2, :1, 16:1024].expand(2, 3, 990, 1008),
+            "base of 4": rows[:, :, 5:995, 4:1012],
+            "columns of 4": rows[..., :996],
+            "odd base": rows[:, :, :990, 1:1009],
+            "odd length": rows[:, :, :990, :1007],
+            "transposed": rows.mT[:, :, 16:1000, :999],
+            "every other": rows[:, :, :990, ::2],
+            "bytes": (rows * torch.randint(-128, 128, rows.shape, device=device)).to(torch.int8),
+            "unsigned bytes": (rows * torch.randint(0, 256, rows.shape, device=device)).to(torch.uint8)[..., 4:],
+        }
+        for form in forms.values():
+            # twice: the second launch is that of a compiled kernel
+            for _ in range(2):
+                packed = triton_pack.pack_dense(form, *form.shape[2:])
+                assert_same_block_mask(packed.to("cpu"), pack((form != 0).cpu()))
+
+    def test_saves_what_shares_memory(self, device: str, tmp_path: Path) -> None:
+        packed = pack(
+            causal() & document(torch.arange(3000, device=device) // 700), q_len=3000, kv_len=3000, device=device
+        )
+        packed.save(tmp_path / "mask.safetensors")
+        assert_same_block_mask(BlockMask.load(tmp_path / "mask.safetensors"), packed.to("cpu"))
+
+    def test_inside_a_compiled_function(self, device: str) -> None:
+        leaves: list[torch.Tensor] = []
+        spec = (causal() & document(torch.arange(300, device=device) // 90)).spec(leaves)
+        torch.library.opcheck(ops.pack_op, (leaves, spec, 300, 300, torch.device(device)))
 
     def test_of_nothing(self, device: str) -> None:
         for q_len, kv_len in ((0, 0), (0, 200), (200, 0)):

@@ -5,6 +5,7 @@ Skipped unless TRITON_INTERPRET=1 is set before Triton is imported: test_interpr
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grid
@@ -12,6 +13,7 @@ import pytest
 import torch
 from grid import BF16, F16, F32, cases
 from test_builders import CASES
+from torch.utils import _pytree as pytree
 
 import anymask
 from anymask import BlockMask, attention, causal, causal_lower_right, gallery, pack
@@ -351,3 +353,67 @@ def test_words_of_tiles_are_the_same_on_the_device(q_len: int, kv_len: int) -> N
         _words_of_tiles(tiles, places, space, *results[1])
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
+
+
+def _forms() -> dict[str, tuple[torch.Tensor, int]]:
+    """Tensors `[2, 3, 140, 144 or less]` by how they lie in memory, and at how many bytes a time they may be read."""
+    rows = torch.rand(2, 3, 150, 176) < 0.5
+    # filled in places, so that all kinds of tiles are there
+    rows[0, 1, :130, :130] = True
+    rows[1, 0] = False
+    return {
+        "aligned": (rows[:, :, 5:145, 16:160], 16),
+        "broadcast": (rows[:1, 1:2, :1, 16:160].expand(2, 3, 140, 144), 16),
+        "half of the columns": (rows[:, :, :140, :72], 4),
+        "base of 4": (rows[:, :, 5:145, 4:148], 4),
+        "rows of 4": (rows.flatten()[: 2 * 3 * 140 * 148].view(2, 3, 140, 148)[..., :144], 4),
+        "odd base": (rows[:, :, :140, 1:145], 1),
+        "odd length": (rows[:, :, :140, :143], 1),
+        "odd rows": (rows.flatten()[: 2 * 3 * 140 * 145].view(2, 3, 140, 145)[..., :144], 1),
+        "transposed": (rows.mT[:, :, 16:156, :144], 1),
+        "every other": (rows[:, :, :140, ::2], 1),
+        "bytes": ((rows * torch.randint(-128, 128, rows.shape))[:, :, :140, :144].to(torch.int8), 16),
+        "unsigned bytes": ((rows << torch.arange(176) % 9)[:, :, :140, 4:144].to(torch.uint8), 4),
+    }
+
+
+@pytest.mark.parametrize("form", _forms())
+def test_packing_any_form_is_the_same_on_the_device(form: str) -> None:
+    from anymask.mask import triton_pack
+
+    tensor, align = _forms()[form]
+    q_len, kv_len = tensor.shape[2:]
+    assert triton_pack._alignment(tensor, kv_len) == align
+    assert_same_block_mask(triton_pack.pack_dense(tensor, q_len, kv_len), pack(tensor != 0))
+    n, places = tensor.shape[0] * tensor.shape[1], torch.tensor([[0, 0, 1, 0]])
+    if form in ("aligned", "base of 4", "odd base", "transposed"):
+        # the last rows of the plane, and columns that all exist
+        tiles = tensor.flatten(0, 1)[:, 4:132, :128]
+        space = Grid(140, 144, CPU)
+        found = [(torch.empty(n, TILE, WORDS, dtype=torch.int32), torch.empty(n, dtype=torch.int8)) for _ in range(2)]
+        triton_pack.words_of_tiles(tiles, places.expand(n, 4), space, *found[0])
+        _words_of_tiles(tiles, places.expand(n, 4), space, *found[1])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_packing_on_the_device_shares_memory_that_nobody_sees(tmp_path: Path) -> None:
+    ids = torch.arange(1000) // 300
+    packed = _pack_expression(causal() & anymask.document(ids) & ~anymask.sliding_window(3), 1000, 1000)
+    tensors = packed.tensors()
+    starts = [t.data_ptr() for t in tensors if t.numel()]
+    assert len(set(starts)) == len(starts)
+    assert all(start % 16 == 0 for start in starts)
+    assert all(t.is_contiguous() for t in tensors)
+    # nothing but the result lives on
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert sum(storages.values()) <= packed.nbytes + 16 * len(tensors)
+    packed.save(tmp_path / "mask.safetensors")
+    assert_same_block_mask(BlockMask.load(tmp_path / "mask.safetensors"), packed)
+    assert_same_block_mask(pytree.tree_map(torch.clone, packed), packed)
+    q = torch.randn(1, 1, 1000, 16, requires_grad=True)
+    torch.library.opcheck(anymask.ops.forward, (q, q, q, tensors, 0.25, "cpu", False))
+    call = torch.compile(lambda q, mask: attention(q, q, q, mask), fullgraph=True, backend="aot_eager")
+    expected = attention(q, q, q, packed.to_dense())
+    for o in (call(q, packed), expected):
+        o.sum().backward()
+    assert torch.equal(call(q, packed), expected)

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from anymask import BlockMask, attention, causal, from_dense, ops, pack, sliding_window
+from anymask import BlockMask, attention, causal, document, from_dense, ops, pack, sliding_window
 from anymask.testing import MASKS, Case, make_inputs, make_qkv
 
 # torch.compile imports parts of torch that warn on their own
@@ -245,3 +245,20 @@ def test_the_mask_reaches_backward_by_itself() -> None:
 def test_fakes_agree_on_nothing(q_len: int, kv_len: int, batch: int) -> None:
     q, k, v = make_qkv(batch, 2, 1, q_len, kv_len, 4, 6, requires_grad=True)
     torch.library.opcheck(ops.forward, (q, k, v, [], 0.5, None, False))
+
+
+def test_packing_inside_a_compiled_function_shares_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sharing(*args: Any, **kwargs: Any) -> BlockMask:
+        """As on a GPU: the lists of both views are views of one tensor."""
+        packed = pack(*args, **kwargs)
+        tensors = packed.tensors()
+        lists = [i for i, t in enumerate(tensors) if t.dtype == torch.int32 and t.shape[1:] != (128, 4)]
+        parts = torch.cat([tensors[i].flatten() for i in lists]).split([tensors[i].numel() for i in lists])
+        for i, part in zip(lists, parts, strict=True):
+            tensors[i] = part.view(tensors[i].shape)
+        return BlockMask.from_tensors(tensors, packed.q_len, packed.kv_len)
+
+    monkeypatch.setattr(ops, "pack", sharing)
+    leaves: list[Tensor] = []
+    spec = (causal() & document(torch.arange(300) // 90)).spec(leaves)
+    torch.library.opcheck(ops.pack_op, (leaves, spec, 300, 300, torch.device("cpu")))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -29,12 +30,12 @@ class Grid:
     first: int = 0
     last: int | None = None
 
-    @property
+    @cached_property
     def q_tiles(self) -> int:
         """Lines of tiles along the queries."""
         return tiles_over(self.q_len)
 
-    @property
+    @cached_property
     def kv_tiles(self) -> int:
         """Lines of tiles along the keys."""
         return tiles_over(self.kv_len)

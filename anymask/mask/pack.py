@@ -64,8 +64,11 @@ def pack(
     assert q_len is not None
     assert kv_len is not None
     mask.check(q_len, kv_len)
-    grid = Grid(q_len, kv_len, torch.device(device or "cpu"))
-    mask = mask.to(grid.device)
+    place = torch.device(device or "cpu")
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    grid = Grid(q_len, kv_len, place)
+    mask = mask.to(place)
     if grid.device.type == "cuda":
         from anymask.mask import triton_pack
 

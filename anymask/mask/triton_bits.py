@@ -1,4 +1,7 @@
-"""The device twin of bits.py: words of a tile and its booleans, in Triton."""
+"""The device twin of bits.py: words of a tile and its booleans, in Triton.
+
+Inside kernels the words of a tile are int32 `[4, 128]`, word by position.
+"""
 
 import triton
 import triton.language as tl
@@ -18,6 +21,12 @@ def word_offsets(first, ROWS: tl.constexpr):
 
 
 @triton.jit
+def tile_offsets():
+    """Of the words `[WORDS, TILE]` of a tile in memory."""
+    return tl.arange(0, WORDS)[:, None] + tl.arange(0, TILE)[None, :] * WORDS
+
+
+@triton.jit
 def word_and_bit(column):
     """Where the bit of a column is."""
     return (column // 2) % 4, 2 * (column // 8) + column % 2
@@ -25,18 +34,84 @@ def word_and_bit(column):
 
 @triton.jit
 def words_of_bits(bits, ROWS: tl.constexpr):
-    """Words `[ROWS, WORDS]` of 0/1 `[ROWS, TILE]`: a product with powers of two, exact as a byte is at most 255."""
-    word, bit = word_and_bit(tl.arange(0, TILE)[:, None])
-    octet = tl.arange(0, 16)[None, :]
-    # byte y of word c, as octet 4 * c + y, is the sum of bits 8 * y .. 8 * y + 7
-    belongs = (word == octet // 4) & (bit // 8 == octet % 4)
-    weight = tl.where(belongs, 1 << (bit % 8), 0).to(tl.float16)
-    octets = tl.reshape(tl.dot(bits.to(tl.float16), weight).to(tl.int32), [ROWS, WORDS, 4])
-    return tl.sum(octets << (8 * tl.arange(0, 4))[None, None, :], 2)
+    """Words `[ROWS, WORDS]` of bool `[ROWS, TILE]`."""
+    pairs = tl.reshape(bits.to(tl.int32), [ROWS, 16, WORDS, 2])
+    pairs = tl.sum(pairs << tl.arange(0, 2)[None, None, None, :], 3)
+    return tl.sum(pairs << (2 * tl.arange(0, 16))[None, :, None], 1)
 
 
 @triton.jit
-def kind_of_words(w, rows, q_len):
+def load_words_t(tile, row_stride, col_stride, q_left, kv_left, ALIGN: tl.constexpr):
+    """Transposed words of the tile at a pointer, of which `q_left` rows and `kv_left` columns exist; non-zero = attend.
+
+    uint8 holds nothing but 0 and 1. ALIGN 4 or 16: bytes without gaps, read as many at a time, where the address,
+    `row_stride` and `kv_left` are multiples of that. Without, ALIGN is 1.
+    """
+    # rows by where they are in the words of a column, bit and then word: lanes share out the words, whose bits are all
+    # in one thread
+    bit, word = tl.arange(0, TILE)[:, None] // WORDS, tl.arange(0, TILE)[:, None] % WORDS
+    row = 8 * (bit // 2) + 2 * word + bit % 2
+    far = row.to(tl.int64) * (row_stride // ALIGN)
+    # [128, four columns]
+    if ALIGN > 1:
+        fours = tl.arange(0, 32)[None, :]
+        # spelt so that Triton sees the factor
+        ptrs = tile.to(tl.pointer_type(tl.int32)) + far * (ALIGN // 4) + fours
+        x = tl.load(ptrs, mask=(row < q_left) & (fours < (kv_left // ALIGN) * (ALIGN // 4)), other=0)
+        if tile.dtype.element_ty != tl.uint8:
+            # the lowest bit of a byte becomes any of its bits
+            x |= x >> 4
+            x |= x >> 2
+            x = (x | (x >> 1)) & 0x01010101
+    else:
+        column = tl.arange(0, TILE)[None, :]
+        ptrs = tile + far + column.to(tl.int64) * col_stride
+        ones = tl.load(ptrs, mask=(row < q_left) & (column < kv_left), other=0) != 0
+        # byte y is column y of the four
+        ones = tl.reshape(ones.to(tl.int32), [TILE, 32, 4])
+        x = tl.sum(ones << (8 * tl.arange(0, 4))[None, None, :], 2)
+    # eight rows in the bits of a byte, an instruction for each four pairs: byte y of the words of column y
+    x = tl.reshape(x, [4, 8, WORDS, 32])
+    x = tl.sum(x << tl.arange(0, 8)[None, :, None, None], 1)[:, :, :, None]
+    # exchange bytes of a word with columns
+    y, at = (8 * tl.arange(0, 4))[None, None, None, :], (8 * tl.arange(0, 4))[:, None, None, None]
+    return tl.reshape(tl.sum(((x >> y) & 255) << at, 0), [WORDS, TILE])
+
+
+@triton.jit
+def _exchange(words, INDEX: tl.constexpr, BIT: tl.constexpr, LOW: tl.constexpr):
+    """Exchange the bit of value INDEX of a flat index into `words` with bit BIT of a bit's number. LOW has the bits
+    whose number lacks it."""
+    pairs = tl.reshape(words, [WORDS * TILE // (2 * INDEX), 2, INDEX])
+    other = tl.xor_sum(pairs, 1, keep_dims=True) ^ pairs
+    upper = (tl.arange(0, 2) == 1)[None, :, None]
+    kept = tl.where(upper, -1 - LOW, LOW)
+    moved = tl.where(upper, other >> BIT, other << BIT)
+    return tl.reshape((pairs & kept) | (moved & ~kept), [WORDS, TILE])
+
+
+@triton.jit
+def transpose_words(words):
+    """Words of the transposed tile: 16 transpositions of 32 x 32 bits, by exchanging the five bits of an index with
+    those of a bit's number."""
+    # position 8 * (b // 2) + 2 * c + b % 2 is bit b of word c
+    words = _exchange(words, 1, 1, 0x55555555)
+    words = _exchange(words, 8, 2, 0x33333333)
+    words = _exchange(words, 16, 4, 0x0F0F0F0F)
+    words = _exchange(words, 32, 8, 0x00FF00FF)
+    words = _exchange(words, 64, 16, 0x0000FFFF)
+    swapped = tl.permute(tl.reshape(words, [WORDS, 16, WORDS, 2]), 2, 1, 0, 3)
+    return tl.reshape(swapped, [WORDS, TILE])
+
+
+@triton.jit
+def kind_of_words(words, rows, q_len):
     """int32, 0 empty, 1 partial or 2 full, of a tile; rows `[TILE]` that do not exist count for neither."""
-    full = (w == -1) | (rows >= q_len)[:, None]
-    return tl.min(full.to(tl.int32)) + tl.max((w != 0).to(tl.int32))
+    full = (words == -1) | (rows >= q_len)[None, :]
+    return tl.min(full.to(tl.int32)) + tl.max((words != 0).to(tl.int32))
+
+
+@triton.jit
+def live_of_words(words):
+    """bool `[TILE]`: positions with a pair."""
+    return tl.max((words != 0).to(tl.int32), 0) != 0

@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from anymask.launch import launch, tensor_key
 from anymask.mask import bits
 from anymask.mask.bits import tiles_over
 from anymask.mask.expr import Grid, Mask
 from anymask.mask.triton_bits import LAUNCH, TILE, WORDS, word_and_bit
+from anymask.mask.triton_lists import Work
 
 # dtypes that kernels read as they are; others are compared with 0 first, at the price of a bool copy
 READABLE = (
@@ -53,8 +55,13 @@ class Program(NamedTuple):
     # `between` also its first entry in `extremes`, and there the strides of batch and head; its tile stride is the sign
     # of its position stride
     strides: tuple[int, ...]
-    # int64 [n, 2]: least and most of each tile of positions
-    extremes: Tensor
+    # entries of `extremes`, int64 [n, 2]: least and most of each tile of positions
+    n_extremes: int
+    # leaves of `between`, and for each its first entry and its length
+    ranges: tuple[int, ...]
+    counts: tuple[int, ...]
+    # what a kernel depends on beside `ops`
+    key: tuple[Any, ...]
 
 
 class _Parsed(NamedTuple):
@@ -141,19 +148,44 @@ def program_of(mask: Mask, grid: Grid) -> Program | None:
             t = t != 0
         tensors[leaf] = t.view(torch.uint8) if t.dtype == torch.bool else t
         fields += [*_strides(t), 0, 0, 0]
-    extremes = torch.empty(first, 2, dtype=torch.int64, device=grid.device)
-    if first:
-        ranged = tuple(tensors[leaf] for leaf in parsed.ranges)
-        _extremes_kernel[(first,)](extremes, ranged, _stored([*counts, first]), len(ranged), num_warps=1, **LAUNCH)
-    # no launch sees an empty tuple
-    return Program(parsed.ops, parsed.numbers or (3,), tuple(tensors) or (extremes,), _stored(fields) or (3,), extremes)
+    return _program(parsed, tensors, fields, first, counts)
 
 
 def packed_program(kinds: Tensor, words: Tensor) -> Program:
     """The mask whose tiles have `kinds [batch, heads, q_tiles, kv_tiles]` and, if partial, `words` in row order."""
     place = (kinds == bits.PARTIAL).flatten().cumsum(0, dtype=torch.int32) - 1
-    ops = (PACKED.value, 0, 1, 2)
-    return Program(ops, (3,), (kinds, place, words), _stored([*kinds.stride(), 0, 0, 0]), place)
+    parsed = _Parsed((PACKED.value, 0, 1, 2), (), (), ())
+    return _program(parsed, [kinds, place, words], [*kinds.stride(), 0, 0, 0], 0, [])
+
+
+def _program(parsed: _Parsed, tensors: list[Tensor], fields: list[int], n_extremes: int, counts: list[int]) -> Program:
+    strides = _stored(fields) or (3,)
+    # numbers and counts fit int32
+    key = (*map(tensor_key, tensors), *(n < 2**31 for n in strides))
+    # no launch sees an empty tuple
+    return Program(
+        parsed.ops, parsed.numbers or (3,), tuple(tensors), strides, n_extremes, parsed.ranges, _stored(counts), key
+    )
+
+
+def find_extremes(program: Program, work: Work) -> None:
+    """Fill the extremes of `work`."""
+    n = program.n_extremes
+    if n:
+        launch(
+            _extremes_kernel,
+            (n, 1, 1),
+            (
+                work.memory,
+                tuple(program.tensors[leaf] for leaf in program.ranges),
+                (*program.counts, 4 * n + 3),
+                work.starts[2],
+            ),
+            {"TENSORS": len(program.ranges)},
+            (work.key, program.key, program.ranges),
+            num_warps=1,
+            **LAUNCH,
+        )
 
 
 def _strides(t: Tensor) -> list[int]:
@@ -167,8 +199,15 @@ def _sums(layout: Tensor) -> Tensor:
 
 
 @triton.jit
-def _extremes_kernel(extremes, tensors, counts, TENSORS: tl.constexpr):
+def extremes_at(memory, start):
+    """Of `Work.memory`: pointer to the extremes."""
+    return (memory.to(tl.pointer_type(tl.int8)) + start.to(tl.int64) * 16).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit(do_not_specialize=["start"])
+def _extremes_kernel(memory, tensors, counts, start, TENSORS: tl.constexpr):
     """One program a tile of positions of a tensor `[planes, length]`: its least and its most."""
+    extremes = extremes_at(memory, start)
     number = tl.program_id(0)
     for j in tl.static_range(TENSORS):
         # a tensor's first number and its length; after the last one, the number of all
@@ -299,6 +338,14 @@ def classify(
 
 
 @triton.jit
+def packed_place(ops: tl.constexpr, tensors, strides, b, h, q_tile, kv_tile):
+    """Where the words of a partial tile of a packed mask are."""
+    # places lie like kinds
+    at = _plane(strides, ops[1], b, h) + q_tile * _field(strides, ops[1], 2) + kv_tile * _field(strides, ops[1], 3)
+    return tl.load(tensors[ops[2]] + at).to(tl.int64)
+
+
+@triton.jit
 def evaluate(ops: tl.constexpr, at: tl.constexpr, numbers, tensors, strides, b, h, q, k, q_len, kv_len):
     """bool that broadcasts to the shape of positions `q` and `k`, of one tile: `Mask.evaluate` of the node at `at`."""
     if ops[at] == AND:
@@ -336,10 +383,6 @@ def evaluate(ops: tl.constexpr, at: tl.constexpr, numbers, tensors, strides, b, 
         return _cell(tensors, strides, ops[at + 1], b, h, q, k) != 0
     else:
         tl.static_assert(ops[at] == PACKED)
-        # places lie like kinds
-        at_tile = (tl.min(q) // TILE) * _field(strides, ops[at + 1], 2) + (tl.min(k) // TILE) * _field(
-            strides, ops[at + 1], 3
-        )
-        place = tl.load(tensors[ops[at + 2]] + _plane(strides, ops[at + 1], b, h) + at_tile).to(tl.int64)
+        place = packed_place(ops, tensors, strides, b, h, tl.min(q) // TILE, tl.min(k) // TILE)
         word, bit = word_and_bit(k % TILE)
         return ((tl.load(tensors[ops[at + 3]] + (place * TILE + q % TILE) * WORDS + word) >> bit) & 1) != 0

@@ -11,18 +11,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from anymask.launch import int_key, launch, on, tensor_key
 from anymask.mask import bits
 from anymask.mask.block_mask import BlockMask
 from anymask.mask.expr import Grid, Mask
-from anymask.mask.triton_bits import LAUNCH, TILE, WORDS, kind_of_words, word_offsets, words_of_bits
-from anymask.mask.triton_expr import READABLE, Program, classify, evaluate, packed_program, program_of
-from anymask.mask.triton_lists import TOTALS, empty, lists_of, nothing_yet
+from anymask.mask.triton_bits import (
+    LAUNCH,
+    TILE,
+    WORDS,
+    kind_of_words,
+    live_of_words,
+    load_words_t,
+    tile_offsets,
+    transpose_words,
+    word_offsets,
+    words_of_bits,
+)
+from anymask.mask.triton_expr import (
+    PACKED,
+    READABLE,
+    Program,
+    classify,
+    evaluate,
+    extremes_at,
+    find_extremes,
+    packed_place,
+    packed_program,
+    program_of,
+)
+from anymask.mask.triton_lists import TOTALS, block_mask_of, empty, kinds_at, lists_of, live_at, padded, work_for
 from anymask.shapes import TileKinds, Words
 
 # kv tiles that a program classifies; those that stay undecided it evaluates one after the other
 SPAN = 32
 # rows of a tile that a program evaluates at a time: few, as a deep expression has many values at once in registers
 STRIP = 16
+
+PLACES_AND_SHAPE = [
+    *("queries", "keys", "extremes", "kinds"),
+    *("heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"),
+]
 
 
 def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
@@ -32,56 +60,68 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
     tensor = tensor.expand(batch, heads, q_len, kv_len)
     if tensor.dtype not in READABLE:
         tensor = tensor != 0
-    with torch.cuda.device_of(tensor):
-        found = nothing_yet(batch, heads, grid)
-        tiles = found.kinds.numel()
-        words, words_t = (empty(grid, tiles, bits.TILE, bits.WORDS) for _ in range(2))
+    with on(grid.device):
+        work = work_for(batch, heads, grid)
+        tiles = work.n_rows * grid.kv_tiles
+        # of all tiles, written where partial
+        words, words_t = _both_words(grid, tiles)
         if tiles:
-            tensor = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-            _dense_kernel[(tiles,)](
-                tensor,
-                *found,
-                words,
-                words_t,
-                tensor.stride(),
-                heads,
-                q_len,
-                kv_len,
-                grid.q_tiles,
-                grid.kv_tiles,
-                batch * heads * grid.q_tiles,
-                batch * heads * grid.kv_tiles,
-                num_warps=4,
+            strides = tensor.stride()
+            align = _alignment(tensor, kv_len)
+            # what `load_words_t` tells 0 and 1 from other bytes by
+            seen_as = {torch.bool: torch.uint8, torch.uint8: torch.int8}.get(tensor.dtype)
+            tensor = tensor if seen_as is None else tensor.view(seen_as)
+            launch(
+                _dense_kernel,
+                (tiles, 1, 1),
+                (
+                    tensor,
+                    work.memory,
+                    words,
+                    words_t,
+                    strides,
+                    *work.starts,
+                    heads,
+                    *_shape(grid),
+                    work.n_rows,
+                    work.n_cols,
+                ),
+                {"ALIGN": align},
+                (work.key, tensor_key(tensor), *map(int_key, strides)),
+                num_warps=1 if align > 1 else 8,
                 **LAUNCH,
             )
-        rows, cols = lists_of(found, grid)
-        n_partial = rows.lines.numel()
+        lists = lists_of(work)
+        n_partial = lists.n_partial
         if n_partial != tiles:
             all_words, all_words_t = words, words_t
-            words, words_t = (empty(grid, n_partial, bits.TILE, bits.WORDS) for _ in range(2))
+            words, words_t = _both_words(grid, n_partial)
             if n_partial:
-                _copy_kernel[(2 * n_partial,)](
-                    *(rows.lines, rows.partial_tiles, all_words, words),
-                    *(cols.lines, cols.partial_tiles, all_words_t, words_t),
-                    n_partial,
-                    grid.q_tiles,
-                    grid.kv_tiles,
+                launch(
+                    _copy_kernel,
+                    (2 * n_partial, 1, 1),
+                    (
+                        *(lists.tiles, lists.lines, all_words, all_words_t, words, words_t),
+                        *(lists.n_full, n_partial, grid.q_tiles, grid.kv_tiles),
+                    ),
+                    {},
+                    work.key,
                     num_warps=1,
                     **LAUNCH,
                 )
-    return BlockMask(q_len, kv_len, rows.with_words(words), cols.with_words(words_t))
+        return block_mask_of(grid, lists, words, words_t)
 
 
 def pack_expression(mask: Mask, grid: Grid) -> BlockMask | None:
     """The `BlockMask` of a mask, its tensors on the device of `grid`; None if only torch can evaluate it."""
-    with torch.cuda.device_of(torch.empty(0, device=grid.device)):
+    with on(grid.device):
         program = program_of(mask, grid)
         return None if program is None else _pack_program(program, *mask.planes, grid, None)
 
 
 def lists_from_tiles(kinds: TileKinds, words: Words, grid: Grid) -> BlockMask:
     """The `BlockMask` of tile kinds and of the words of the partial tiles in row order."""
-    with torch.cuda.device_of(kinds):
+    with on(grid.device):
         return _pack_program(packed_program(kinds.contiguous(), words), kinds.shape[0], kinds.shape[1], grid, words)
 
 
@@ -90,49 +130,75 @@ def words_of_tiles(tiles: Tensor, places: Tensor, grid: Grid, words: Words, kind
 
     `places`: int64 `[n, 4]`, plane batch, plane head, q tile and kv tile. Pairs outside the plane do not count.
     """
-    with torch.cuda.device_of(tiles):
-        _tile_words_kernel[(tiles.shape[0],)](
-            tiles.view(torch.uint8),
-            places,
-            words,
-            kinds,
-            tiles.stride(),
-            places.stride(0),
-            places.stride(1),
-            grid.q_len,
-            grid.kv_len,
-            num_warps=4,
+    strides, align = tiles.stride(), _alignment(tiles, grid.kv_len)
+    with on(grid.device):
+        launch(
+            _tile_words_kernel,
+            (tiles.shape[0], 1, 1),
+            (tiles.view(torch.uint8), places, words, kinds, strides, *places.stride(), grid.q_len, grid.kv_len),
+            {"ALIGN": align},
+            (grid.device, *map(tensor_key, (tiles, places, words, kinds)), *map(int_key, strides)),
+            num_warps=1 if align > 1 else 8,
             **LAUNCH,
         )
 
 
 def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: Words | None) -> BlockMask:
     """`words`: those of the rows, if they are there already."""
-    found = nothing_yet(batch, heads, grid)
-    n_rows, n_cols = batch * heads * grid.q_tiles, batch * heads * grid.kv_tiles
-    mask = program.ops, program.numbers, program.tensors, program.strides
-    shape = heads, grid.q_len, grid.kv_len, grid.q_tiles, grid.kv_tiles
-    if found.kinds.numel():
-        _tiles_kernel[(n_rows * -(-grid.kv_tiles // SPAN),)](
-            *mask, program.extremes, *found, *shape, n_rows, n_cols, SPAN, STRIP, num_warps=4, **LAUNCH
-        )
-    rows, cols = lists_of(found, grid)
-    n_partial = rows.lines.numel()
-    entries = 0 if words is not None else n_partial
-    words = empty(grid, n_partial, bits.TILE, bits.WORDS) if words is None else words
-    words_t = empty(grid, n_partial, bits.TILE, bits.WORDS)
-    if n_partial:
-        _words_kernel[(entries + n_partial,)](
-            *mask,
-            *(rows.lines, rows.partial_tiles, words),
-            *(cols.lines, cols.partial_tiles, words_t),
-            entries,
-            *shape,
-            STRIP,
+    work = work_for(batch, heads, grid, program.n_extremes)
+    find_extremes(program, work)
+    # no launch sees an empty tuple
+    mask = program.numbers, program.tensors or (work.memory,), program.strides
+    constants = {"ops": program.ops, "STRIP": STRIP}
+    key = work.key, program.key
+    n_rows, n_cols = work.n_rows, work.n_cols
+    if n_rows * n_cols:
+        launch(
+            _tiles_kernel,
+            (n_rows * -(-grid.kv_tiles // SPAN), 1, 1),
+            (*mask, work.memory, *work.starts, heads, *_shape(grid), n_rows, n_cols),
+            {**constants, "SPAN": SPAN},
+            key,
             num_warps=4,
             **LAUNCH,
         )
-    return BlockMask(grid.q_len, grid.kv_len, rows.with_words(words), cols.with_words(words_t))
+    lists = lists_of(work)
+    n_partial = lists.n_partial
+    entries = 0 if words is not None else n_partial
+    if words is None:
+        words, words_t = _both_words(grid, n_partial)
+    else:
+        words_t = torch.empty_like(words)
+    if n_partial:
+        launch(
+            _words_kernel,
+            (entries + n_partial, 1, 1),
+            (*mask, lists.tiles, lists.lines, words, words_t, entries, lists.n_full, n_partial, heads, *_shape(grid)),
+            constants,
+            (*key, tensor_key(words)),
+            num_warps=4,
+            **LAUNCH,
+        )
+    return block_mask_of(grid, lists, words, words_t)
+
+
+def _shape(grid: Grid) -> tuple[int, int, int, int]:
+    return grid.q_len, grid.kv_len, grid.q_tiles, grid.kv_tiles
+
+
+def _both_words(grid: Grid, n: int) -> tuple[Words, Words]:
+    return empty(grid, n, bits.TILE, bits.WORDS), empty(grid, n, bits.TILE, bits.WORDS)
+
+
+def _alignment(t: Tensor, kv_len: int) -> int:
+    """`ALIGN` of `load_words_t`."""
+    *strides, last = t.stride()
+    if t.element_size() != 1 or last != 1:
+        return 1
+    together = t.data_ptr() | kv_len
+    for stride in strides:
+        together |= stride
+    return 16 if together % 16 == 0 else 4 if together % 4 == 0 else 1
 
 
 @triton.jit
@@ -155,17 +221,16 @@ def _inside(ops: tl.constexpr, numbers, tensors, strides, b, h, q, k, q_len, kv_
     return bits & (q < q_len) & (k < kv_len)
 
 
-@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"])
+@triton.jit(do_not_specialize=PLACES_AND_SHAPE)
 def _tiles_kernel(
-    ops: tl.constexpr,
     numbers,
     tensors,
     strides,
+    memory,
+    queries,
+    keys,
     extremes,
     kinds,
-    counts,
-    q_live,
-    kv_live,
     heads,
     q_len,
     kv_len,
@@ -173,8 +238,9 @@ def _tiles_kernel(
     kv_tiles,
     n_rows,
     n_cols,
-    SPAN: tl.constexpr,
+    ops: tl.constexpr,
     STRIP: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """One program a line of SPAN tiles: their kinds, counted by row and by column, and what lives in partial ones."""
     spans = tl.cdiv(kv_tiles, SPAN)
@@ -185,7 +251,8 @@ def _tiles_kernel(
     lane = tl.arange(0, SPAN)
     there = first + lane < kv_tiles
     kv_tile = tl.minimum(first + lane, kv_tiles - 1)
-    kind = classify(ops, 0, numbers, tensors, strides, extremes, b, h, q_tile, kv_tile, q_len, kv_len)
+    found = extremes_at(memory, extremes)
+    kind = classify(ops, 0, numbers, tensors, strides, found, b, h, q_tile, kv_tile, q_len, kv_len)
     # columns beyond kv_len are off, so the last kv tile is full for nobody
     kind = tl.where((kv_tile + 1) * TILE > kv_len, tl.minimum(kind, 1), kind)
     undecided = there & (kind == 1)
@@ -200,13 +267,14 @@ def _tiles_kernel(
             any_pair = tl.maximum(any_pair, tile.to(tl.int32))
             # rows that do not exist count for neither
             all_pairs = tl.minimum(all_pairs, (tile | (rows >= q_len)[:, None]).to(tl.int32))
-            _mark(q_live, plane, q_len, rows, tl.max(tile.to(tl.int32), 1) != 0)
+            _mark(live_at(memory, queries), plane, q_len, rows, tl.max(tile.to(tl.int32), 1) != 0)
         col_any = tl.max(any_pair, 0)
-        _mark(kv_live, plane, kv_len, cols, col_any != 0)
+        _mark(live_at(memory, keys), plane, kv_len, cols, col_any != 0)
         kind = tl.where(lane == at, tl.max(col_any) + tl.min(all_pairs), kind)
         undecided = undecided & (lane != at)
-    tl.store(kinds + line.to(tl.int64) * kv_tiles + first + lane, kind.to(tl.int8), mask=there)
-    counts += TOTALS
+    at = line.to(tl.int64) * kv_tiles + first + lane
+    tl.store(kinds_at(memory, kinds) + at, kind.to(tl.int8), mask=there)
+    counts = memory + TOTALS
     for of in tl.static_range(2):
         # full, then partial
         hit = there & (kind == 2 - of)
@@ -216,17 +284,17 @@ def _tiles_kernel(
         tl.atomic_add(counts + column, 1, mask=hit, sem="relaxed")
 
 
-# kv_len stays specialised: knowing that it is a multiple of 16 makes loads of 16 bytes out of loads of one
-@triton.jit(do_not_specialize=["heads", "q_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"])
+@triton.jit(do_not_specialize=PLACES_AND_SHAPE)
 def _dense_kernel(
     tensor,
-    kinds,
-    counts,
-    q_live,
-    kv_live,
+    memory,
     words,
     words_t,
     strides,
+    queries,
+    keys,
+    extremes,
+    kinds,
     heads,
     q_len,
     kv_len,
@@ -234,113 +302,121 @@ def _dense_kernel(
     kv_tiles,
     n_rows,
     n_cols,
+    ALIGN: tl.constexpr,
 ):
-    """One program a tile: as `_tiles_kernel`, and its words, in row order of tiles, and its transposed words, in column
-    order."""
+    """One program a tile: as `_tiles_kernel`, and if it is partial its words, in row order of tiles, and its transposed
+    words, in column order."""
     number = tl.program_id(0)
     line, kv_tile = number // kv_tiles, number % kv_tiles
     plane, q_tile = line // q_tiles, line % q_tiles
     rows, cols = _rows_of(q_tile), _rows_of(kv_tile)
-    base = tensor + (plane // heads).to(tl.int64) * strides[0] + (plane % heads).to(tl.int64) * strides[1]
-    ptrs = base + rows[:, None].to(tl.int64) * strides[2] + cols[None, :].to(tl.int64) * strides[3]
-    inside = (rows[:, None] < q_len) & (cols[None, :] < kv_len)
-    # [TILE, TILE]
-    tile = (tl.load(ptrs, mask=inside, other=0) != 0).to(tl.float16)
-    w = words_of_bits(tile, TILE)
-    tl.store(words + number.to(tl.int64) * (TILE * WORDS) + word_offsets(0, TILE), w)
-    w_t = words_of_bits(tl.trans(tile), TILE)
-    column = plane * kv_tiles + kv_tile
-    tl.store(words_t + (column.to(tl.int64) * q_tiles + q_tile) * (TILE * WORDS) + word_offsets(0, TILE), w_t)
+    # a multiple of ALIGN, and spelt so that Triton sees it
+    at = (plane // heads).to(tl.int64) * (strides[0] // ALIGN) + (plane % heads).to(tl.int64) * (strides[1] // ALIGN)
+    at = (at + (q_tile * TILE).to(tl.int64) * (strides[2] // ALIGN)) * ALIGN
+    at += (kv_tile * TILE).to(tl.int64) * strides[3]
+    q_left, kv_left = q_len - q_tile * TILE, kv_len - kv_tile * TILE
+    w_t = load_words_t(tensor + at, strides[2], strides[3], q_left, kv_left, ALIGN)
+    w = transpose_words(w_t)
     kind = kind_of_words(w, rows, q_len)
-    tl.store(kinds + number, kind)
-    _mark(q_live, plane, q_len, rows, tl.max((w != 0).to(tl.int32), 1) != 0)
-    _mark(kv_live, plane, kv_len, cols, tl.max((w_t != 0).to(tl.int32), 1) != 0)
-    counts += TOTALS
+    if kind == 1:
+        tl.store(words + number.to(tl.int64) * (TILE * WORDS) + tile_offsets(), w)
+        number_t = (plane * kv_tiles + kv_tile).to(tl.int64) * q_tiles + q_tile
+        tl.store(words_t + number_t * (TILE * WORDS) + tile_offsets(), w_t)
+        # full tiles are seen by their counts
+        _mark(live_at(memory, queries), plane, q_len, rows, live_of_words(w))
+        _mark(live_at(memory, keys), plane, kv_len, cols, live_of_words(w_t))
+    tl.store(kinds_at(memory, kinds) + number, kind)
+    counts = memory + TOTALS
     tl.atomic_add(counts + tl.where(kind == 2, 0, n_rows) + line, 1, mask=kind > 0, sem="relaxed")
-    column += 2 * n_rows + tl.where(kind == 2, 0, n_cols)
+    column = 2 * n_rows + tl.where(kind == 2, 0, n_cols) + plane * kv_tiles + kv_tile
     tl.atomic_add(counts + column, 1, mask=kind > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["place_stride", "field_stride", "q_len", "kv_len"])
-def _tile_words_kernel(tiles, places, words, kinds, strides, place_stride, field_stride, q_len, kv_len):
+def _tile_words_kernel(
+    tiles, places, words, kinds, strides, place_stride, field_stride, q_len, kv_len, ALIGN: tl.constexpr
+):
     """`words_of_tiles`, one program a tile."""
     number = tl.program_id(0).to(tl.int64)
     place = places + number * place_stride
-    rows = _rows_of(tl.load(place + 2 * field_stride).to(tl.int32))
-    cols = _rows_of(tl.load(place + 3 * field_stride).to(tl.int32))
-    within = tl.arange(0, TILE).to(tl.int64)
-    ptrs = tiles + number * strides[0] + within[:, None] * strides[1] + within[None, :] * strides[2]
-    w = words_of_bits(tl.load(ptrs, mask=(rows < q_len)[:, None] & (cols < kv_len)[None, :], other=0), TILE)
-    tl.store(words + number * (TILE * WORDS) + word_offsets(0, TILE), w)
-    tl.store(kinds + number, kind_of_words(w, rows, q_len))
+    q_tile = tl.load(place + 2 * field_stride).to(tl.int32)
+    kv_tile = tl.load(place + 3 * field_stride).to(tl.int32)
+    tile = tiles + number * (strides[0] // ALIGN) * ALIGN
+    w_t = load_words_t(tile, strides[1], strides[2], q_len - q_tile * TILE, kv_len - kv_tile * TILE, ALIGN)
+    w = transpose_words(w_t)
+    tl.store(words + number * (TILE * WORDS) + tile_offsets(), w)
+    tl.store(kinds + number, kind_of_words(w, _rows_of(q_tile), q_len))
 
 
-@triton.jit(do_not_specialize=["n_partial", "q_tiles", "kv_tiles"])
-def _copy_kernel(
-    row_lines,
-    row_tiles,
-    all_words,
-    row_words,
-    col_lines,
-    col_tiles,
-    all_words_t,
-    col_words,
-    n_partial,
-    q_tiles,
-    kv_tiles,
-):
+@triton.jit
+def _entry(tiles, lines, entry, is_row, n_full, n_partial):
+    """Tile and global line number of a partial tile of the rows, or else of the columns."""
+    at = entry + tl.where(is_row, 0, padded(n_partial))
+    return tl.load(tiles + 2 * padded(n_full).to(tl.int64) + at), tl.load(lines + at)
+
+
+@triton.jit(do_not_specialize=["n_full", "n_partial", "q_tiles", "kv_tiles"])
+def _copy_kernel(tiles, lines, all_words, all_words_t, words, words_t, n_full, n_partial, q_tiles, kv_tiles):
     """One program an entry of the rows, then of the columns: its words, out of those of all tiles."""
     entry = tl.program_id(0)
     offs = word_offsets(0, TILE)
     if entry < n_partial:
-        tile = tl.load(row_lines + entry).to(tl.int64) * kv_tiles + tl.load(row_tiles + entry)
-        w = tl.load(all_words + tile * (TILE * WORDS) + offs)
-        tl.store(row_words + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
+        tile, line = _entry(tiles, lines, entry, True, n_full, n_partial)
+        w = tl.load(all_words + (line.to(tl.int64) * kv_tiles + tile) * (TILE * WORDS) + offs)
+        tl.store(words + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
     else:
         entry -= n_partial
-        tile = tl.load(col_lines + entry).to(tl.int64) * q_tiles + tl.load(col_tiles + entry)
-        w = tl.load(all_words_t + tile * (TILE * WORDS) + offs)
-        tl.store(col_words + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
+        tile, line = _entry(tiles, lines, entry, False, n_full, n_partial)
+        w = tl.load(all_words_t + (line.to(tl.int64) * q_tiles + tile) * (TILE * WORDS) + offs)
+        tl.store(words_t + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
 
 
-@triton.jit(do_not_specialize=["entries", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"])
+@triton.jit(
+    do_not_specialize=["entries", "n_full", "n_partial", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"],
+)
 def _words_kernel(
-    ops: tl.constexpr,
     numbers,
     tensors,
     strides,
-    row_lines,
-    row_tiles,
-    row_words,
-    col_lines,
-    col_tiles,
-    col_words,
+    tiles,
+    lines,
+    words,
+    words_t,
     entries,
+    n_full,
+    n_partial,
     heads,
     q_len,
     kv_len,
     q_tiles,
     kv_tiles,
+    ops: tl.constexpr,
     STRIP: tl.constexpr,
 ):
     """One program an entry of the rows, `entries` of them, then of the columns: its words from the tile again."""
     entry = tl.program_id(0)
     if entry < entries:
-        line = tl.load(row_lines + entry)
-        plane, cols = line // q_tiles, _rows_of(tl.load(row_tiles + entry))
+        tile, line = _entry(tiles, lines, entry, True, n_full, n_partial)
+        plane, cols = line // q_tiles, _rows_of(tile)
         b, h = plane // heads, plane % heads
-        at = row_words + entry.to(tl.int64) * (TILE * WORDS)
+        at = words + entry.to(tl.int64) * (TILE * WORDS)
         for start in tl.range(0, TILE, STRIP):
             rows = (line % q_tiles) * TILE + start + tl.arange(0, STRIP)
-            tile = _inside(ops, numbers, tensors, strides, b, h, rows[:, None], cols[None, :], q_len, kv_len)
-            tl.store(at + word_offsets(start, STRIP), words_of_bits(tile, STRIP))
+            bits = _inside(ops, numbers, tensors, strides, b, h, rows[:, None], cols[None, :], q_len, kv_len)
+            tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
     else:
         entry -= entries
-        line = tl.load(col_lines + entry)
-        plane, cols = line // kv_tiles, _rows_of(tl.load(col_tiles + entry))
+        tile, line = _entry(tiles, lines, entry, False, n_full, n_partial)
+        plane, kv_tile = line // kv_tiles, line % kv_tiles
         b, h = plane // heads, plane % heads
-        at = col_words + entry.to(tl.int64) * (TILE * WORDS)
-        for start in tl.range(0, TILE, STRIP):
-            rows = (line % kv_tiles) * TILE + start + tl.arange(0, STRIP)
-            tile = _inside(ops, numbers, tensors, strides, b, h, cols[None, :], rows[:, None], q_len, kv_len)
-            tl.store(at + word_offsets(start, STRIP), words_of_bits(tile, STRIP))
+        at = words_t + entry.to(tl.int64) * (TILE * WORDS)
+        if ops[0] == PACKED:
+            number = packed_place(ops, tensors, strides, b, h, tile, kv_tile)
+            w = tl.load(words + number * (TILE * WORDS) + tile_offsets())
+            tl.store(at + tile_offsets(), transpose_words(w))
+        else:
+            cols = _rows_of(tile)
+            for start in tl.range(0, TILE, STRIP):
+                rows = kv_tile * TILE + start + tl.arange(0, STRIP)
+                bits = _inside(ops, numbers, tensors, strides, b, h, cols[None, :], rows[:, None], q_len, kv_len)
+                tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))

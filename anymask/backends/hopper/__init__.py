@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anymask.backends import triton as portable
 from anymask.backends.hopper import tuning
+from anymask.launch import launch, on
 from anymask.mask import BlockMask
 from anymask.mask.bits import TILE, tiles_over
 
@@ -23,9 +24,6 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 128
 
 # queries of a warpgroup in the forward kernel
 GROUP_ROWS = 64
-
-# what a kernel is compiled for -> the compiled kernel; new lengths, masks and scales are in none of the keys
-_kernels: dict[tuple[Any, ...], Any] = {}
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> str | None:
@@ -59,6 +57,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
     """`(o, lse)`, contiguous."""
+    from anymask.backends.hopper.forward_kernel import _fwd_kernel
+
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     o = q.new_empty(batch, q_heads, q_len, v_dim)
@@ -73,9 +73,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     programs = -(-n_items // config.PAIRS)
     if config.is_persistent[block_mask is not None]:
         programs = min(programs, _multiprocessors(q.device))
-    with portable._on(q.device):
-        _launch(
-            "_fwd_kernel",
+    with on(q.device):
+        launch(
+            _fwd_kernel,
             (programs, 1, 1),
             (
                 _tiles(q, block_q),
@@ -99,8 +99,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 "Q_STAGES": config.Q_STAGES,
                 "PAIRS": config.PAIRS,
             },
-            4,
             (q.device, q.dtype, block_mask is None),
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return o, lse
 
@@ -123,6 +124,8 @@ def backward(
     """
     if deterministic:
         return portable.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)
+    from anymask.backends.hopper.backward_kernel import _bwd_kernel, _dq_kernel
+
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
@@ -139,10 +142,10 @@ def backward(
     dq_acc = lse.new_zeros(lse2.numel() * block_d // 32, 32)
     has_tail = block_mask is None and kv_len % TILE != 0
     n_items = tiles_over(kv_len) * kv_heads * batch
-    with portable._on(q.device):
+    with on(q.device):
         portable._launch_delta(o, do, lse, dlse, lse2, delta)
-        _launch(
-            "_bwd_kernel",
+        launch(
+            _bwd_kernel,
             (min(n_items, _multiprocessors(q.device)), 1, 1),
             (
                 _tiles(q, block_q),
@@ -171,41 +174,20 @@ def backward(
                 "MASKED": block_mask is not None,
                 "HAS_TAIL": has_tail,
             },
-            8,
             (q.device, q.dtype, q_heads // kv_heads),
+            num_warps=8,
+            enable_fp_fusion=True,
         )
-        _launch(
-            "_dq_kernel",
+        launch(
+            _dq_kernel,
             (lse2.numel() // 64, 1, 1),
             (dq_acc, dq, q_len, sm_scale),
             {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
-            4,
             (q.device, q.dtype),
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return dq, dk, dv
-
-
-def _launch(
-    name: str,
-    grid: tuple[int, int, int],
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-    num_warps: int,
-    key: tuple[Any, ...],
-) -> None:
-    """Launch the kernel `name`; after the first time without Triton's look at every argument.
-
-    `key` with `constants` says all that the compiled kernel depends on.
-    """
-    key = (name, *key, *constants.values())
-    known = _kernels.get(key)
-    if known is None:
-        from anymask.backends.hopper import backward_kernel, forward_kernel
-
-        kernel = getattr(forward_kernel if name == "_fwd_kernel" else backward_kernel, name)
-        _kernels[key] = kernel[grid](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
-    else:
-        known[grid](*args, *constants.values())
 
 
 def _block_d(head_dim: int, v_dim: int) -> int:

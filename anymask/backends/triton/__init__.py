@@ -6,7 +6,6 @@ are in forward_kernel.py and backward_kernels.py.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anymask.backends.triton import tuning
+from anymask.launch import on
 from anymask.mask import BlockMask
 from anymask.mask.bits import TILE, tiles_over
 from anymask.mask.block_mask import TileLists
@@ -52,7 +52,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     o = q.new_empty(batch, q_heads, q_len, v.shape[3])
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     live = _live(block_mask, "cols")
-    with _on(q.device):
+    with on(q.device):
         target = _target()
         use_tma = _tma(target, (q, k, v), live)
         (block_m, block_n), options = _options("fwd", head_dim, v.shape[3], q.element_size(), use_tma, target)
@@ -100,7 +100,7 @@ def backward(
     live = _live(block_mask, "rows"), _live(block_mask, "cols")
     read_strides = tuple(t.stride()[:3] for t in (q, k, v, do))
     rest = (*live, _plane_strides(block_mask), q_heads, q_heads // kv_heads, q_len, kv_len, sm_scale, sm_scale * LOG2_E)
-    with _on(q.device):
+    with on(q.device):
         target = _target()
         use_tma = _tma(target, (q, k, v, do), *live)
         dims = head_dim, v_dim, q.element_size(), use_tma, target
@@ -279,10 +279,3 @@ def _target() -> tuple[str, int | str]:
 
     target = driver.active.get_current_target()
     return target.backend, target.arch
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

@@ -1,0 +1,55 @@
+"""Launches of Triton kernels: after the first time without Triton's look at every argument.
+
+That look takes as long as a launch does, and small calls are bound by their launches.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# what a kernel is compiled for -> the compiled kernel
+_kernels: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    key: tuple[Any, ...],
+    **options: Any,
+) -> None:
+    """`kernel[grid](*args, **constants, **options)`.
+
+    `constants` are its last parameters, in order. They and `key` say all that the compiled kernel depends on, the
+    device included: of each argument what `tensor_key` and `int_key` say, unless it is always the same.
+    """
+    # kernels are never freed, and hash slowly
+    key = (id(kernel), *key, *constants.values())
+    known = _kernels.get(key)
+    if known is None:
+        compiled = kernel[grid](*args, **constants, **options)
+        # the interpreter compiles nothing; on AMD a kernel also depends on how large tensors are
+        if compiled is not None and compiled.metadata.target.backend == "cuda":
+            _kernels[key] = compiled
+    else:
+        known[grid](*args, *constants.values())
+
+
+def tensor_key(t: Tensor) -> tuple[Any, ...]:
+    """What Triton compiles a kernel for, of a tensor."""
+    return t.dtype, t.data_ptr() % 16 == 0
+
+
+def int_key(n: int) -> Any:
+    """What Triton compiles a kernel for, of an integer that it may specialise on."""
+    return n if n == 1 else (n % 16 == 0, -(2**31) <= n < 2**31)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
