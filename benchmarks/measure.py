@@ -159,13 +159,28 @@ def pack_providers(suite: Suite, case: Case) -> tuple[str, ...]:
 
 
 def pack_row(suite: Suite, problem: Problem, provider: str) -> Row:
-    """Time and bytes of building one plane's mask."""
-    case = problem.case.name
+    """Time on the host's clock, and bytes, of building one plane's mask."""
+    case, values = problem.case.name, {}
     try:
+        builds, note = _builds(problem, provider)
         if provider.startswith("anymask"):
-            return _pack_ours(suite, problem, provider)
-        builds, note = _copies(problem) if provider == "copy" else _flex_builds(problem, provider)
-        values = _build_times(builds)
+            found = builds[0]()
+            assert isinstance(found, anymask.BlockMask)
+            right, how = _is_right(problem, found)
+            note = f"{note}{how}"
+            if not right:
+                return Row("pack", case, provider, WRONG, f"to_dense() is not the mask that was packed; {note}")
+            values = {
+                "words_bytes": float(found.rows.words.nbytes + found.cols.words.nbytes),
+                "held_bytes": float(found.nbytes),
+                "dense_bytes": float(problem.shape.length**2),
+            }
+            del found
+        if suite.baseline is None:
+            for build in builds:
+                build()
+            values |= _quantiles("wall_ms", timing.wall_ms(builds))
+            values["extra_bytes"] = float(timing.extra_bytes(builds[0])[0])
     except failures() as error:
         if provider.startswith("anymask"):
             traceback.print_exception(error)
@@ -173,39 +188,38 @@ def pack_row(suite: Suite, problem: Problem, provider: str) -> Row:
     return Row("pack", case, provider, OK, note, values)
 
 
-def _pack_ours(suite: Suite, problem: Problem, provider: str) -> Row:
-    mask, case, length, device = problem.mask, problem.case, problem.shape.length, problem.q.device.type
-    assert case.mask is not None
+def with_device_time(problem: Problem, row: Row) -> Row:
+    """The row with the work of the device. Once the profiler has run, launches of this process take longer."""
+    builds, _ = _builds(problem, row.provider)
+    return replace(row, values=row.values | {"device_ms": timing.device_work_ms(builds * 2)})
+
+
+def _builds(problem: Problem, provider: str) -> tuple[list[Callable[[], object]], str]:
+    """Calls that build the mask, each from memory of its own where it is read, and what they do."""
+    if provider == "copy":
+        return _copies(problem)
+    if not provider.startswith("anymask"):
+        return _flex_builds(problem, provider)
+    mask, kind, length, device = problem.mask, problem.case.mask, problem.shape.length, problem.q.device.type
+    assert kind is not None
     if provider == "anymask":
         assert mask is not None
-        build = functools.partial(anymask.pack, mask)
-        note = "pack of a dense tensor: tiles and bits, both views"
+        sources = [mask] if device == "cpu" else [mask.clone() for _ in range(COPIES)]
+        builds: list[Callable[[], object]] = [functools.partial(anymask.pack, source) for source in sources]
+        return builds, "pack of a dense tensor: tiles and bits, both views"
+    if provider == "anymask:symbolic":
+        assert kind.symbolic is not None
+        lazy, note = kind.symbolic(length, device), "pack of the mask by name"
     else:
-        if provider == "anymask:symbolic":
-            assert case.mask.symbolic is not None
-            lazy, note = case.mask.symbolic(length, device), "pack of the mask by name"
-        else:
-            lazy, note = anymask.from_function(_rule(problem)), "pack of from_function(the closed form)"
-        build = functools.partial(anymask.pack, lazy, q_len=length, kv_len=length, device=device)
-    block_mask = build()
-    if mask is None:
-        right, note = check.lines_match(block_mask, _rule(problem)), f"{note}, checked on {check.LINES} lines of tiles"
-    else:
-        right = torch.equal(block_mask.to_dense()[0, 0], mask)
-    if not right:
-        return Row("pack", case.name, provider, WRONG, "to_dense() is not the mask that was packed")
-    values = {
-        "words_bytes": float(block_mask.rows.words.nbytes + block_mask.cols.words.nbytes),
-        "held_bytes": float(block_mask.nbytes),
-        "dense_bytes": float(length**2),
-    }
-    del block_mask
-    if suite.baseline is None:
-        builds: list[Callable[[], object]] = [build]
-        if provider == "anymask" and mask is not None:
-            builds = [functools.partial(anymask.pack, mask.clone()) for _ in range(COPIES)]
-        values |= _build_times(builds)
-    return Row("pack", case.name, provider, OK, note, values)
+        lazy, note = anymask.from_function(_rule(problem)), "pack of from_function(the closed form)"
+    return [functools.partial(anymask.pack, lazy, q_len=length, kv_len=length, device=device)], note
+
+
+def _is_right(problem: Problem, found: anymask.BlockMask) -> tuple[bool, str]:
+    """Whether the mask is that of the problem, and how much of it was compared if not all."""
+    if problem.mask is None:
+        return check.lines_match(found, _rule(problem)), f", checked on {check.LINES} lines of tiles"
+    return torch.equal(found.to_dense()[0, 0], problem.mask), ""
 
 
 def _rule(problem: Problem) -> MaskMod:
@@ -233,13 +247,6 @@ def _flex_builds(problem: Problem, provider: str) -> tuple[list[Callable[[], obj
     build = flex_mask_builder(problem, compiled)
     note = f"create_block_mask of {source}, {'compiled' if compiled else 'eager'}: tiles without bits"
     return [functools.partial(build, mod) for mod in mods], note
-
-
-def _build_times(builds: list[Callable[[], object]]) -> dict[str, float]:
-    for build in builds:
-        build()
-    values = {"device_ms": timing.device_work_ms(builds * 2)} | _quantiles("wall_ms", timing.wall_ms(builds))
-    return values | {"extra_bytes": float(timing.extra_bytes(builds[0])[0])}
 
 
 def release() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -105,7 +106,7 @@ def _flex(problem: Problem, mask_mod: MaskMod | None, note: str) -> Prepared:
     call, mode = _flex_eager, "eager"
     if problem.compiled:
         # the timed backward keeps its graph, which donated buffers forbid
-        torch._functorch.config.donated_buffer = False
+        functorch.donated_buffer = False
         options = "max-autotune-no-cudagraphs" if problem.max_autotune else "default"
         # fullgraph: an error rather than a silent return to the eager, dense form
         call = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=options)
@@ -207,11 +208,8 @@ def flashinfer(problem: Problem) -> Prepared:
     import flashinfer as rival
 
     s, mask, scale = problem.shape, problem.mask, problem.shape.head_dim**-0.5
-    packed = None
-    if mask is not None:
-        bits = torch.nn.functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8).byte()
-        weights = 1 << torch.arange(8, device=mask.device, dtype=torch.uint8)
-        packed = (bits * weights).sum(-1, dtype=torch.uint8).repeat(s.batch)
+    # one mask after the other, packed by `plan`
+    masks = None if mask is None else mask.flatten().repeat(s.batch)
     wrapper = rival.BatchPrefillWithRaggedKVCacheWrapper(
         torch.empty(2**28, dtype=torch.uint8, device=problem.q.device), "NHD", backend="fa2"
     )
@@ -222,7 +220,7 @@ def flashinfer(problem: Problem) -> Prepared:
         s.heads,
         s.kv_heads,
         s.head_dim,
-        packed_custom_mask=packed,
+        custom_mask=masks,
         sm_scale=scale,
         q_data_type=s.dtype,
         kv_data_type=s.dtype,
@@ -234,7 +232,7 @@ def flashinfer(problem: Problem) -> Prepared:
         out: Tensor = wrapper.run(*ragged)
         return out.view(s.batch, s.length, s.heads, s.head_dim).transpose(1, 2)
 
-    return Prepared(attend, "packed mask, planned before" if mask is not None else "no mask", forward_only=True)
+    return Prepared(attend, "mask packed and planned before" if mask is not None else "no mask", forward_only=True)
 
 
 def xformers(problem: Problem) -> Prepared:

@@ -59,21 +59,50 @@ class Runner:
     say: Callable[[str], None]
 
     def run(self, jobs: list[Job]) -> None:
-        """All jobs, leaving out those whose rows are there already."""
+        """All jobs, leaving out the rows that are there already; device times of building masks come last."""
         for job in jobs:
-            have = [self.results.rows.find(g, job.case.name, p) for g, p in job.wanted]
-            if all(row is not None and row.note != BUDGET for row in have):
-                continue
-            if self.spent():
-                self._all(job, SKIPPED, BUDGET)
-                continue
-            try:
-                self._job(job)
-            except failures() as error:
-                # what no provider is to blame for: making the inputs, the reference, or timing what ran before
-                traceback.print_exception(error)
-                self._all(job, FAILED, reason(error))
-            measure.release()
+            self._safely(self._missing(job), self._job)
+        for job in jobs:
+            self._safely(self._untimed(job), self._device_times)
+
+    def _missing(self, job: Job) -> Job:
+        """The part of a job that has no rows yet, or only such as another try may better."""
+        wanted = []
+        for group, provider in job.wanted:
+            row = self.results.rows.find(group, job.case.name, provider)
+            if row is None or row.status == FAILED or row.note == BUDGET or row.note.endswith("is not installed"):
+                wanted.append((group, provider))
+        baseline = "attention", self.suite.baseline
+        if baseline in job.wanted and wanted and baseline not in wanted:
+            # a ratio needs both sides
+            wanted.append(baseline)
+        return replace(job, wanted=tuple(wanted))
+
+    def _untimed(self, job: Job) -> Job:
+        rows = [self.results.rows.find("pack", job.case.name, provider) for provider in job.names("pack")]
+        late = [row for row in rows if row is not None and row.status == OK and "wall_ms" in row.values]
+        return replace(job, wanted=tuple(("pack", row.provider) for row in late if "device_ms" not in row.values))
+
+    def _safely(self, job: Job, work: Callable[[Job], None]) -> None:
+        if not job.wanted:
+            return
+        if self.spent():
+            self._all(job, SKIPPED, BUDGET)
+            return
+        try:
+            work(job)
+        except failures() as error:
+            # what no provider is to blame for: making the inputs, the reference, or timing what ran before
+            traceback.print_exception(error)
+            self._all(job, FAILED, reason(error))
+        measure.release()
+
+    def _device_times(self, job: Job) -> None:
+        problem = make_problem(job.case, self.device, self.seed, self.max_autotune, self.earlier)
+        for provider in job.names("pack"):
+            row = self.results.rows.find("pack", job.case.name, provider)
+            assert row is not None
+            self.emit(measure.with_device_time(problem, row))
 
     def _job(self, job: Job) -> None:
         problem = make_problem(job.case, self.device, self.seed, self.max_autotune, self.earlier)

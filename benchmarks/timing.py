@@ -149,7 +149,7 @@ def device_work_ms(functions: list[Function]) -> float:
     return float(sum(e.time_range.elapsed_us() for e in events)) / 1e3 / len(functions)
 
 
-def wall_ms(functions: list[Function], rounds: int = 5) -> Quantiles:
+def wall_ms(functions: list[Function], rounds: int = 25) -> Quantiles:
     """Host ms from an idle device to an idle device, the synchronisation included."""
     samples = []
     for _ in range(rounds):
