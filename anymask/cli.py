@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -187,8 +189,9 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(run.main(context.args))
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def show(
+    context: typer.Context,
     mask: Annotated[
         str,
         typer.Argument(
@@ -202,9 +205,13 @@ def show(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a picture there too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what it costs, for a machine to read.")] = False,
 ) -> None:
-    """Draw the tiles of a mask, and its tokens if they are few."""
+    """Draw the tiles of a mask, and its tokens if they are few.
+
+    Numbers of a mask by name are options too: chunked --size 64, neighbourhood_2d --shape 16,64 --kernel 5.
+    """
     try:
-        lazy = _mask(mask, window)
+        numbers = _numbers(context.args) | ({} if window is None else {"window": window})
+        lazy = _mask(mask, numbers)
         if isinstance(lazy, anymask.Mask):
             length = length or gallery.LENGTH
             kv_len = kv_len or length
@@ -227,11 +234,42 @@ def show(
         _fail(str(error))
 
 
-def _mask(name: str, window: int | None) -> anymask.Mask | anymask.BlockMask | torch.Tensor:
-    if window is not None and name != "sliding_window":
-        raise ValueError(f"--window is for sliding_window, not for {name}")
-    if window is not None:
-        return anymask.sliding_window(window)
+def _numbers(arguments: list[str]) -> dict[str, Any]:
+    """`--name 3`, `--name 0.5` and `--name 3,4`, as arguments of a builder."""
+    found: dict[str, Any] = {}
+    for option, value in zip(arguments[::2], [*arguments[1::2], ""], strict=False):
+        if not option.startswith("--") or not re.fullmatch(r"-?\d+(\.\d+|(,-?\d+)*)", value):
+            raise ValueError(
+                f"{option} {value}".strip() + " is no option; allowed are --NAME 3, --NAME 0.5, --NAME 3,4"
+            )
+        parts = tuple(float(part) if "." in part else int(part) for part in value.split(","))
+        found[option[2:].replace("-", "_")] = parts if len(parts) > 1 else parts[0]
+    return found
+
+
+def _by_name(name: str, numbers: dict[str, Any]) -> anymask.Mask:
+    """A builder called with numbers."""
+    builder = getattr(anymask, name)
+    # the option came before the others, under the name that people use
+    if name == "sliding_window" and "window" in numbers:
+        numbers = {("left" if key == "window" else key): value for key, value in numbers.items()}
+    parameters = inspect.signature(builder).parameters
+    # the others are tensors and functions
+    allowed = [key for key, p in parameters.items() if re.search("int|float", str(p.annotation))]
+    unknown = [key for key in numbers if key not in allowed]
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in numbers]
+    if unknown or missing:
+        what = f"has no number {', '.join(unknown)}" if unknown else f"also needs {', '.join(missing)}"
+        raise ValueError(f"{name} {what}; allowed are {', '.join(allowed) or 'none'}")
+    made: anymask.Mask = builder(**numbers)
+    return made
+
+
+def _mask(name: str, numbers: dict[str, int | tuple[int, ...]]) -> anymask.Mask | anymask.BlockMask | torch.Tensor:
+    if numbers and name in gallery.EXAMPLES:
+        return _by_name(name, numbers)
+    if numbers:
+        raise ValueError(f"--{next(iter(numbers))} is for a mask by name, not for {name}")
     if name in gallery.EXAMPLES:
         return gallery.example(name)
     if not Path(name).is_file():

@@ -131,6 +131,15 @@ def _packed_rule(length: int, device: str) -> MaskMod:
     return lambda b, h, i, j: (i >= j) & (ids[i] == ids[j])
 
 
+def packed_documents() -> MaskKind:
+    """16 causal documents, cut at random places."""
+    return MaskKind(
+        "packed_documents",
+        _packed_rule,
+        lambda length, device: anymask.causal() & anymask.document(_ids(length, device)),
+    )
+
+
 def _bidirectional_rule(length: int, device: str) -> MaskMod:
     ids = _ids(length, device)
     return lambda b, h, i, j: ids[i] == ids[j]
@@ -232,11 +241,7 @@ def kinds() -> tuple[MaskKind, ...]:
         random(0.5),
         causal(),
         window(1024),
-        MaskKind(
-            "packed_documents",
-            _packed_rule,
-            lambda length, device: anymask.causal() & anymask.document(_ids(length, device)),
-        ),
+        packed_documents(),
         MaskKind(
             "documents_both_ways", _bidirectional_rule, lambda length, device: anymask.document(_ids(length, device))
         ),

@@ -281,7 +281,9 @@ def lengths() -> Suite:
         shape = Shape(131072 // length, 8, length, 128, torch.float16)
         rivals = ("cudnn-causal", "flex", "fa4")
         cases.append(Case(f"causal L{length}", shape, causal, rivals, "causal", length))
-        cases.append(Case(f"packed_documents L{length}", shape, masks.kinds()[3], ("fa4",), "16 documents", length))
+        cases.append(
+            Case(f"packed_documents L{length}", shape, masks.packed_documents(), ("fa4",), "16 documents", length)
+        )
     return Suite(
         "lengths", tuple(cases), PASSES, GPU_BACKENDS, curves=Curves("tokens", TFLOPS), rounds=3, block_ms=15.0
     )

@@ -121,7 +121,12 @@ def test_show_reads_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["causal", "--window", "3"], "--window is for sliding_window"),
+        (["causal", "--window", "3"], "causal has no number window; allowed are offset"),
+        (["document", "--ids", "3"], "document has no number ids; allowed are none"),
+        (["dilated", "--step", "4"], "dilated also needs window; allowed are step, window"),
+        (["chunked", "--size"], "--size is no option"),
+        (["chunked", "--size", "x"], "--size x is no option"),
+        (["nothing.pt", "--size", "3"], "--size is for a mask by name, not for nothing.pt"),
         (["sliding_window", "--window", "-3"], "left is -3"),
         (["no_such_mask"], "no_such_mask is no file and no mask"),
         (["causal", "--plane", "1", "0"], "plane is (1, 0)"),
@@ -238,3 +243,20 @@ def test_bench_outside_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_show_as_json() -> None:
     found = json.loads(run(app, ["show", "causal", "--len", "512", "--json"]).output)
     assert (found["q_len"], found["partial"], found["full"], found["empty"]) == (512, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mask"),
+    [
+        (["chunked", "--size", "200"], anymask.chunked(200)),
+        (["causal", "--offset", "-3"], anymask.causal(-3)),
+        (["prefix_lm", "--prefix-len", "100"], anymask.prefix_lm(100)),
+        (["dilated", "--step", "4", "--window", "64"], anymask.dilated(4, 64)),
+        (["sliding_window", "--window", "9", "--right", "2"], anymask.sliding_window(9, 2)),
+        (["neighbourhood_2d", "--shape", "32,32", "--kernel", "5"], anymask.neighbourhood_2d((32, 32), 5)),
+    ],
+)
+def test_numbers_of_a_mask_by_name(arguments: list[str], mask: anymask.Mask) -> None:
+    found = json.loads(run(app, ["show", *arguments, "--json"]).output)
+    stats = anymask.pack(mask, q_len=1024, kv_len=1024).stats()
+    assert (found["partial"], found["full"], found["density"]) == (stats.partial, stats.full, stats.density)
