@@ -633,3 +633,28 @@ def test_the_earlier_package_is_loaded_beside_ours_and_its_wrong_gradients_have_
     assert still is ours
     with pytest.raises(providers.Unsupported, match="__init__"):
         providers.find("earlier")(replace(problem(masks.causal(), shape), earlier=str(tmp_path / "none")))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resuming_tries_again_what_was_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu_suite_on_cpu: None
+) -> None:
+    asked: list[str] = []
+
+    def counted(problem: suites.Problem) -> providers.Prepared:
+        asked.append(problem.case.name)
+        return providers.sdpa(problem)
+
+    arguments = ["--quick", "--device", "cpu", "--only", "causal/", "--out", str(tmp_path), "--commit", "abc"]
+    assert run.main(arguments) == 0
+    before = {r["provider"]: r for r in json.loads((tmp_path / "quick.json").read_text())["rows"]}
+    assert before["xformers"]["note"] == "xformers is not installed"
+    monkeypatch.setitem(providers.PROVIDERS, "xformers", counted)
+    monkeypatch.setitem(providers.PROVIDERS, "flex", counted)
+    assert run.main([*arguments, "--resume"]) == 0
+    data = json.loads((tmp_path / "quick.json").read_text())
+    after = {r["provider"]: r for r in data["rows"]}
+    assert after["xformers"]["status"] == OK
+    # flex had a row
+    assert asked == ["causal", "documents8_causal"]
+    assert data["environment"]["command"].count("--quick") == 2
