@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ def draw(suite: Suite, results: Results, folder: Path, stem: str) -> list[Path]:
         else:
             figure = _bars(rows, key)
         figure.suptitle(f"{label}\n{title}", fontsize=10)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, metadata={"Description": json.dumps(results.environment)})
         written.append(path)
     return written
 
@@ -172,13 +173,13 @@ def _bars(rows: Rows, key: str) -> Figure:
     cases, shown = list(dict.fromkeys(row.case for row in rows)), set()
     for x, case in enumerate(cases):
         found = [r for r in rows if r.case == case]
-        width = 0.86 / len(found)
+        width = min(0.86 / len(found), 0.2)
         for n, row in enumerate(found):
             style = _style(row.provider)
             if row.provider in shown:
                 del style["label"]
             shown.add(row.provider)
-            bar = axes.bar(x - 0.43 + (n + 0.5) * width, _value(row, key), width * 0.92, **style)
+            bar = axes.bar(x + (n - (len(found) - 1) / 2) * width, _value(row, key), width * 0.92, **style)
             axes.bar_label(bar, fmt="%.2f", fontsize=7, padding=2, rotation=90 if len(rows) > 12 else 0)
     axes.set_xticks(range(len(cases)), cases)
     axes.grid(visible=False, axis="x")

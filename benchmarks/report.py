@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import pictures
 from benchmarks.check import NAMES
 from benchmarks.figures import MISSED, NOT_MEASURED, REACHED, Verdict
-from benchmarks.results import OK, Results, Row, Rows, write_atomic
+from benchmarks.results import OK, Results, Row, write_atomic
 from benchmarks.suites import Suite
 
 METHOD = """\
@@ -32,15 +32,16 @@ head of k and v and the query heads that read them. A provider whose error is to
 speed."""
 
 
-def to_csv(rows: Rows) -> str:
-    """One line per row; columns are the union of all values."""
+def to_csv(results: Results) -> str:
+    """One line per row; columns are the union of all values, and where they come from."""
+    rows, env = results.rows, results.environment
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["group", "case", "provider", "status", "note", *keys])
+    writer.writerow(["group", "case", "provider", "status", "note", *keys, *env])
     for row in rows:
         numbers = [row.values.get(key, "") for key in keys]
-        writer.writerow([row.group, row.case, row.provider, row.status, row.note, *numbers])
+        writer.writerow([row.group, row.case, row.provider, row.status, row.note, *numbers, *env.values()])
     return out.getvalue()
 
 
@@ -190,7 +191,7 @@ def write(suite: Suite, results: Results, verdicts: list[Verdict], with_plots: b
             for old in set(folder.glob(f"{stem}-{group}-*.png")) - set(drawn):
                 old.unlink()
     files = {
-        folder / f"{stem}.csv": to_csv(results.rows),
+        folder / f"{stem}.csv": to_csv(results),
         folder / f"{stem}.md": to_markdown(results, verdicts, drawn),
     }
     for path, text in files.items():

@@ -20,6 +20,8 @@ OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
 # what two runs must share for their rows to stand in one file
 SAME = ("suite", "shape", "device", "driver", "torch", "triton", "cudnn", "python", "commit", "seed")
 MAX_REASON = 200
+# packages whose versions matter if they are there
+RIVALS = ("flash-attn-4", "flashinfer-python", "xformers")
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def environment(device: str, suite: str, shape: str, seed: int, command: str, co
         "torch": torch.__version__,
         "triton": version_of("triton"),
     }
+    found |= {name: version for name in RIVALS if (version := version_of(name)) != "not installed"}
     if device == "cuda":
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())

@@ -1,5 +1,6 @@
 """The benchmark driver must show what is wrong, missing or missed, and lose nothing when interrupted."""
 
+import csv
 import functools
 import json
 import math
@@ -280,7 +281,11 @@ def test_gpu_suite_with_failing_rivals(gpu_suite_on_cpu: None, tmp_path: Path) -
     assert "the mask has no closed form" in text
     assert str(tmp_path) not in text + json.dumps(data)
     assert (tmp_path / "quick-attention-forward.png").stat().st_size > 1000
-    assert (tmp_path / "quick.csv").read_text().count("\n") == len(rows) + 1
+    lines = list(csv.DictReader((tmp_path / "quick.csv").open()))
+    assert len(lines) == len(rows)
+    # every file says where it comes from
+    assert {line["command"] for line in lines} == {"python -m benchmarks.run --quick --device cpu"}
+    assert b"python -m benchmarks.run" in (tmp_path / "quick-attention-forward.png").read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore")
