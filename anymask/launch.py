@@ -4,17 +4,11 @@ That look takes as long as a launch does, and small calls are bound by their lau
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-
-try:
-    from triton import knobs
-    from triton.runtime import driver
-except ModuleNotFoundError:
-    # then there are no kernels either
-    pass
 
 # what a kernel is compiled for -> the compiled kernel
 _kernels: dict[tuple[Any, ...], Any] = {}
@@ -41,18 +35,27 @@ def launch(
         # the interpreter compiles nothing; on AMD a kernel also depends on how large tensors are
         if compiled is not None and compiled.metadata.target.backend == "cuda":
             _kernels[key] = compiled
-    elif _watched():
+    elif _hooks().launch_enter_hook.calls or _hooks().launch_exit_hook.calls:
         known[grid](*args, *constants.values())
     else:
         # what the line above does when no profiler has hooks in Triton; looking for them costs half of a launch
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        active = _driver().active
+        stream = active.get_current_stream(active.get_current_device())
         known.run(*grid, stream, known.function, known.packed_metadata, None, None, None, *args, *constants.values())
 
 
-def _watched() -> bool:
-    """Whether someone wants to hear of launches."""
-    runtime = knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+@cache
+def _hooks() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
+
+
+@cache
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver
 
 
 def tensor_key(t: Tensor) -> tuple[Any, ...]:
