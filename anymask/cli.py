@@ -200,18 +200,16 @@ def show(
     ],
     length: Annotated[int | None, typer.Option("--len", min=1, help="Queries; 1024 unless a file says.")] = None,
     kv_len: Annotated[int | None, typer.Option(min=1, help="Keys; as many as queries.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens before the query, for sliding_window.")] = None,
     plane: Annotated[tuple[int, int], typer.Option(help="Batch and head to draw.")] = (0, 0),
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a picture there too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what it costs, for a machine to read.")] = False,
 ) -> None:
     """Draw the tiles of a mask, and its tokens if they are few.
 
-    Numbers of a mask by name are options too: chunked --size 64, neighbourhood_2d --shape 16,64 --kernel 5.
+    Numbers of a mask by name are options: sliding_window --window 64, neighbourhood_2d --shape 16,64 --kernel 5.
     """
     try:
-        numbers = _numbers(context.args) | ({} if window is None else {"window": window})
-        lazy = _mask(mask, numbers)
+        lazy = _mask(mask, _numbers(context.args))
         if isinstance(lazy, anymask.Mask):
             length = length or gallery.LENGTH
             kv_len = kv_len or length
@@ -250,7 +248,7 @@ def _numbers(arguments: list[str]) -> dict[str, Any]:
 def _by_name(name: str, numbers: dict[str, Any]) -> anymask.Mask:
     """A builder called with numbers."""
     builder = getattr(anymask, name)
-    # the option came before the others, under the name that people use
+    # the name that people use
     if name == "sliding_window" and "window" in numbers:
         numbers = {("left" if key == "window" else key): value for key, value in numbers.items()}
     parameters = inspect.signature(builder).parameters

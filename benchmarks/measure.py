@@ -58,15 +58,15 @@ def prepare(problem: Problem, provider: str, expected: References) -> Ready | Ro
         if provider.startswith(OURS):
             traceback.print_exception(error)
         return row(FAILED, reason(error))
-    right_forward = replace(errors, total={"o": errors.total["o"]}, worst_row={"o": errors.worst_row["o"]})
-    if not errors.right and right_forward.right and not provider.startswith(OURS):
-        # its output may still be measured; its gradients have no speed
+    if errors.right:
+        return Ready(prepared, out, errors)
+    of_output = replace(errors, total={"o": errors.total["o"]}, worst_row={"o": errors.worst_row["o"]})
+    if of_output.right and not provider.startswith(OURS):
+        # the output of a rival may still be measured; its gradients have no speed
         note = f"{prepared.note}; gradients WRONG, error in all/in a row: {errors}"
-        return Ready(replace(prepared, forward_only=True, note=note), out.detach(), right_forward)
-    if not errors.right:
-        limits = f"more than {errors.tolerance:.0e}/{errors.tolerance * check.ROW_FACTOR:.0e}"
-        return row(WRONG, f"error in all/in a row: {errors}, {limits}; {prepared.note}", error_values(errors))
-    return Ready(prepared, out, errors)
+        return Ready(replace(prepared, forward_only=True, note=note), out.detach(), of_output)
+    limits = f"more than {errors.tolerance:.0e}/{errors.tolerance * check.ROW_FACTOR:.0e}"
+    return row(WRONG, f"error in all/in a row: {errors}, {limits}; {prepared.note}", error_values(errors))
 
 
 def error_values(errors: check.Errors) -> dict[str, float]:
@@ -224,9 +224,9 @@ def _is_right(problem: Problem, found: anymask.BlockMask) -> tuple[bool, str]:
 
 def _rule(problem: Problem) -> MaskMod:
     """The closed form of the mask, where the plan says that it has one."""
-    assert problem.case.mask is not None
-    assert problem.case.mask.rule is not None
-    return problem.case.mask.rule(problem.shape.length, problem.q.device.type)
+    rule = problem.rule
+    assert rule is not None
+    return rule
 
 
 def _copies(problem: Problem) -> tuple[list[Callable[[], object]], str]:

@@ -74,12 +74,12 @@ def ours(problem: Problem, backend: str, deterministic: bool = False) -> Prepare
 
 def flex(problem: Problem) -> Prepared:
     """FlexAttention, compiled, with a closed-form mask function."""
-    kind = problem.case.mask
-    if kind is None:
+    rule = problem.rule
+    if problem.case.mask is None:
         return _flex(problem, None, "no mask")
-    if kind.rule is None:
+    if rule is None:
         raise Unsupported("the mask has no closed form")
-    return _flex(problem, kind.rule(problem.shape.length, problem.q.device.type), "closed-form mask_mod")
+    return _flex(problem, rule, "closed-form mask_mod")
 
 
 def flex_dense(problem: Problem) -> Prepared:

@@ -27,9 +27,9 @@ what else the machine does: median (20 % to 80 %) over rounds in which all take 
 which other processes used the cores are left out if at least three others remain, else "machine busy" says so and no
 figure is judged."""
 CHECK = """\
-Error: the Frobenius norm of the difference to fp64, in parts of the reference, on the first and the last
-head of k and v and the query heads that read them. A provider whose error is too large is shown as wrong and has no
-speed."""
+Error: the Frobenius norm of the difference to fp64, in parts of the reference, on the first and the last head of k and
+v and the query heads that read them. A provider whose error is too large is shown as wrong and has no speed; a rival of
+which only the gradients are wrong has none backward, and its row says so."""
 
 
 def to_csv(results: Results) -> str:

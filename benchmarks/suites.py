@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from benchmarks.figures import (
     gpu_figures,
     hopper_figures,
 )
-from benchmarks.masks import MaskKind
+from benchmarks.masks import MaskKind, MaskMod
 
 GPU_BACKENDS = tuple(name for name in backends.NAMES if name not in ("cpu", "reference"))
 PASSES = ("forward", "backward")
@@ -146,6 +147,14 @@ class Problem:
         return self.case.shape
 
     @property
+    def rule(self) -> MaskMod | None:
+        """The closed form of the mask, if it has one."""
+        kind = self.case.mask
+        if kind is None or kind.rule is None:
+            return None
+        return kind.rule(self.shape.length, self.q.device.type)
+
+    @property
     def grouped(self) -> bool:
         """Whether several query heads share one of k and v."""
         return self.shape.heads != self.shape.kv_heads
@@ -226,26 +235,25 @@ TFLOPS = {"forward_tflops": "forward, TFLOP/s of attended pairs", "backward_tflo
 MS = {"forward_ms": "forward, ms", "backward_ms": "backward, ms"}
 
 
+def _sweep(name: str, cases: list[Case], y: dict[str, str], x: str = "tokens", **more: Any) -> Suite:
+    """Curves over many cases, each timed in a shorter time than those of which figures are stated."""
+    return Suite(name, tuple(cases), PASSES, GPU_BACKENDS, curves=Curves(x, y), rounds=3, block_ms=15.0, **more)
+
+
 def classic() -> Suite:
     """The curves of the package that this one began as: no mask, and a causal one as a tensor, by length."""
-    unmasked = ("cudnn", "flash", "fa4", "efficient", "flex", "earlier")
-    masked = ("cudnn-causal", "fa4", "flex", "flex-dense", "cudnn", "efficient", "earlier")
+    rivals_of = {
+        masks.causal(): ("cudnn-causal", "fa4", "flex", "flex-dense", "cudnn", "efficient", "earlier"),
+        None: ("cudnn", "flash", "fa4", "efficient", "flex", "earlier"),
+    }
     cases = []
     for heads in (32, 16):
-        for mask in (masks.causal(), None):
-            kind = "no mask" if mask is None else "causal mask as a tensor"
+        for mask, rivals in rivals_of.items():
+            name, kind = ("none", "no mask") if mask is None else (mask.name, "causal mask as a tensor")
             for length in (256, 512, 1024, 2048, 4096, 8192, 16384):
                 shape = Shape(4, heads, length, 64, torch.float16)
-                name = f"{'none' if mask is None else mask.name} H{heads} L{length}"
-                panel = f"{kind}, {heads} heads"
-                rivals = unmasked if mask is None else masked
-                if heads == 16:
-                    # which of them matter does not change with the heads
-                    rivals = tuple(r for r in rivals if not r.startswith(("flex", "efficient")))
-                cases.append(Case(name, shape, mask, rivals, panel, length))
-    return Suite(
-        "classic", tuple(cases), PASSES, GPU_BACKENDS, curves=Curves("tokens", TFLOPS), rounds=3, block_ms=15.0
-    )
+                cases.append(Case(f"{name} H{heads} L{length}", shape, mask, rivals, f"{kind}, {heads} heads", length))
+    return _sweep("classic", cases, TFLOPS)
 
 
 def zoo() -> Suite:
@@ -264,38 +272,32 @@ def zoo() -> Suite:
 
 def density() -> Suite:
     """Time against the share of tiles that are not empty: random tiles, each with random bits."""
-    shape = Shape(1, 16, 16384, 128, torch.float16)
-    cases = tuple(
-        Case(m.name, shape, m, ("cudnn-unmasked",), "random tiles, each half full", 100 * share)
-        for share in SHARES
-        for m in (masks.random_tiles(share),)
-    )
+    shape, panel = Shape(1, 16, 16384, 128, torch.float16), "random tiles, each half full"
+    kinds = {share: masks.random_tiles(share) for share in SHARES}
+    cases = tuple(Case(m.name, shape, m, ("cudnn-unmasked",), panel, 100 * share) for share, m in kinds.items())
     curves = Curves("tiles that are not empty, %", MS, log_x=False)
     return Suite("density", cases, PASSES, GPU_BACKENDS, partial(density_figures, SHARES), curves=curves)
 
 
 def lengths() -> Suite:
     """131,072 tokens in sequences of 256 to 131,072."""
-    causal, cases = masks.causal(), []
-    for length in (2**n for n in range(8, 18)):
-        shape = Shape(131072 // length, 8, length, 128, torch.float16)
-        rivals = ("cudnn-causal", "flex", "fa4")
-        cases.append(Case(f"causal L{length}", shape, causal, rivals, "causal", length))
-        cases.append(
-            Case(f"packed_documents L{length}", shape, masks.packed_documents(), ("fa4",), "16 documents", length)
-        )
-    return Suite(
-        "lengths", tuple(cases), PASSES, GPU_BACKENDS, curves=Curves("tokens", TFLOPS), rounds=3, block_ms=15.0
-    )
+    cases = []
+    for mask, rivals in (
+        (masks.causal(), ("cudnn-causal", "flex", "fa4")),
+        (masks.packed_documents(), ("flex", "fa4")),
+    ):
+        for length in (2**n for n in range(8, 18)):
+            shape = Shape(131072 // length, 8, length, 128, torch.float16)
+            cases.append(Case(f"{mask.name} L{length}", shape, mask, rivals, mask.name, length))
+    return _sweep("lengths", cases, TFLOPS)
 
 
 def memory() -> Suite:
     """Peak bytes of a call above what is held before it, the mask as a tensor."""
-    rivals = ("flex-dense", "cudnn", "cudnn-bias", "efficient")
+    rivals, random = ("flex-dense", "cudnn", "cudnn-bias", "efficient"), masks.random(0.5)
     cases = tuple(
-        Case(f"random50 L{length}", Shape(1, 8, length, 128, torch.float16), masks.random(0.5), rivals, panel, length)
-        for panel in ("random bits",)
-        for length in (1024, 2048, 4096, 8192, 16384, 32768)
+        Case(f"random50 L{n}", Shape(1, 8, n, 128, torch.float16), random, rivals, "random bits, 1 x 8 heads", n)
+        for n in (1024, 2048, 4096, 8192, 16384, 32768)
     )
     peaks = {f"{step}_extra_bytes": f"{step}, peak extra memory in MiB" for step in PASSES}
     curves = Curves("tokens", peaks, log_y=True)
@@ -304,32 +306,29 @@ def memory() -> Suite:
 
 def latency() -> Suite:
     """Small shapes, where the host decides."""
-    rivals = ("cudnn-causal", "flash-causal", "flex", "fa4")
-    cases = tuple(
-        Case(f"causal L{n}", Shape(1, 8, n, 128, torch.float16), masks.causal(), rivals, "causal, 1 x 8 heads", n)
+    rivals, causal = ("cudnn-causal", "flash-causal", "flex", "fa4"), masks.causal()
+    cases = [
+        Case(f"causal L{n}", Shape(1, 8, n, 128, torch.float16), causal, rivals, "causal, 1 x 8 heads", n)
         for n in (128, 256, 512, 1024, 2048)
-    )
+    ]
     us = {
         "inference_host_us": "forward without gradients, host us a call",
         "forward_host_us": "forward with gradients recorded, host us a call",
         "backward_host_us": "backward, host us a call",
     }
-    return Suite(
-        "latency", cases, PASSES, GPU_BACKENDS, curves=Curves("tokens", us), host=True, rounds=3, block_ms=10.0
-    )
+    return _sweep("latency", cases, us, host=True)
 
 
 def scaling() -> Suite:
     """More heads, and more samples."""
-    rivals, cases = ("cudnn-causal", "fa4"), []
+    rivals, cases = ("cudnn-causal", "flex", "fa4"), []
     for n in (1, 2, 4, 8, 16, 32, 64):
-        for panel, shape in (
-            ("heads, batch 1, 4096 tokens", Shape(1, n, 4096, 128, torch.float16)),
-            ("batch, 8 heads, 2048 tokens", Shape(n, 8, 2048, 128, torch.float16)),
+        for what, panel, shape in (
+            ("heads", "causal, batch 1, 4096 tokens", Shape(1, n, 4096, 128, torch.float16)),
+            ("batch", "causal, 8 heads, 2048 tokens", Shape(n, 8, 2048, 128, torch.float16)),
         ):
-            cases.append(Case(f"causal {panel.split(',')[0]} {n}", shape, masks.causal(), rivals, panel, n))
-    curves = Curves("heads, or batch", TFLOPS)
-    return Suite("scaling", tuple(cases), PASSES, GPU_BACKENDS, curves=curves, rounds=3, block_ms=15.0)
+            cases.append(Case(f"causal {what} {n}", shape, masks.causal(), rivals, f"{what}: {panel}", n))
+    return _sweep("scaling", cases, TFLOPS, x="heads, or batch")
 
 
 GPU_SUITES: dict[str, Callable[[], Suite]] = {

@@ -3,37 +3,22 @@
 Head dimensions and mask forms are few on purpose: each combination compiles its own kernels.
 """
 
-import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
 import grid
 import pytest
 import torch
 from grid import BF16, F16, F32, cases
-from test_builders import CASES
 
 from anymask import (
-    BlockMask,
     attention,
-    block_sparse,
     causal,
-    causal_lower_right,
-    dilated,
-    document,
     explain,
     flash_attention_custom_mask,
-    from_dense,
-    from_function,
-    gallery,
-    key_padding,
     ops,
     pack,
-    sliding_window,
 )
-from anymask.mask.bits import unpack_bits
-from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, make_inputs, make_qkv, run
+from anymask.testing import LAYOUTS, MASKS, Case, check, make_inputs, make_qkv, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 BACKENDS = ("hopper", "triton")
@@ -229,192 +214,6 @@ def test_a_sample_alone_is_a_sample_in_a_batch(device: str) -> None:
         alone = run(type(inputs)(*(t.requires_grad_() for t in one[:3]), *one[3:]), backend="triton")
         for x, y in zip(together, alone, strict=True):
             assert torch.equal(x[b : b + 1], y)
-
-
-class TestPacking:
-    @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (130, 257), (1024, 640), (999, 2049)], ids=str)
-    @pytest.mark.parametrize("name", MASKS)
-    def test_is_the_same_on_the_device(self, name: str, q_len: int, kv_len: int, device: str) -> None:
-        mask, dense = MASKS[name](2, 3, q_len, kv_len, device=device)
-        lens = {"q_len": q_len, "kv_len": kv_len}
-        on_device = pack(dense if mask is None else mask, **lens, device=device)
-        assert on_device.device.type == "cuda"
-        assert_same_block_mask(on_device.to("cpu"), pack(MASKS[name](2, 3, q_len, kv_len)[1], **lens))
-
-    @pytest.mark.parametrize("name", gallery.EXAMPLES)
-    def test_of_the_gallery(self, name: str, device: str) -> None:
-        mask, expected = gallery.example(name), gallery.packed(name)
-        packed = pack(mask, q_len=gallery.LENGTH, kv_len=gallery.LENGTH, device=device)
-        assert_same_block_mask(packed.to("cpu"), expected)
-        assert_same_block_mask(packed.queries(100, 700).to("cpu"), expected.queries(100, 700))
-        if mask.grows:
-            small = pack(expected.to_dense()[..., :400, :300].to(device))
-            assert_same_block_mask(small.grown(mask, gallery.LENGTH, gallery.LENGTH).to("cpu"), expected)
-
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, F16, BF16, F32, torch.float64], ids=str)
-    def test_of_any_dtype(self, dtype: torch.dtype, device: str) -> None:
-        from anymask.mask import triton_pack
-
-        values = torch.randint(-2, 3, (1, 2, 300, 400), device=device).to(dtype)
-        if dtype.is_floating_point:
-            values[..., ::7] = -0.0
-        assert_same_block_mask(triton_pack.pack_dense(values, 300, 400), pack(values != 0))
-
-    def test_of_any_form(self, device: str) -> None:
-        from anymask.mask import triton_pack
-
-        rows = torch.rand(2, 3, 1000, 1040, device=device) < 0.5
-        rows[0, 1, :700, :700] = True
-        rows[1, 0] = False
-        forms = {
-            "aligned": rows[:, :, 5:995, 16:1024],
-            "broadcast": rows[:1, 1:2, :1, 16:1024].expand(2, 3, 990, 1008),
-            "base of 4": rows[:, :, 5:995, 4:1012],
-            "columns of 4": rows[..., :996],
-            "odd base": rows[:, :, :990, 1:1009],
-            "odd length": rows[:, :, :990, :1007],
-            "transposed": rows.mT[:, :, 16:1000, :999],
-            "every other": rows[:, :, :990, ::2],
-            "bytes": (rows * torch.randint(-128, 128, rows.shape, device=device)).to(torch.int8),
-            "unsigned bytes": (rows * torch.randint(0, 256, rows.shape, device=device)).to(torch.uint8)[..., 4:],
-        }
-        for form in forms.values():
-            # twice: the second launch is that of a compiled kernel
-            for _ in range(2):
-                packed = triton_pack.pack_dense(form, *form.shape[2:])
-                assert_same_block_mask(packed.to("cpu"), pack((form != 0).cpu()))
-
-    def test_saves_what_shares_memory(self, device: str, tmp_path: Path) -> None:
-        packed = pack(
-            causal() & document(torch.arange(3000, device=device) // 700), q_len=3000, kv_len=3000, device=device
-        )
-        packed.save(tmp_path / "mask.safetensors")
-        assert_same_block_mask(BlockMask.load(tmp_path / "mask.safetensors"), packed.to("cpu"))
-
-    def test_inside_a_compiled_function(self, device: str) -> None:
-        leaves: list[torch.Tensor] = []
-        spec = (causal() & document(torch.arange(300, device=device) // 90)).spec(leaves)
-        torch.library.opcheck(ops.pack_op, (leaves, spec, 300, 300, torch.device(device)))
-
-    def test_of_nothing(self, device: str) -> None:
-        for q_len, kv_len in ((0, 0), (0, 200), (200, 0)):
-            tensor = torch.ones(2, 1, q_len, kv_len, dtype=torch.bool)
-            assert_same_block_mask(pack(tensor.to(device)).to("cpu"), pack(tensor))
-
-    def test_of_many_tiles(self, device: str) -> None:
-        mask = causal() & ~sliding_window(3000)
-        lens = {"q_len": 40000, "kv_len": 40000}
-        assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), pack(mask, **lens))
-
-    @pytest.mark.parametrize("length", [1, 300, 512, 5000])
-    @pytest.mark.parametrize("name", CASES)
-    def test_of_every_builder(self, name: str, length: int, device: str) -> None:
-        mask, lens = CASES[name][0](length), {"q_len": length, "kv_len": length}
-        assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), pack(mask, **lens))
-        assert_same_block_mask(pack(~mask, **lens, device=device).to("cpu"), pack(~mask, **lens))
-
-    @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (130, 260), (257, 100), (4300, 900)], ids=str)
-    def test_of_expressions_with_planes(self, q_len: int, kv_len: int, device: str) -> None:
-        ids, kv_ids = torch.randint(-3, 3, (2, 1, q_len)) << 40, torch.randint(-3, 3, (1, 3, kv_len)) << 40
-        documents = document(ids.sort().values, kv_ids=kv_ids.sort().values)
-        lengths = key_padding(torch.tensor([kv_len // 2, kv_len - 1]))
-        layout = torch.rand(2, 1, -(-q_len // 70), -(-kv_len // 70)) < 0.5
-        dense = from_dense(torch.rand(3, q_len, kv_len) < 0.5)
-        for mask in (
-            causal_lower_right() & documents,
-            ~(documents & lengths) | sliding_window(9, 5),
-            causal(5) & dense & ~block_sparse(layout, 70) | lengths,
-            documents & from_function(lambda b, h, q, k: (q * k + b) % 3 > 0, batch=2),
-        ):
-            lens = {"q_len": q_len, "kv_len": kv_len}
-            assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), pack(mask, **lens))
-
-    def test_of_many_tiles_of_a_function(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys.modules["anymask.mask.pack"], "GROUP_TILES", 5000)
-        lens = {"q_len": 11000, "kv_len": 10000}
-        for fn in (lambda b, h, q, k: (q >= k) & (q // 3000 == k // 3000), lambda b, h, q, k: k % 7000 > 300):
-            expected = pack(fn(0, 0, torch.arange(11000)[:, None], torch.arange(10000)).expand(11000, 10000))
-            assert_same_block_mask(pack(from_function(fn), **lens, device=device).to("cpu"), expected)
-
-    def test_new_numbers_and_lengths_compile_nothing(self, device: str) -> None:
-        from anymask.mask import triton_expr, triton_pack
-
-        def compiled() -> int:
-            kernels = triton_expr._extremes_kernel, triton_pack._tiles_kernel, triton_pack._words_kernel
-            return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
-
-        counts = set()
-        for n in (1000, 1, 2, 16, 129, 384, 4096):
-            mask = sliding_window(n, n - 1) & document(torch.arange(n, device=device)[None].expand(n % 3 + 1, n))
-            pack(mask & dilated(n, 1), q_len=n, kv_len=n, device=device)
-            counts.add(compiled())
-        assert len(counts) == 1
-
-    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-    def test_synchronises_once(self, device: str) -> None:
-        mask = causal() & document(torch.arange(3000, device=device) // 700) & block_sparse(torch.eye(30).bool(), 100)
-        mask = mask.to(device)
-        pack(mask, q_len=3000, kv_len=3000, device=device)
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                pack(mask, q_len=3000, kv_len=3000, device=device)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert len([w for w in found if "synchronizing" in str(w.message)]) == 1
-
-    def test_of_a_million_tokens(self, device: str) -> None:
-        length = 2**20
-        at = torch.arange(length, device=device)
-        ids = at // 65000
-        mask = causal() & document(ids)
-        pack(mask, q_len=length, kv_len=length, device=device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        packed = pack(mask, q_len=length, kv_len=length, device=device)
-        assert torch.cuda.max_memory_allocated() - before <= 256 * 2**20
-
-        def defined(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return (q[..., :, None] >= k[..., None, :]) & (ids[q][..., :, None] == ids[k][..., None, :])
-
-        # whole lines of tiles, at the borders of documents and of the plane
-        for start in (0, 65000 // 128 * 128, 65000 * 9 // 128 * 128, length - 128):
-            rows = packed.queries(start, start + 128).to_dense()[0, 0]
-            assert torch.equal(rows, defined(at[start : start + 128], at))
-        cols, within = packed.cols, torch.arange(128, device=device)
-        some = torch.randperm(cols.partial_tiles.numel(), device=device)[:500]
-        q = cols.partial_tiles[some].long()[:, None] * 128 + within
-        k = cols.line_numbers(1)[some][:, None] * 128 + within
-        assert torch.equal(unpack_bits(cols.words[some]), defined(q, k).mT)
-        assert cols.partial_tiles.numel() == packed.rows.partial_tiles.numel()
-        assert torch.equal(packed.rows.full_offsets[-1], packed.cols.full_offsets[-1])
-        assert packed.rows.live.numel() == packed.cols.live.numel() == 0
-
-    def test_memory_by_name(self, device: str) -> None:
-        mask = causal() & document(torch.arange(32768, device=device) // 3000)
-        pack(mask, q_len=32768, kv_len=32768, device=device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        packed = pack(mask, q_len=32768, kv_len=32768, device=device)
-        assert torch.cuda.max_memory_allocated() - before <= packed.nbytes + 8 * 2**20
-
-    def test_memory_of_a_function(self, device: str) -> None:
-        mask = from_function(lambda b, h, q, k: (q >= k) & (q // 3000 == k // 3000))
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        pack(mask, q_len=32768, kv_len=32768, device=device)
-        assert torch.cuda.max_memory_allocated() - before <= 500 * 2**20
-
-    def test_memory(self, device: str) -> None:
-        tensor = torch.rand(8192, 8192, device=device) < 0.5
-        pack(tensor)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        packed = pack(tensor)
-        # the words of all tiles, as they are found, and both views
-        assert torch.cuda.max_memory_allocated() - before <= 1.1 * (tensor.nbytes / 8 + packed.nbytes)
-        assert packed.nbytes <= tensor.nbytes / 4 * 1.01
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")

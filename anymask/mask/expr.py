@@ -57,9 +57,9 @@ class Mask(ABC):
     """
 
     @property
-    @abstractmethod
     def planes(self) -> tuple[int, int]:
         """Mask batch and mask heads: 1 where all samples, or all heads, share a plane."""
+        return 1, 1
 
     @property
     def grows(self) -> bool:
@@ -78,9 +78,8 @@ class Mask(ABC):
     def spec(self, leaves: list[Tensor]) -> str:
         """The expression as a Python literal; tensors are appended to `leaves`. `mask_from_spec` reads it back."""
 
-    @abstractmethod
-    def check(self, q_len: int, kv_len: int) -> None:
-        """Raise ValueError if the mask cannot describe a plane of these lengths."""
+    def check(self, q_len: int, kv_len: int) -> None:  # noqa: B027
+        """Raise ValueError if the mask cannot describe a plane of these lengths; one without tensors can."""
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with all its tensors on `device`; itself if they are there."""

@@ -28,15 +28,8 @@ class Band(Mask):
     block: int = 1
 
     @property
-    def planes(self) -> tuple[int, int]:
-        return 1, 1
-
-    @property
     def grows(self) -> bool:
         return not self.lower_right
-
-    def check(self, q_len: int, kv_len: int) -> None:
-        """A band fits any lengths."""
 
     def _limits(self, grid: Grid) -> tuple[float, float]:
         shift = grid.kv_len - grid.q_len if self.lower_right else 0
@@ -71,13 +64,6 @@ class Stride(Mask):
 
     step: int
 
-    @property
-    def planes(self) -> tuple[int, int]:
-        return 1, 1
-
-    def check(self, q_len: int, kv_len: int) -> None:
-        """It fits any lengths."""
-
     def classify(self, grid: Grid) -> TileKinds:
         kind = FULL if self.step == 1 else PARTIAL
         return torch.full((1, 1, 1, 1), kind, dtype=torch.int8, device=grid.device)
@@ -96,13 +82,6 @@ class Positions(Mask):
     low: int
     high: int
     of_query: bool
-
-    @property
-    def planes(self) -> tuple[int, int]:
-        return 1, 1
-
-    def check(self, q_len: int, kv_len: int) -> None:
-        """Positions beyond the lengths are just not there."""
 
     def classify(self, grid: Grid) -> TileKinds:
         first_q, last_q, first_k, last_k = grid.bounds()
@@ -247,9 +226,6 @@ class Function(Mask):
     @property
     def planes(self) -> tuple[int, int]:
         return self.batch, self.heads
-
-    def check(self, q_len: int, kv_len: int) -> None:
-        """A function says nothing of lengths."""
 
     def classify(self, grid: Grid) -> TileKinds:
         return torch.full((1, 1, 1, 1), PARTIAL, dtype=torch.int8, device=grid.device)

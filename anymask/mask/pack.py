@@ -43,7 +43,8 @@ def pack(
 
     Returns:
         A `BlockMask` of 1 bit per pair of each partial tile, twice (by rows and by columns), plus lists of tiles.
-        Temporary memory: one bit per pair of a dense tensor, otherwise one byte per tile plus a bounded chunk.
+        Temporary memory: one byte per tile, and a bounded chunk on the CPU and for functions, or on a GPU two bits per
+        pair of a dense tensor.
         On a GPU it synchronises with the host once, for a function more often. There the first mask of each structure,
         whatever its numbers and tensors, compiles two kernels.
 
