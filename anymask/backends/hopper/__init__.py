@@ -91,6 +91,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 q_len,
                 kv_len,
                 n_items,
+                _section(block_mask, q_tiles, batch * q_heads, programs * config.PAIRS),
                 sm_scale * portable.LOG2_E,
             ),
             {
@@ -142,11 +143,12 @@ def backward(
     dq_acc = lse.new_zeros(lse2.numel() * block_d // 32, 32)
     has_tail = block_mask is None and kv_len % TILE != 0
     n_items = tiles_over(kv_len) * kv_heads * batch
+    programs = min(n_items, _multiprocessors(q.device))
     with on(q.device):
         portable._launch_delta(o, do, lse, dlse, lse2, delta)
         launch(
             _bwd_kernel,
-            (min(n_items, _multiprocessors(q.device)), 1, 1),
+            (programs, 1, 1),
             (
                 _tiles(q, block_q),
                 _tiles(k, block_kv),
@@ -164,6 +166,7 @@ def backward(
                 q_heads // kv_heads,
                 kv_len,
                 n_items,
+                _section(block_mask, tiles_over(kv_len), batch * kv_heads, programs),
                 sm_scale,
                 sm_scale * portable.LOG2_E,
             ),
@@ -188,6 +191,18 @@ def backward(
             enable_fp_fusion=True,
         )
     return dq, dk, dv
+
+
+def _section(block_mask: BlockMask | None, lines: int, heads: int, seats: int) -> int:
+    """How many heads share a section of the items, of `lines` each; see `place_of`.
+
+    Without a mask one: all lines are equal. Else sections of about four rounds, and an odd number of them: an even one
+    adds up what each leaves uneven.
+    """
+    if block_mask is None:
+        return 1
+    sections = max(1, lines * heads // (4 * seats))
+    return -(-heads // (sections - (sections % 2 == 0)))
 
 
 def _block_d(head_dim: int, v_dim: int) -> int:

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.hopper.compat import tma_add, tma_load, tma_store
-from anymask.backends.hopper.tiles import TILE, barriers, exp2, item_of, rounds, runs
+from anymask.backends.hopper.tiles import TILE, barriers, exp2, item_of, place_of, rounds, runs
 
 
 @gluon.jit
@@ -28,12 +28,11 @@ def _line(index, work, MASKED: gl.constexpr):
     A program takes the lines of an item, one for each query head of the group, and then those of its next item; the
     line at `index` among all of them is read while the one before it is at work, as it is two indirections.
     """
-    lists, plane_strides, sizes, n_items, seat = work
+    lists, plane_strides, sizes, n_items, section, seat = work
     q_tiles, kv_tiles, kv_heads, group = sizes
     item = gl.minimum(item_of(index // group, seat), n_items - 1)
-    tile = item % kv_tiles
-    first_head = item // kv_tiles % kv_heads * group
-    sample = item // kv_tiles // kv_heads
+    tile, kv_head, sample = place_of(item, kv_tiles, kv_heads, n_items, section)
+    first_head = kv_head * group
     head = first_head + index % group
     plane = sample * plane_strides[0] + head * plane_strides[1]
     if MASKED:
@@ -75,7 +74,7 @@ def _produce(
     k_bufs, v_bufs, kv_ready, kv_empty = kv_ring
     q_bufs, lse_bufs, q_ready = q_ring
     do_bufs, delta_bufs, do_ready = do_ring
-    lists, _strides, sizes, n_items, seat = work
+    lists, _strides, sizes, n_items, _section, seat = work
     q_tiles, _kv_tiles, kv_heads, group = sizes
     pos = 0
     line = _line(0, work, MASKED)
@@ -125,7 +124,7 @@ def _add_dq(
 ):
     """Adds the dq of each step to global memory."""
     dq_buf, dq_full, dq_empty = dq_ring
-    lists, _strides, sizes, n_items, seat = work
+    lists, _strides, sizes, n_items, _section, seat = work
     q_tiles, _kv_tiles, kv_heads, group = sizes
     pos = 0
     line = _line(0, work, MASKED)
@@ -180,7 +179,7 @@ def _consume(
     q_bufs, lse_bufs, q_ready = q_ring
     do_bufs, delta_bufs, do_ready = do_ring
     dq_buf, dq_full, dq_empty = dq_ring
-    group, n_items, seat = work[2][3], work[3], work[4]
+    group, n_items, seat = work[2][3], work[3], work[5]
     STEPS: gl.constexpr = TILE // BLOCK_M
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD_DIM, 16])
@@ -298,7 +297,7 @@ def _store_dq(buf, dq):
 
 
 @gluon.jit(
-    do_not_specialize=["sample_planes", "head_planes", "q_tiles", "kv_heads", "kv_len", "n_items"],
+    do_not_specialize=["sample_planes", "head_planes", "q_tiles", "kv_heads", "kv_len", "n_items", "section"],
     do_not_specialize_on_alignment=["full_offsets", "full_tiles", "partial_offsets", "partial_tiles", "words", "order"],
 )
 def _bwd_kernel(
@@ -324,6 +323,7 @@ def _bwd_kernel(
     group,
     kv_len,
     n_items,
+    section,
     sm_scale,
     qk_scale,
     HEAD_DIM: gl.constexpr,
@@ -357,7 +357,7 @@ def _bwd_kernel(
     dq_ring = dq_buf, single.index(1), single.index(2)
     lists = full_offsets, full_tiles, partial_offsets, partial_tiles, order
     sizes = q_tiles, kv_tiles, kv_heads, group
-    work = lists, (sample_planes, head_planes), sizes, n_items, (gl.program_id(0), gl.num_programs(0))
+    work = lists, (sample_planes, head_planes), sizes, n_items, section, (gl.program_id(0), gl.num_programs(0))
     # argument lists are written inline: through a variable constexprs would become tensors
     # fmt: off
     gl.warp_specialize(

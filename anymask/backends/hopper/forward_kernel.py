@@ -31,7 +31,7 @@ from anymask.backends.hopper.softmax import (
     rescale,
     unpacked,
 )
-from anymask.backends.hopper.tiles import TILE, barriers, exp2, item_of, rounds, runs
+from anymask.backends.hopper.tiles import TILE, barriers, exp2, item_of, place_of, rounds, runs
 
 LN_2 = gl.constexpr(0.6931471805599453)
 # consumer groups of a pair
@@ -46,15 +46,15 @@ def _slot(i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _line(item, lists, plane_strides, sizes, MASKED: gl.constexpr):
-    """Item -> (query tile, head, sample, first partial entry, partial tiles, first full entry, full tiles).
+def _line(index, seat, work, MASKED: gl.constexpr):
+    """(query tile, head, sample, first partial entry, partial tiles, first full entry, full tiles) of an item.
 
-    Tiles of a head follow each other in descending order of work. Without a mask all tiles count as full.
+    `index`: how many items the holder of `seat` took before. Without a mask all tiles count as full.
     """
+    lists, plane_strides, sizes, n_items, section = work
     q_tiles, q_heads, _, kv_len = sizes
-    tile = item % q_tiles
-    head = item // q_tiles % q_heads
-    sample = item // q_tiles // q_heads
+    item = gl.minimum(item_of(index, seat), n_items - 1)
+    tile, head, sample = place_of(item, q_tiles, q_heads, n_items, section)
     line = 0
     if MASKED:
         plane = sample * plane_strides[0] + head * plane_strides[1]
@@ -81,17 +81,14 @@ def _produce(
     v runs one step behind k, which is the order that the consumers want them in.
     """
     q_ring, kv_ring, _, seat = pair
-    lists, plane_strides, sizes, n_items = work
+    lists, n_items = work[0], work[3]
     q_bufs, q_ready, q_empty = q_ring
     k_bufs, k_ready, v_bufs, v_ready, kv_empty = kv_ring
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     STEPS: gl.constexpr = TILE // BLOCK_N
     first = 0
     for round_ in range(rounds(n_items, seat)):
-        item = item_of(round_, seat)
-        tile, head, sample, partial_begin, n_partial, full_begin, n_full = _line(
-            item, lists, plane_strides, sizes, MASKED
-        )
+        tile, head, sample, partial_begin, n_partial, full_begin, n_full = _line(round_, seat, work, MASKED)
         kv_head = head // group
         n = (n_partial + n_full) * STEPS
         q_stage, q_phase = _slot(round_, Q_STAGES)
@@ -261,7 +258,7 @@ def _consume(
 ):
     """A consumer warpgroup: ROWS queries of every item, their `o` and `lse`."""
     q_ring, kv_ring, o_bufs, seat = pair
-    lists, plane_strides, sizes, n_items = work
+    lists, _strides, sizes, n_items, _section = work
     q_bufs, q_ready, q_empty = q_ring
     _, q_heads, q_len, kv_len = sizes
     BLOCK_N: gl.constexpr = kv_ring[0].shape[3]
@@ -269,11 +266,11 @@ def _consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     first = 0
-    line = _line(gl.minimum(item_of(0, seat), n_items - 1), lists, plane_strides, sizes, MASKED)
+    line = _line(0, seat, work, MASKED)
     for round_ in range(rounds(n_items, seat)):
         tile, head, sample, partial_begin, n_partial, _, n_full = line
         # read one item ahead: it is two indirections
-        line = _line(gl.minimum(item_of(round_ + 1, seat), n_items - 1), lists, plane_strides, sizes, MASKED)
+        line = _line(round_ + 1, seat, work, MASKED)
         words = lists[4]
         if MASKED:
             words += partial_begin.to(gl.int64) * (TILE * 4)
@@ -327,7 +324,17 @@ def _pair(
 
 
 @gluon.jit(
-    do_not_specialize=["sample_planes", "head_planes", "q_tiles", "q_heads", "group", "q_len", "kv_len", "n_items"],
+    do_not_specialize=[
+        "sample_planes",
+        "head_planes",
+        "q_tiles",
+        "q_heads",
+        "group",
+        "q_len",
+        "kv_len",
+        "n_items",
+        "section",
+    ],
     do_not_specialize_on_alignment=[
         "lse",
         "full_offsets",
@@ -358,6 +365,7 @@ def _fwd_kernel(
     q_len,
     kv_len,
     n_items,
+    section,
     qk_scale,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
@@ -378,7 +386,7 @@ def _fwd_kernel(
         lists = full_offsets, full_tiles, partial_offsets, partial_tiles, words, order
     else:
         lists = lse, lse, lse, lse, lse, lse
-    work = lists, (sample_planes, head_planes), (q_tiles, q_heads, q_len, kv_len), n_items
+    work = lists, (sample_planes, head_planes), (q_tiles, q_heads, q_len, kv_len), n_items, section
     a = _pair(q_desc, k_desc, v_desc, o_desc, STAGES, Q_STAGES, 0, PAIRS)
     # argument lists are written inline: through a variable constexprs would become tensors
     # fmt: off

@@ -43,6 +43,22 @@ def rounds(n_items, seat):
 
 
 @gluon.jit
+def place_of(item, tiles, heads, n_items, section):
+    """(rank of the line in its head, head, sample) of an item, of `tiles` lines for each of `heads` of each sample.
+
+    The heads of all samples come in sections of `section`: few, for their keys and values are in the L2 cache together.
+    Within one, lines come by rank and then by head, so that work falls over all its items; in every second it rises.
+    """
+    number = item // (section * tiles)
+    first = number * section
+    there = item - first * tiles
+    size = gl.minimum(section, n_items // tiles - first)
+    head = first + there % size
+    rank = there // size
+    return gl.where(number % 2 == 0, rank, tiles - 1 - rank), head % heads, head // heads
+
+
+@gluon.jit
 def item_of(round_, seat):
     """The item that it takes in a round: forth and back, so that long and short lines even out."""
     place, places = seat
