@@ -219,7 +219,7 @@ def test_a_sample_alone_is_a_sample_in_a_batch(device: str) -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_synchronisation_with_a_packed_mask(device: str) -> None:
     inputs = make_inputs(Case("documents", 500, 700, 64, F16, q_heads=4), device)
-    inputs = inputs._replace(mask=pack(inputs.mask, inputs.q.shape[2], inputs.k.shape[2], device=device))
+    inputs = inputs._replace(mask=pack(inputs.mask, q_len=inputs.q.shape[2], kv_len=inputs.k.shape[2], device=device))
     expected = run(inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -264,7 +264,7 @@ def test_a_mask_is_read_on_the_stream_it_was_made_on(device: str) -> None:
 
 def test_cuda_graph(device: str) -> None:
     inputs = make_inputs(Case("documents", 500, 500, 64, F16), device)
-    inputs = inputs._replace(mask=pack(inputs.mask, inputs.q.shape[2], inputs.k.shape[2], device=device))
+    inputs = inputs._replace(mask=pack(inputs.mask, q_len=inputs.q.shape[2], kv_len=inputs.k.shape[2], device=device))
     for _ in range(2):
         run(inputs)
     torch.cuda.synchronize()
