@@ -91,7 +91,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 q_len,
                 kv_len,
                 n_items,
-                _section(block_mask, q_tiles, batch * q_heads, programs * config.PAIRS),
+                _section(block_mask is not None, q_tiles, batch * q_heads, programs * config.PAIRS),
                 sm_scale * portable.LOG2_E,
             ),
             {
@@ -166,7 +166,7 @@ def backward(
                 q_heads // kv_heads,
                 kv_len,
                 n_items,
-                _section(block_mask, tiles_over(kv_len), batch * kv_heads, programs),
+                _section(block_mask is not None, tiles_over(kv_len), batch * kv_heads, programs),
                 sm_scale,
                 sm_scale * portable.LOG2_E,
             ),
@@ -193,13 +193,13 @@ def backward(
     return dq, dk, dv
 
 
-def _section(block_mask: BlockMask | None, lines: int, heads: int, seats: int) -> int:
+def _section(masked: bool, lines: int, heads: int, seats: int) -> int:
     """How many heads share a section of the items, of `lines` each; see `place_of`.
 
     Without a mask one: all lines are equal. Else sections of about four rounds, and an odd number of them: an even one
     adds up what each leaves uneven.
     """
-    if block_mask is None:
+    if not masked:
         return 1
     sections = max(1, lines * heads // (4 * seats))
     return -(-heads // (sections - (sections % 2 == 0)))
