@@ -24,11 +24,11 @@ def launch(
 ) -> None:
     """`kernel[grid](*args, **constants, **options)`.
 
-    `constants` are its last parameters, in order. They and `key` say all that the compiled kernel depends on, the
-    device included: of each argument what `tensor_key` and `int_key` say, unless it is always the same.
+    `constants` are its last parameters, in order. They, `options` and `key` say all that the compiled kernel depends
+    on, the device included: of each argument what `args_key` says, unless it is always the same.
     """
     # kernels are never freed, and hash slowly
-    key = (id(kernel), *key, *constants.values())
+    key = (id(kernel), *key, *options.values(), *constants.values())
     known = _kernels.get(key)
     if known is None:
         compiled = kernel[grid](*args, **constants, **options)
@@ -66,6 +66,26 @@ def tensor_key(t: Tensor) -> tuple[Any, ...]:
 def int_key(n: int) -> Any:
     """What Triton compiles a kernel for, of an integer that it may specialise on."""
     return n if n == 1 else (n % 16 == 0, -(2**31) <= n < 2**31)
+
+
+def args_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What Triton compiles a kernel for, of all its arguments, and more of those that it is told not to specialise on.
+
+    They are tensors, ints, tuples of ints, floats, None, and the descriptors of kernels that are not Gluon's.
+    """
+    key: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            key += tensor_key(arg)
+        elif isinstance(arg, tuple):
+            key += map(int_key, arg)
+        elif isinstance(arg, int):
+            key.append(int_key(arg))
+        elif arg is None or isinstance(arg, float):
+            key.append(type(arg))
+        else:
+            key += type(arg), arg.base.dtype, *arg.block_shape
+    return tuple(key)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

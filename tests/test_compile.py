@@ -95,6 +95,7 @@ def compiled(monkeypatch):
             self.device_caches.clear()
             ran.add(self)
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+        return kernels[-1]
 
     def start(target):
         backend._options.cache_clear()

@@ -1,13 +1,21 @@
 """Direct launches: the same arguments as the first launch had, and only for what was compiled alike."""
 
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from anymask import BlockMask, causal, pack
 from anymask import launch as module
-from anymask.launch import int_key, launch, tensor_key
+from anymask.backends import hopper
+from anymask.backends import triton as portable
+from anymask.launch import args_key, int_key, launch, tensor_key
 
 pytest.importorskip("triton")
 
@@ -64,8 +72,9 @@ def test_other_keys_constants_and_kernels_are_compiled_anew(hooks: SimpleNamespa
     launch(kernel, (1, 1, 1), (), {"BLOCK": 64}, ("key",))
     launch(kernel, (1, 1, 1), (), {"BLOCK": 128}, ("key",))
     launch(kernel, (1, 1, 1), (), {"BLOCK": 64}, ("another",))
+    launch(kernel, (1, 1, 1), (), {"BLOCK": 64}, ("key",), num_warps=8)
     launch(other, (1, 1, 1), (), {"BLOCK": 64}, ("key",))
-    assert [call[0] for call in kernel.calls + other.calls] == ["jit"] * 4
+    assert [call[0] for call in kernel.calls + other.calls] == ["jit"] * 5
 
 
 @pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
@@ -99,3 +108,159 @@ def test_keys_tell_apart_what_triton_does() -> None:
     assert len({tensor_key(memory), tensor_key(memory[1:]), tensor_key(memory.view(torch.float32))}) == 3
     # 1, multiples of 16, others, and what does not fit 32 bits
     assert len({int_key(n) for n in (1, 16, 32, 17, 3, 2**31, 2**31 + 1)}) == 5
+
+
+def test_keys_of_all_arguments() -> None:
+    memory = torch.zeros(64)
+    descriptor = SimpleNamespace(base=memory, block_shape=[1, 1, 64, 64])
+    other = SimpleNamespace(base=memory, block_shape=[1, 1, 128, 64])
+    differing: list[tuple[Any, ...]] = [
+        *((memory,), (memory[1:],), (memory.int(),), (None,), (descriptor,), (other,)),
+        *((1,), (16,), (17,), (2**31,), (1.0,), ((1, 16),), ((16, 1),), ((16, 17),), ((16, 2**31),)),
+    ]
+    assert len({args_key(args) for args in differing}) == len(differing)
+    assert args_key((memory, 17, 0.5, (32, 3))) == args_key((memory[4:], 19, 2.0, (16, 5)))
+
+
+class Keys(dict[Any, Any]):
+    """Of `launch`: finds no kernel, and knows that equal keys mean the same kernel."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return default
+
+    def __setitem__(self, key: Any, kernel: Any) -> None:
+        assert self.setdefault(key, kernel.compiled_for) == kernel.compiled_for
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
+    """The keys of launches that end where Triton knows what it would compile, on CPU tensors."""
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    if knobs.runtime.interpret:
+        pytest.skip("the interpreter compiles nothing")
+    target, found, ran = GPUTarget("cuda", 90, 32), Keys(), []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        if self not in ran:
+            # it remembers the first target it ever ran for
+            self.device_caches.clear()
+            ran.append(self)
+        binder = self.device_caches[0][-1]
+        _, specialization, options = binder(*args, **named)
+        return SimpleNamespace(
+            metadata=SimpleNamespace(target=target), compiled_for=(repr(specialization), repr(options))
+        )
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(module, "_kernels", found)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    portable._options.cache_clear()
+    yield found
+    portable._options.cache_clear()
+    for function in ran:
+        function.device_caches.clear()
+
+
+def _shifted(t: Tensor, by: int) -> Tensor:
+    """A copy, `by` elements beyond aligned memory."""
+    return t.new_zeros(t.numel() + by)[by:].view(t.shape).copy_(t)
+
+
+# the same tensor `[batch, heads, length, dim]` in memory of other strides and alignments
+LAYOUTS: dict[str, Callable[..., Tensor]] = {
+    "contiguous": lambda *shape, dtype: torch.zeros(shape, dtype=dtype),
+    "by token": lambda b, h, m, d, dtype: torch.zeros(b, m, h, d, dtype=dtype).transpose(1, 2),
+    "wide rows": lambda b, h, m, d, dtype: torch.zeros(b, h, m, d + 3, dtype=dtype)[..., :d],
+    "one head of all": lambda b, h, m, d, dtype: torch.zeros(b, 1, m, d, dtype=dtype).expand(b, h, m, d),
+    "odd address": lambda *shape, dtype: _shifted(torch.zeros(shape, dtype=dtype), 1),
+}
+
+
+@cache
+def _mask(kind: str, length: int) -> BlockMask | None:
+    if kind == "none":
+        return None
+    if kind == "padded":
+        return pack(torch.arange(length).expand(length, length) < max(1, length - 5))
+    mask = pack(causal(), q_len=length, kv_len=length)
+    if kind == "causal":
+        return mask
+    tensors = [_shifted(t, i % 3) for i, t in enumerate(mask.tensors())]
+    return BlockMask.from_tensors(tensors, length, length)
+
+
+def _run(
+    backend: Any, dtype: torch.dtype, dims: tuple[int, int], length: int, heads: tuple[int, int], layouts: list[str],
+    kind: str, dlse: str, scale: float,
+) -> None:  # fmt: skip
+    (dim, v_dim), (q_heads, kv_heads) = dims, heads
+    shapes = [(2, q_heads, length, dim), (2, kv_heads, length, dim), (2, kv_heads, length, v_dim)]
+    make = [LAYOUTS[name] for name in layouts]
+    q, k, v = (made(*shape, dtype=dtype) for made, shape in zip(make, shapes, strict=False))
+    do = make[3](2, q_heads, length, v_dim, dtype=dtype)
+    mask = _mask(kind, length)
+    o, lse = backend.forward(q, k, v, mask, scale)
+    of_lse = {"none": None, "contiguous": torch.zeros_like(lse), "strided": torch.zeros(*lse.shape, 5)[..., 0]}[dlse]
+    backend.backward(q, k, v, o, lse, do, of_lse, mask, scale, False)
+
+
+MASKS = ["none", "causal", "padded", "moved"]
+SHAPES = list(product([1, 16, 129, 300], [(1, 1), (4, 4), (4, 2), (16, 1)]))
+
+
+def test_keys_of_the_portable_kernels_are_complete(keys: Keys) -> None:
+    draw = random.Random(0)
+    for _ in range(400):
+        length, heads = draw.choice(SHAPES)
+        _run(
+            portable,
+            draw.choice([torch.float16, torch.bfloat16, torch.float32]),
+            draw.choice([(16, 16), (64, 64), (128, 128), (1, 40), (72, 128)]),
+            length,
+            heads,
+            draw.choices(list(LAYOUTS), [4, 2, 1, 1, 1], k=4),
+            draw.choice(MASKS),
+            draw.choice(["none", "contiguous", "strided"]),
+            draw.choice([0.1, -0.1]),
+        )
+    assert len(keys) > 500
+
+
+def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.tune_hopper import forward_candidates
+
+    draw = random.Random(0)
+    for _ in range(300):
+        (length, heads), dims = draw.choice(SHAPES), draw.choice([(64, 64), (128, 128), (40, 64), (128, 72)])
+        block_d = hopper._block_d(*dims)
+        monkeypatch.setitem(hopper.tuning.FORWARD, block_d, draw.choice(list(forward_candidates(block_d))))
+        _run(
+            hopper,
+            draw.choice([torch.float16, torch.bfloat16]),
+            dims,
+            length,
+            heads,
+            [*draw.choices(["contiguous", "by token"], k=3), draw.choice(list(LAYOUTS))],
+            draw.choice(MASKS),
+            draw.choice(["none", "contiguous", "strided"]),
+            draw.choice([0.1, -0.1]),
+        )
+    assert len(keys) > 100
+
+
+@pytest.mark.parametrize("backend", [portable, hopper], ids=["portable", "hopper"])
+def test_new_lengths_and_masks_have_no_new_keys(keys: Keys, backend: Any) -> None:
+    found = []
+    for length in range(8, 408, 8):
+        for kind in ("causal", "padded"):
+            # those that the copy engine reads through other kernels
+            if backend is hopper or kind == "causal":
+                _run(backend, torch.float16, (64, 64), length, (4, 4), ["by token"] * 4, kind, "none", 0.1)
+        found.append(len(keys))
+    # o and the gradients may have strides that 16 divides, or none
+    assert found[-1] == found[3] <= 8

@@ -100,7 +100,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 "Q_STAGES": config.Q_STAGES,
                 "PAIRS": config.PAIRS,
             },
-            (q.device, q.dtype, block_mask is None),
+            (q.device, q.dtype, config.BLOCK_N, block_mask is None),
             num_warps=4,
             enable_fp_fusion=True,
         )
@@ -129,7 +129,7 @@ def backward(
 
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = (portable._empty_like(t) for t in (q, k, v))
     if not _loadable(do):
         do = do.contiguous()
     q, do = (_without_dead(t, block_mask, "rows") for t in (q, do))
@@ -138,14 +138,14 @@ def backward(
     block_m = tuning.BLOCK_M[block_d]
     block_q = _block((1, 1, block_m, block_d), q.dtype)
     block_kv = _block((1, 1, TILE, block_d), q.dtype)
-    lse2, delta = lse.new_empty(2, batch, q_heads, tiles_over(q_len) * TILE)
+    padded = batch * q_heads * tiles_over(q_len) * TILE
     # rows of 32 floats, in the order of the kernel
-    dq_acc = lse.new_zeros(lse2.numel() * block_d // 32, 32)
+    dq_acc = lse.new_zeros(padded * block_d // 32, 32)
     has_tail = block_mask is None and kv_len % TILE != 0
     n_items = tiles_over(kv_len) * kv_heads * batch
     programs = min(n_items, _multiprocessors(q.device))
     with on(q.device):
-        portable._launch_delta(o, do, lse, dlse, lse2, delta)
+        lse2, delta = portable._launch_delta(o, do, lse, dlse)
         launch(
             _bwd_kernel,
             (programs, 1, 1),
@@ -154,8 +154,8 @@ def backward(
                 _tiles(k, block_kv),
                 _tiles(v, block_kv),
                 _tiles(do, block_q),
-                _rows(lse2.view(-1), block_m),
-                _rows(delta.view(-1), block_m),
+                _rows(lse2, block_m),
+                _rows(delta, block_m),
                 _rows(dq_acc, block_m * block_d // 32),
                 _tiles(dk, block_kv),
                 _tiles(dv, block_kv),
@@ -177,13 +177,13 @@ def backward(
                 "MASKED": block_mask is not None,
                 "HAS_TAIL": has_tail,
             },
-            (q.device, q.dtype, q_heads // kv_heads),
+            (q.device, q.dtype, do.dtype, q_heads // kv_heads),
             num_warps=8,
             enable_fp_fusion=True,
         )
         launch(
             _dq_kernel,
-            (lse2.numel() // 64, 1, 1),
+            (padded // 64, 1, 1),
             (dq_acc, dq, q_len, sm_scale),
             {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
             (q.device, q.dtype),
@@ -226,20 +226,19 @@ def _without_dead(t: Tensor, block_mask: BlockMask | None, view: str) -> Tensor:
 def _tiles(t: Tensor, block: _Block) -> Any:
     """A descriptor of tiles `[1, 1, rows, columns]` of `t [batch, heads, length, dim]`."""
     b, h, m, _ = t.stride()
-    return _descriptor(t, [b, h, m, 1], block)
+    return _descriptor(t, (b, h, m, 1), block)
 
 
 def _rows(t: Tensor, rows: int) -> Any:
     """A descriptor of `rows` leading indices of contiguous fp32 `t`."""
-    return _descriptor(t, list(t.stride()), _block((rows, *t.shape[1:]), t.dtype))
+    return _descriptor(t, t.stride(), _block((rows, *t.shape[1:]), t.dtype))
 
 
-def _descriptor(t: Tensor, strides: list[int], block: _Block) -> Any:
+def _descriptor(t: Tensor, strides: tuple[int, ...], block: _Block) -> Any:
     # `_loadable` has checked what the constructor checks again for every call
     descriptor: Any = object.__new__(block[0])
-    descriptor.base, descriptor.shape, descriptor.strides = t, list(t.shape), strides
+    descriptor.base, descriptor.shape, descriptor.strides = t, t.shape, strides
     _, descriptor.block_shape, descriptor.layout = block
-    descriptor.padding = "zero"
     return descriptor
 
 

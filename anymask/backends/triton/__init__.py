@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anymask.backends.triton import tuning
-from anymask.launch import on
+from anymask.launch import args_key, launch, on
 from anymask.mask import BlockMask
 from anymask.mask.bits import TILE, tiles_over
 from anymask.mask.block_mask import TileLists
@@ -55,25 +55,30 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     with on(q.device):
         target = _target()
         use_tma = _tma(target, (q, k, v), live)
-        (block_m, block_n), options = _options("fwd", head_dim, v.shape[3], q.element_size(), use_tma, target)
-        _fwd_kernel[(tiles_over(q_len) * TILE // block_m, q_heads, batch)](
-            _source(q, use_tma, block_m, options["BLOCK_D"]),
-            _source(k, use_tma, block_n, options["BLOCK_D"]),
-            _source(v, use_tma, block_n, options["BLOCK_DV"]),
-            o,
-            lse,
-            *(t.stride()[:3] for t in (q, k, v, o)),
-            *_lists(block_mask, "rows"),
-            live,
-            _plane_strides(block_mask),
-            q_heads,
-            q_heads // k.shape[1],
-            q_len,
-            k.shape[2],
-            (abs(sm_scale) or TINY_SCALE) * LOG2_E,
-            **options,
-            IS_NEGATIVE=sm_scale < 0,
-            USE_ASM=target[0] == "cuda" and not _interprets(),
+        constants, options = _options("fwd", head_dim, v.shape[3], q.element_size(), use_tma, target)
+        block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
+        _launch(
+            _fwd_kernel,
+            (tiles_over(q_len) * TILE // block_m, q_heads, batch),
+            (
+                _source(q, use_tma, block_m, constants["BLOCK_D"]),
+                _source(k, use_tma, block_n, constants["BLOCK_D"]),
+                _source(v, use_tma, block_n, constants["BLOCK_DV"]),
+                o,
+                lse,
+                *(t.stride()[:3] for t in (q, k, v, o)),
+                *_lists(block_mask, "rows"),
+                live,
+                _plane_strides(block_mask),
+                q_heads,
+                q_heads // k.shape[1],
+                q_len,
+                k.shape[2],
+                (abs(sm_scale) or TINY_SCALE) * LOG2_E,
+            ),
+            {**constants, "IS_NEGATIVE": sm_scale < 0, "USE_ASM": target[0] == "cuda" and not _interprets()},
+            q.device,
+            options,
         )
     return o, lse
 
@@ -95,8 +100,7 @@ def backward(
 
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    lse2, delta = lse.new_empty(2, batch, q_heads, tiles_over(q_len) * TILE)
+    dq, dk, dv = (_empty_like(t) for t in (q, k, v))
     live = _live(block_mask, "rows"), _live(block_mask, "cols")
     read_strides = tuple(t.stride()[:3] for t in (q, k, v, do))
     rest = (*live, _plane_strides(block_mask), q_heads, q_heads // kv_heads, q_len, kv_len, sm_scale, sm_scale * LOG2_E)
@@ -104,67 +108,101 @@ def backward(
         target = _target()
         use_tma = _tma(target, (q, k, v, do), *live)
         dims = head_dim, v_dim, q.element_size(), use_tma, target
-        (block_m, block_n), options = _options("dq", *dims)
-        _launch_delta(o, do, lse, dlse, lse2, delta)
-        _bwd_dq_kernel[(tiles_over(q_len) * TILE // block_m, q_heads, batch)](
-            *_sources(q, k, v, do, options),
-            lse2,
-            delta,
-            dq,
-            *read_strides,
-            dq.stride()[:3],
-            *_lists(block_mask, "rows"),
-            *rest,
-            **options,
+        lse2, delta = _launch_delta(o, do, lse, dlse)
+        constants, options = _options("dq", *dims)
+        _launch(
+            _bwd_dq_kernel,
+            (tiles_over(q_len) * TILE // constants["BLOCK_M"], q_heads, batch),
+            (
+                *_sources(q, k, v, do, constants),
+                lse2,
+                delta,
+                dq,
+                *read_strides,
+                dq.stride()[:3],
+                *_lists(block_mask, "rows"),
+                *rest,
+            ),
+            constants,
+            q.device,
+            options,
         )
-        (block_m, block_n), options = _options("dkdv", *dims)
-        _bwd_dkdv_kernel[(tiles_over(kv_len) * TILE // block_n, kv_heads, batch)](
-            *_sources(q, k, v, do, options),
-            lse2,
-            delta,
-            dk,
-            dv,
-            *read_strides,
-            dk.stride()[:3],
-            dv.stride()[:3],
-            *_lists(block_mask, "cols"),
-            *rest,
-            **options,
+        constants, options = _options("dkdv", *dims)
+        _launch(
+            _bwd_dkdv_kernel,
+            (tiles_over(kv_len) * TILE // constants["BLOCK_N"], kv_heads, batch),
+            (
+                *_sources(q, k, v, do, constants),
+                lse2,
+                delta,
+                dk,
+                dv,
+                *read_strides,
+                dk.stride()[:3],
+                dv.stride()[:3],
+                *_lists(block_mask, "cols"),
+                *rest,
+            ),
+            constants,
+            q.device,
+            options,
         )
     return dq, dk, dv
 
 
-def _launch_delta(o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, lse2: Tensor, delta: Tensor) -> None:
-    """Fill `lse2` and `delta`, `[batch, q_heads, whole tiles]`."""
+def _launch_delta(o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`lse` in base 2 and delta, both flat: batch x q_heads x whole tiles."""
     from anymask.backends.triton.backward_kernels import _bwd_delta_kernel
 
     batch, q_heads, q_len, v_dim = o.shape
-    _bwd_delta_kernel[(lse2.shape[2] // DELTA_ROWS, q_heads, batch)](
-        o,
-        do,
-        lse.contiguous(),
-        dlse,
-        lse2,
-        delta,
-        o.stride()[:3],
-        do.stride()[:3],
-        (0, 0, 0) if dlse is None else dlse.stride(),
-        q_heads,
-        q_len,
-        V_DIM=v_dim,
-        BLOCK_DV=_block_d(v_dim),
-        BLOCK_M=DELTA_ROWS,
-        enable_fp_fusion=True,
+    rows = tiles_over(q_len) * TILE
+    lse2, delta = (lse.new_empty(batch * q_heads * rows) for _ in range(2))
+    _launch(
+        _bwd_delta_kernel,
+        (rows // DELTA_ROWS, q_heads, batch),
+        (
+            o,
+            do,
+            lse.contiguous(),
+            dlse,
+            lse2,
+            delta,
+            o.stride()[:3],
+            do.stride()[:3],
+            (0, 0, 0) if dlse is None else dlse.stride(),
+            q_heads,
+            q_len,
+        ),
+        {"V_DIM": v_dim, "BLOCK_DV": _block_d(v_dim), "BLOCK_M": DELTA_ROWS},
+        o.device,
+        {"enable_fp_fusion": True},
     )
+    return lse2, delta
 
 
-def _sources(q: Tensor, k: Tensor, v: Tensor, do: Tensor, options: dict[str, Any]) -> tuple[Any, ...]:
-    use_tma, rows, keys = options["USE_TMA"], options["BLOCK_M"], options["BLOCK_N"]
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    device: torch.device,
+    options: dict[str, Any],
+) -> None:
+    launch(kernel, grid, args, constants, (device, *args_key(args)), **options)
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    """Contiguous; of all ways to say so the one that takes least host time."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _sources(q: Tensor, k: Tensor, v: Tensor, do: Tensor, constants: dict[str, Any]) -> tuple[Any, ...]:
+    use_tma, rows, keys = constants["USE_TMA"], constants["BLOCK_M"], constants["BLOCK_N"]
     return (
-        _source(q, use_tma, rows, options["BLOCK_D"]),
-        _source(k, use_tma, keys, options["BLOCK_D"]),
-        _source(v, use_tma, keys, options["BLOCK_DV"]),
-        _source(do, use_tma, rows, options["BLOCK_DV"]),
+        _source(q, use_tma, rows, constants["BLOCK_D"]),
+        _source(k, use_tma, keys, constants["BLOCK_D"]),
+        _source(v, use_tma, keys, constants["BLOCK_DV"]),
+        _source(do, use_tma, rows, constants["BLOCK_DV"]),
     )
 
 
@@ -202,24 +240,22 @@ def _plane_strides(block_mask: BlockMask | None) -> tuple[int, int]:
 @cache
 def _options(
     which: str, head_dim: int, v_dim: int, itemsize: int, use_tma: bool, target: tuple[str, int | str]
-) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The rows and columns of a kernel step, and every keyword that a launch of pass `which` shares."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constants that every launch of pass `which` shares, and its options."""
     block_d, block_dv = _block_d(head_dim), _block_d(v_dim)
     config = tuning.choose(*target, use_tma, itemsize, max(block_d, block_dv), which)
-    return (config.BLOCK_M, config.BLOCK_N), {
+    constants = {
         "HEAD_DIM": head_dim,
         "V_DIM": v_dim,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
+        "USE_TMA": use_tma,
         "PRECISION": "ieee",
         "TILE": TILE,
-        "USE_TMA": use_tma,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
     }
+    return constants, {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
 
 def _block_d(dim: int) -> int:

@@ -110,10 +110,10 @@ def _fwd_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IS_NEGATIVE: tl.constexpr,
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
+    IS_NEGATIVE: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
     """Writes `o` and `lse` of BLOCK_M queries; equations (1) to (4) of docs/kernels.md.
