@@ -29,13 +29,13 @@ def launch(
     """
     # kernels are never freed, and hash slowly
     key = (id(kernel), *key, *options.values(), *constants.values())
-    known = _kernels.get(key)
+    known, hooks = _kernels.get(key), _hooks()
     if known is None:
         compiled = kernel[grid](*args, **constants, **options)
         # the interpreter compiles nothing; on AMD a kernel also depends on how large tensors are
         if compiled is not None and compiled.metadata.target.backend == "cuda":
             _kernels[key] = compiled
-    elif _hooks().launch_enter_hook.calls or _hooks().launch_exit_hook.calls:
+    elif hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
         known[grid](*args, *constants.values())
     else:
         # what the line above does when no profiler has hooks in Triton; looking for them costs half of a launch
