@@ -1,11 +1,14 @@
 """FlashAttention-4 as a rival: its masks as device functions, and its lists of blocks. Needs `flash-attn-4`.
 
 A mask is given in the best way that it has: built in for no mask, causal and a sliding window; two bounds for each
-query where its keys are a range, as in documents; else the tensor itself.
+query where its keys are a range, as in documents; else the tensor itself, by bytes or bits, as it is or transposed:
+whatever is the fastest for that tensor forward, and backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cutlass
@@ -13,8 +16,13 @@ import cutlass.cute as cute
 import torch
 from flash_attn.cute import flash_attn_func, utils
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+from flash_attn.cute.interface import _flash_attn_bwd
 from torch import Tensor
 
+from benchmarks import timing
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Call = Callable[..., tuple[Tensor, ...]]
 # its tiles on Hopper, (queries, keys): forward at head_dim up to 64, else; backward
 FORWARD_SMALL, FORWARD, BACKWARD = (192, 128), (128, 128), (128, 128)
 
@@ -29,33 +37,172 @@ def in_range(batch, head, q, kv, seqlen_info, aux_tensors):  # noqa: ANN001, ANN
 
 @cute.jit
 def is_set(batch, head, q, kv, seqlen_info, aux_tensors):  # noqa: ANN001, ANN201
-    """Whether the byte of the pair is not 0, uint8 `[length, length]`: faster here than one bit a pair."""
+    """Whether the byte of the pair is not 0, uint8 `[length, length]`."""
     byte = cutlass.Int32(aux_tensors[0][q[0], kv[0]])
     return utils.scalar_to_ssa(byte, cutlass.Int32) != utils.scalar_to_ssa(0, cutlass.Int32)
 
 
-def options(mask: Tensor | None, head_dim: int) -> tuple[dict[str, Any], str]:
-    """Arguments of `flash_attn_func` for a bool `[length, length]` mask, and how that was done."""
+@cute.jit
+def is_set_transposed(batch, head, q, kv, seqlen_info, aux_tensors):  # noqa: ANN001, ANN201
+    """The same of the transposed tensor, whose rows are keys."""
+    byte = cutlass.Int32(aux_tensors[0][kv[0], q[0]])
+    return utils.scalar_to_ssa(byte, cutlass.Int32) != utils.scalar_to_ssa(0, cutlass.Int32)
+
+
+@cute.jit
+def bit_is_set(batch, head, q, kv, seqlen_info, aux_tensors):  # noqa: ANN001, ANN201
+    """Bit `kv % 32` of word `kv // 32` of row q, int32 `[length, words]`."""
+    bit = (aux_tensors[0][q[0], kv[0] >> 5] >> (kv[0] & 31)) & 1
+    return utils.scalar_to_ssa(bit, cutlass.Int32) != utils.scalar_to_ssa(0, cutlass.Int32)
+
+
+@cute.jit
+def bit_is_set_transposed(batch, head, q, kv, seqlen_info, aux_tensors):  # noqa: ANN001, ANN201
+    """The same of the transposed tensor, whose rows are keys."""
+    bit = (aux_tensors[0][kv[0], q[0] >> 5] >> (q[0] & 31)) & 1
+    return utils.scalar_to_ssa(bit, cutlass.Int32) != utils.scalar_to_ssa(0, cutlass.Int32)
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.uint8)
+
+
+def _bits(mask: Tensor) -> Tensor:
+    """int32 `[length, words]`, the lowest bit first."""
+    shift = torch.arange(32, device=mask.device, dtype=torch.int32)
+    out = torch.empty(mask.shape[0], -(-mask.shape[1] // 32), dtype=torch.int32, device=mask.device)
+    for rows, words in zip(mask.split(1024), out.split(1024), strict=True):
+        padded = torch.nn.functional.pad(rows, (0, words.shape[1] * 32 - mask.shape[1]))
+        # a sum of distinct bits wraps to the word with those bits
+        words.copy_((padded.view(-1, words.shape[1], 32).int() << shift).sum(-1))
+    return out
+
+
+# how a mask function reads a tensor, and the tensor made for that
+READERS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "bytes": (is_set, _bytes),
+    "bytes, transposed": (is_set_transposed, lambda mask: _bytes(mask.T)),
+    "bits": (bit_is_set, _bits),
+    "bits, transposed": (bit_is_set_transposed, lambda mask: _bits(mask.T)),
+}
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, do: Tensor, mask: Tensor | None) -> tuple[Attend, str]:
+    """`attend(q, k, v)` of `[batch, heads, length, head_dim]` under a bool `[length, length]` mask, and how it is done.
+
+    Its own order is `[batch, length, heads, head_dim]`.
+    """
+    scale = q.shape[3] ** -0.5
+    arguments, how = _built_in(mask)
+    if mask is not None and not arguments:
+        lists = _both_lists(mask, q.shape[3])
+        ranges = _ranges(mask)
+        if ranges is None:
+            return _fastest(q, k, v, do, mask, lists, scale)
+        arguments = {"mask_mod": in_range, "aux_tensors": ranges, **lists}
+        how = "mask_mod of a range of keys for each query, block lists"
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = flash_attn_func(*_swapped(q, k, v), softmax_scale=scale, **arguments)[0]
+        return out.transpose(1, 2)
+
+    return attend, how
+
+
+def _swapped(*tensors: Tensor) -> list[Tensor]:
+    return [t.transpose(1, 2) for t in tensors]
+
+
+def _built_in(mask: Tensor | None) -> tuple[dict[str, Any], str]:
+    """Arguments of `flash_attn_func` for masks that it knows; none for others."""
     if mask is None:
         return {}, "no mask"
     at = torch.arange(mask.shape[0], device=mask.device)
+    found = _ranges(mask)
+    if found is not None and torch.equal(found[1], at.int() + 1):
+        width = int((at - found[0]).max())
+        if torch.equal(found[0], (at - width).clamp(min=0).int()):
+            return (
+                ({"causal": True}, "causal=True")
+                if width == len(at) - 1
+                else ({"window_size": (width, 0)}, "window_size")
+            )
+    return {}, ""
+
+
+def _ranges(mask: Tensor) -> list[Tensor] | None:
+    """First key and end of each query, int32, where the keys of each are a range."""
     first, end = mask.byte().argmax(-1), mask.shape[0] - mask.flip(-1).byte().argmax(-1)
     count = mask.sum(-1)
     if bool((end - first == count).all()) and bool((count > 0).all()):
-        width = int((at - first).max())
-        if torch.equal(end, at + 1) and torch.equal(first, (at - width).clamp(min=0)):
-            if width == mask.shape[0] - 1:
-                return {"causal": True}, "causal=True"
-            return {"window_size": (width, 0)}, "window_size"
-        how, aux = "a range of keys for each query", [first.int(), end.int()]
-        mod = in_range
-    else:
-        how, aux, mod = "the dense tensor", [mask.view(torch.uint8)], is_set
-    lists = {
-        "block_sparse_tensors": _lists(mask, FORWARD_SMALL if head_dim <= 64 else FORWARD, False),
+        return [first.int(), end.int()]
+    return None
+
+
+def _fastest(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, mask: Tensor, lists: dict[str, Any], scale: float
+) -> tuple[Attend, str]:
+    """The tensor in the way that takes the least time, forward and backward each."""
+    made = {name: {"mask_mod": mod, "aux_tensors": [of(mask)]} for name, (mod, of) in READERS.items()}
+    forward = {name: partial(_forward, scale=scale, arguments=a | lists) for name, a in made.items()}
+    backward_lists = {"block_sparse_tensors": lists["block_sparse_tensors_bwd"]}
+    backward = {name: partial(_backward, scale=scale, arguments=a | backward_lists) for name, a in made.items()}
+    inputs = _swapped(q.detach(), k.detach(), v.detach())
+    out, lse = forward["bytes"](*inputs)
+    times = timing.cuda_ms({name: partial(call, *inputs) for name, call in forward.items()}, 1, 10.0)
+    first = min(times, key=lambda name: times[name].median)
+    calls = {name: partial(call, *inputs, out, lse, do.transpose(1, 2)) for name, call in backward.items()}
+    times = timing.cuda_ms(calls, 1, 10.0)
+    second = min(times, key=lambda name: times[name].median)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o: Tensor = _Attend.apply(*_swapped(q, k, v), forward[first], backward[second])
+        return o.transpose(1, 2)
+
+    return attend, f"mask_mod of the dense tensor, block lists; forward {first}, backward {second}"
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        out, lse = flash_attn_func(q, k, v, softmax_scale=scale, return_lse=True, **arguments)[:2]
+    return out, lse
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    scale: float,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _flash_attn_bwd(q, k, v, out, do, lse, softmax_scale=scale, **arguments)[:3]
+    return found
+
+
+class _Attend(torch.autograd.Function):
+    """Its forward and backward kernels with a mask function each; `flash_attn_func` has one for both."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, forward: Call, backward: Call) -> Tensor:
+        out, lse = forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.backward_call = backward
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return (*ctx.backward_call(*ctx.saved_tensors, grads[0]), None, None)
+
+
+def _both_lists(mask: Tensor, head_dim: int) -> dict[str, BlockSparseTensorsTorch]:
+    forward = FORWARD_SMALL if head_dim <= 64 else FORWARD
+    return {
+        "block_sparse_tensors": _lists(mask, forward, False),
         "block_sparse_tensors_bwd": _lists(mask, BACKWARD, True),
     }
-    return {"mask_mod": mod, "aux_tensors": aux, **lists}, f"mask_mod of {how}, block lists"
 
 
 def _lists(mask: Tensor, block: tuple[int, int], transposed: bool) -> BlockSparseTensorsTorch:
@@ -78,10 +225,3 @@ def _lists(mask: Tensor, block: tuple[int, int], transposed: bool) -> BlockSpars
         full_block_idx=tensors[3],
         block_size=block,
     )
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, arguments: dict[str, Any]) -> Tensor:
-    """Attention over `[batch, heads, length, head_dim]`; its own order is `[batch, length, heads, head_dim]`."""
-    swapped = (t.transpose(1, 2) for t in (q, k, v))
-    out: Tensor = flash_attn_func(*swapped, softmax_scale=scale, **arguments)[0]
-    return out.transpose(1, 2)

@@ -197,9 +197,8 @@ def fa4(problem: Problem) -> Prepared:
     _require_package("flash_attn.cute", "flash-attn-4")
     from benchmarks import fa4 as rival
 
-    arguments, note = rival.options(problem.mask, problem.shape.head_dim)
-    scale = problem.shape.head_dim**-0.5
-    return Prepared(functools.partial(rival.attend, scale=scale, arguments=arguments), note)
+    attend, note = rival.prepare(problem.q, problem.k, problem.v, problem.do, problem.mask)
+    return Prepared(attend, note)
 
 
 def flashinfer(problem: Problem) -> Prepared:
