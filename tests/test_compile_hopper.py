@@ -108,6 +108,18 @@ def test_keeps_its_registers(hopper_kernels, dim, group, masked):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
+def test_heads_that_share_a_tile(hopper_kernels, dim):
+    q, k = (torch.zeros(2, heads, n, dim, dtype=torch.float16) for heads, n in ((8, 16), (2, 384)))
+    mask = pack(torch.ones(16, 384, dtype=torch.bool).tril())
+    o, lse = hopper.forward(q, k, k, mask, 0.1)
+    assert (o.shape, lse.shape) == (q.shape, q.shape[:3])
+    (kernel,) = hopper_kernels
+    assert spilled_bytes(kernel) <= FEW_BYTES
+    for body in loops_with_products(kernel):
+        assert not _has(body, "STL")
+
+
+@pytest.mark.parametrize("dim", [64, 128])
 def test_every_candidate_of_the_tuner_fits(hopper_kernels, monkeypatch, dim):
     from benchmarks.tune_hopper import forward_candidates
 

@@ -216,6 +216,31 @@ def test_a_sample_alone_is_a_sample_in_a_batch(device: str) -> None:
             assert torch.equal(x[b : b + 1], y)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("q_len", "group"), [(1, 8), (7, 4), (16, 8), (32, 4), (33, 4)])
+def test_short_queries_of_grouped_heads(device: str, q_len: int, group: int, dim: int) -> None:
+    q, k, v = make_qkv(2, 2 * group, 2, q_len, 1000, dim, dtype=F16, device=device)
+    generator = torch.Generator(device).manual_seed(1)
+    bits = torch.rand(2, 1, q_len, 1000, device=device, generator=generator) < 0.5
+    bits[0, 0, 0, 128:] = False
+    for mask in (None, bits, bits[:1], bits.expand(2, 2 * group, q_len, 1000).contiguous()):
+        for x in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
+            o, lse = attention(x, k, v, mask, return_lse=True, backend="hopper")
+            expected = attention(*(t.double() for t in (q, k, v)), mask, return_lse=True, backend="reference")
+            torch.testing.assert_close(o.double(), expected[0], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(lse.double(), expected[1].double(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dim", [36, 100])
+def test_rows_that_the_copy_engine_cannot_write(device: str, dim: int) -> None:
+    padded = (torch.randn(1, 2, 200, 128, dtype=F16, device=device)[..., :dim] for _ in range(3))
+    q, k, v = (t.requires_grad_() for t in padded)
+    assert explain(q, k, v).backend != "hopper"
+    attention(q, k, v).sum().backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_synchronisation_with_a_packed_mask(device: str) -> None:
     inputs = make_inputs(Case("documents", 500, 700, 64, F16, q_heads=4), device)

@@ -37,6 +37,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
         return f"dtype is {q.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
     batch, q_heads, _, head_dim = q.shape
     v_dim = v.shape[3]
+    if head_dim % 8 or v_dim % 8:
+        return f"head_dim is {head_dim} and v_dim {v_dim}, the copy engine takes rows of multiples of 16 bytes"
     if not MIN_HEAD_DIM <= max(head_dim, v_dim) <= MAX_HEAD_DIM:
         return (
             f"head_dim is {head_dim} and v_dim {v_dim}, the kernels take a larger one of "
@@ -67,6 +69,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     o = q.new_empty(*o_shape)
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     v = _without_dead(v, block_mask, "cols")
+    group, mask_rows = q_heads // kv_heads, q_len
+    packed = group > 1 and group * q_len <= TILE and (block_mask is None or block_mask.heads == 1)
+    if packed:
+        # the heads of a group have the same keys, values and mask: their queries are rows of one tile
+        q_heads, q_len, group = kv_heads, group * q_len, 1
+        q_shape, o_shape = (batch, q_heads, q_len, head_dim), (batch, q_heads, q_len, v_dim)
+        q, o = q.reshape(q_shape), o.view(o_shape)
     block_d = _block_d(head_dim, v_dim)
     config = tuning.FORWARD[block_d]
     q_tiles = tiles_over(q_len)
@@ -90,9 +99,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 *portable._plane_strides(block_mask),
                 q_tiles,
                 q_heads,
-                q_heads // kv_heads,
+                group,
                 q_len,
                 kv_len,
+                mask_rows,
                 n_items,
                 _section(block_mask is not None, q_tiles, batch * q_heads, programs * config.PAIRS),
                 sm_scale * portable.LOG2_E,
@@ -102,12 +112,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 "STAGES": config.STAGES,
                 "Q_STAGES": config.Q_STAGES,
                 "PAIRS": config.PAIRS,
+                "PACKED": packed and block_mask is not None,
             },
             (q.device, q.dtype, config.BLOCK_N, block_mask is None),
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return o, lse
+    return o.view(*lse.shape, v_dim), lse
 
 
 def backward(

@@ -209,12 +209,14 @@ def _attend(
     w,
     n_partial,
     n,
+    mask_rows,
     kv_len,
     qk_scale,
     first,
     MASKED: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
 ):
     """The `n >= 1` steps of an item, partial tiles first: output `[ROWS, D]` before division, row sums and references.
 
@@ -241,7 +243,7 @@ def _attend(
         w_next = w
         if STEPS == 1:
             words += TILE * 4
-            w_next = load_words(words, FIRST_ROW, n_partial > 1, W_LAYOUT)
+            w_next = load_words(words, FIRST_ROW, n_partial > 1, mask_rows, W_LAYOUT, PACKED)
     else:
         n_hidden = STEPS
         w = end_words(kv_len - (n // STEPS - 1) * TILE, W_LAYOUT)
@@ -277,7 +279,7 @@ def _attend(
                 if MASKED:  # noqa: SIM102
                     if step == STEPS - 1:
                         words += TILE * 4
-                        w_next = load_words(words, FIRST_ROW, i < last_hidden, W_LAYOUT)
+                        w_next = load_words(words, FIRST_ROW, i < last_hidden, mask_rows, W_LAYOUT, PACKED)
         z, m_i, alpha = follow(z, m_i, W_LAYOUT)
         x = exp2(z)
         l_i = l_i * alpha + partial_sums(x, W_LAYOUT)
@@ -307,12 +309,13 @@ def _consume(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
 ):
     """A consumer warpgroup: ROWS queries of every item, their `o` and `lse`."""
     q_ring, kv_ring, o_bufs, seat = pair
     lists, _strides, sizes, n_items, _section = work
     q_bufs, q_ready, q_empty = q_ring
-    _, q_heads, q_len, kv_len = sizes
+    _, q_heads, q_len, kv_len, mask_rows = sizes
     BLOCK_N: gl.constexpr = kv_ring[0].shape[3]
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -322,7 +325,7 @@ def _consume(
     runs, place, after = _start(seat, work, MASKED)
     w = no_words(BLOCK_N, S_LAYOUT)
     if MASKED:
-        w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, W_LAYOUT)
+        w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, mask_rows, W_LAYOUT, PACKED)
     for round_ in range(rounds(n_items, seat)):
         tile, head, sample = place
         n_partial = runs[1]
@@ -340,13 +343,15 @@ def _consume(
         m_i = l_i
         mbarrier.wait(q_ready.index(q_stage), q_phase)
         if n > 0:
-            acc, l_i, m_i = _attend(q, kv_ring, words, w, n_partial, n, kv_len, qk_scale, first, MASKED, GROUP, STAGES)
+            acc, l_i, m_i = _attend(
+                q, kv_ring, words, w, n_partial, n, mask_rows, kv_len, qk_scale, first, MASKED, GROUP, STAGES, PACKED
+            )
         first += n
         place = after
         runs, after = _told(asked, later, work, MASKED)
         if MASKED:
             # for the first step of the next item, while o of this one is stored
-            w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, W_LAYOUT)
+            w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, mask_rows, W_LAYOUT, PACKED)
         l_i = gl.convert_layout(gl.sum(l_i, 1), R_LAYOUT, assert_trivial=True)
         m_i = gl.convert_layout(gl.max(m_i, 1), R_LAYOUT, assert_trivial=True)
         mbarrier.arrive(q_empty.index(q_stage))
@@ -395,6 +400,7 @@ def _pair(
         "group",
         "q_len",
         "kv_len",
+        "mask_rows",
         "n_items",
         "section",
     ],
@@ -427,6 +433,7 @@ def _fwd_kernel(
     group,
     q_len,
     kv_len,
+    mask_rows,
     n_items,
     section,
     qk_scale,
@@ -434,6 +441,7 @@ def _fwd_kernel(
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     PAIRS: gl.constexpr,
+    PACKED: gl.constexpr,
 ):
     """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md.
 
@@ -442,6 +450,8 @@ def _fwd_kernel(
     BLOCK_N divides a tile: no block leaves its head, and what a block has beyond its length is read as 0 and not
     written.
 
+    PACKED: a row of q is one of `mask_rows` queries, of one head after the other, and its row of the mask that query's.
+
     Each of `PAIRS` pairs of consumers has `STAGES` slots for k and v and `Q_STAGES` for q in shared memory.
     """
     MASKED: gl.constexpr = words is not None
@@ -449,7 +459,7 @@ def _fwd_kernel(
         lists = full_offsets, full_tiles, partial_offsets, partial_tiles, words, order
     else:
         lists = lse, lse, lse, lse, lse, lse
-    work = lists, (sample_planes, head_planes), (q_tiles, q_heads, q_len, kv_len), n_items, section
+    work = lists, (sample_planes, head_planes), (q_tiles, q_heads, q_len, kv_len, mask_rows), n_items, section
     a = _pair(q_desc, k_desc, v_desc, o_desc, STAGES, Q_STAGES, 0, PAIRS)
     # argument lists are written inline: through a variable constexprs would become tensors
     # fmt: off
@@ -457,10 +467,10 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACKED,
                 )),
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACKED,
                 )),
                 (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
             ],
@@ -472,16 +482,16 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACKED,
                 )),
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACKED,
                 )),
                 (_consume, (
-                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES,
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACKED,
                 )),
                 (_consume, (
-                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES,
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACKED,
                 )),
                 (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
                 (_produce, (q_desc, k_desc, v_desc, b, work, group, MASKED, STAGES, Q_STAGES)),
