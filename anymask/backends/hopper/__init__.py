@@ -158,12 +158,12 @@ def backward(
     block_dq = _block((block_m * block_d // 32, 32), lse.dtype)
     padded = batch * q_heads * tiles_over(q_len) * TILE
     # rows of 32 floats, in the order of the kernel
-    dq_acc = lse.new_zeros(padded * block_d // 32, 32)
+    dq_acc = lse.new_empty(padded * block_d // 32, 32)
     has_tail = block_mask is None and kv_len % TILE != 0
     n_items = tiles_over(kv_len) * kv_heads * batch
     programs = min(n_items, _multiprocessors(q.device))
     with on(q.device):
-        lse2, delta = portable._launch_delta(o, do, lse, dlse)
+        lse2, delta = portable._launch_delta(o, do, lse, dlse, dq_acc, block_d)
         launch(
             _bwd_kernel,
             (programs, 1, 1),

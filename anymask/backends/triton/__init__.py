@@ -150,8 +150,10 @@ def backward(
     return dq, dk, dv
 
 
-def _launch_delta(o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`lse` in base 2 and delta, both flat: batch x q_heads x whole tiles."""
+def _launch_delta(
+    o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, dq_acc: Tensor | None = None, acc_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`lse` in base 2 and delta, both flat: batch x q_heads x whole tiles; `dq_acc`, `acc_dim` for each, becomes 0."""
     from anymask.backends.triton.backward_kernels import _bwd_delta_kernel
 
     batch, q_heads, q_len, v_dim = o.shape
@@ -167,13 +169,14 @@ def _launch_delta(o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None) -> tu
             dlse,
             lse2,
             delta,
+            dq_acc,
             o.stride()[:3],
             do.stride()[:3],
             (0, 0, 0) if dlse is None else dlse.stride(),
             q_heads,
             q_len,
         ),
-        {"V_DIM": v_dim, "BLOCK_DV": _block_d(v_dim), "BLOCK_M": DELTA_ROWS},
+        {"V_DIM": v_dim, "BLOCK_DV": _block_d(v_dim), "BLOCK_M": DELTA_ROWS, "ACC_DIM": acc_dim},
         o.device,
         {"enable_fp_fusion": True},
     )

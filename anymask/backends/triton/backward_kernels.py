@@ -14,6 +14,7 @@ def _bwd_delta_kernel(
     dlse_ptr,
     lse2_ptr,
     delta_ptr,
+    dq_acc,
     o_strides,
     do_strides,
     dlse_strides,
@@ -22,10 +23,12 @@ def _bwd_delta_kernel(
     V_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ACC_DIM: tl.constexpr,
 ):
     """Writes `delta = rowsum(o * do) - dlse` and `lse2`, lse in base 2, of BLOCK_M queries.
 
     Both are padded to whole tiles; queries that have no key or do not exist get `lse2 = inf`, so that their p is 0.
+    If there is a `dq_acc`, padded too, it sets ACC_DIM floats of each query to 0.
     Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). Equation (5).
     """
     start_m = tl.program_id(0) * BLOCK_M
@@ -48,6 +51,9 @@ def _bwd_delta_kernel(
     lse2 = (lse.to(tl.float64) * LOG2_E).to(tl.float32)
     tl.store(lse2_ptr + padded, tl.where(has_key, lse2, float("inf")))
     tl.store(delta_ptr + padded, tl.where(has_key, delta, 0.0))
+    if dq_acc is not None:
+        first = (row * (tl.num_programs(0) * BLOCK_M) + start_m) * ACC_DIM
+        tl.store(dq_acc + first + tl.arange(0, BLOCK_M * ACC_DIM), tl.zeros([BLOCK_M * ACC_DIM], tl.float32))
 
 
 @triton.jit
