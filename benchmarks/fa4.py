@@ -25,6 +25,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Call = Callable[..., tuple[Tensor, ...]]
 # its tiles on Hopper, (queries, keys): forward at head_dim up to 64, else; backward
 FORWARD_SMALL, FORWARD, BACKWARD = (192, 128), (128, 128), (128, 128)
+# it asks mask functions about positions up to the end of a tile, beyond the length: a multiple of all sizes of tiles
+WHOLE_TILES = 384
 
 
 @cute.jit
@@ -63,16 +65,22 @@ def bit_is_set_transposed(batch, head, q, kv, seqlen_info, aux_tensors):  # noqa
     return utils.scalar_to_ssa(bit, cutlass.Int32) != utils.scalar_to_ssa(0, cutlass.Int32)
 
 
+def _missing(n: int) -> int:
+    return -n % WHOLE_TILES
+
+
 def _bytes(mask: Tensor) -> Tensor:
-    return mask.contiguous().view(torch.uint8)
+    """uint8, 0 or 1, to the end of the tiles."""
+    return torch.nn.functional.pad(mask, (0, _missing(mask.shape[1]), 0, _missing(mask.shape[0]))).view(torch.uint8)
 
 
 def _bits(mask: Tensor) -> Tensor:
-    """int32 `[length, words]`, the lowest bit first."""
+    """int32 words of 32 pairs of a row, the lowest bit first, to the end of the tiles."""
     shift = torch.arange(32, device=mask.device, dtype=torch.int32)
-    out = torch.empty(mask.shape[0], -(-mask.shape[1] // 32), dtype=torch.int32, device=mask.device)
-    for rows, words in zip(mask.split(1024), out.split(1024), strict=True):
-        padded = torch.nn.functional.pad(rows, (0, words.shape[1] * 32 - mask.shape[1]))
+    rows, columns = (n + _missing(n) for n in mask.shape)
+    out = torch.zeros(rows, columns // 32, dtype=torch.int32, device=mask.device)
+    for part, words in zip(mask.split(1024), out[: mask.shape[0]].split(1024), strict=True):
+        padded = torch.nn.functional.pad(part, (0, columns - mask.shape[1]))
         # a sum of distinct bits wraps to the word with those bits
         words.copy_((padded.view(-1, words.shape[1], 32).int() << shift).sum(-1))
     return out
@@ -99,7 +107,8 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, do: Tensor, mask: Tensor | None) ->
         ranges = _ranges(mask)
         if ranges is None:
             return _fastest(q, k, v, do, mask, lists, scale)
-        arguments = {"mask_mod": in_range, "aux_tensors": ranges, **lists}
+        aux = [torch.nn.functional.pad(r, (0, _missing(r.shape[0]))) for r in ranges]
+        arguments = {"mask_mod": in_range, "aux_tensors": aux, **lists}
         how = "mask_mod of a range of keys for each query, block lists"
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -44,9 +44,8 @@ from anymask.shapes import TileKinds, Words
 
 # kv tiles that a program classifies; those that stay undecided it evaluates one after the other
 SPAN = 32
-# rows of a tile that a program evaluates at a time, and its warps: 16 pairs a thread, as a deep expression has many
-# values at once in registers
-STRIP, WARPS = 32, 8
+# rows of a tile that a program evaluates at a time: few, as a deep expression has many values at once in registers
+STRIP = 16
 
 PLACES_AND_SHAPE = [
     *("queries", "keys", "extremes", "kinds"),
@@ -160,7 +159,7 @@ def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: W
             (*mask, work.memory, *work.starts, heads, *_shape(grid), n_rows, n_cols),
             {**constants, "SPAN": SPAN},
             key,
-            num_warps=WARPS,
+            num_warps=4,
             **LAUNCH,
         )
     lists = lists_of(work)
@@ -171,15 +170,13 @@ def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: W
     else:
         words_t = torch.empty_like(words)
     if n_partial:
-        # a mask that is packed already has words to transpose, of whole tiles
-        parts = 1 if program.ops[0] == PACKED else bits.TILE // STRIP
         launch(
             _words_kernel,
-            (entries + n_partial, parts, 1),
+            (entries + n_partial, 1, 1),
             (*mask, lists.tiles, lists.lines, words, words_t, entries, lists.n_full, n_partial, heads, *_shape(grid)),
             constants,
             (*key, tensor_key(words)),
-            num_warps=WARPS,
+            num_warps=4,
             **LAUNCH,
         )
     return block_mask_of(grid, lists, words, words_t)
@@ -396,20 +393,17 @@ def _words_kernel(
     ops: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """STRIP rows of an entry of the rows, `entries` of them, then of the columns: their words from the tile again.
-
-    Grid: (entries, parts of a tile).
-    """
+    """One program an entry of the rows, `entries` of them, then of the columns: its words from the tile again."""
     entry = tl.program_id(0)
-    start = tl.program_id(1) * STRIP
     if entry < entries:
         tile, line = _entry(tiles, lines, entry, True, n_full, n_partial)
         plane, cols = line // q_tiles, _rows_of(tile)
         b, h = plane // heads, plane % heads
         at = words + entry.to(tl.int64) * (TILE * WORDS)
-        rows = (line % q_tiles) * TILE + start + tl.arange(0, STRIP)
-        bits = _inside(ops, numbers, tensors, strides, b, h, rows[:, None], cols[None, :], q_len, kv_len)
-        tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
+        for start in tl.range(0, TILE, STRIP):
+            rows = (line % q_tiles) * TILE + start + tl.arange(0, STRIP)
+            bits = _inside(ops, numbers, tensors, strides, b, h, rows[:, None], cols[None, :], q_len, kv_len)
+            tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
     else:
         entry -= entries
         tile, line = _entry(tiles, lines, entry, False, n_full, n_partial)
@@ -422,6 +416,7 @@ def _words_kernel(
             tl.store(at + tile_offsets(), transpose_words(w))
         else:
             cols = _rows_of(tile)
-            rows = kv_tile * TILE + start + tl.arange(0, STRIP)
-            bits = _inside(ops, numbers, tensors, strides, b, h, cols[None, :], rows[:, None], q_len, kv_len)
-            tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
+            for start in tl.range(0, TILE, STRIP):
+                rows = kv_tile * TILE + start + tl.arange(0, STRIP)
+                bits = _inside(ops, numbers, tensors, strides, b, h, cols[None, :], rows[:, None], q_len, kv_len)
+                tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
