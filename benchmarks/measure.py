@@ -249,6 +249,17 @@ def _flex_builds(problem: Problem, provider: str) -> tuple[list[Callable[[], obj
     return [functools.partial(build, mod) for mod in mods], note
 
 
+def is_lost(device: str) -> bool:
+    """Whether an error has ended this process's work on the GPU: after an illegal access every call fails."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def release() -> None:
     """Forget compiled code and freed memory before the next case."""
     torch.compiler.reset()

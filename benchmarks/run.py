@@ -1,8 +1,9 @@
 """One driver for all benchmarks: `python -m benchmarks.run --quick`.
 
 Rows are printed and saved as they are found; the report ends in the table of figures to reach. The exit code is 0 if
-everything of ours ran and was right, 1 if not, 2 for wrong arguments, 130 if interrupted. A missed figure is not an
-error of the run: it is in the table. `anymask bench` is the same driver.
+everything of ours ran and was right, 1 if not or if a call has crashed the GPU, which ends the run, 2 for wrong
+arguments, 130 if interrupted. A missed figure is not an error of the run: it is in the table. `anymask bench` is the
+same driver.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Results, Row, Rows, e
 from benchmarks.suites import GPU_BACKENDS, GPU_SUITES, Case, Suite, make_problem, quick_cpu, resized
 
 BUDGET = "the time budget is spent"
+
+
+class Lost(Exception):
+    """The GPU answers no more calls of this process; nothing that follows would say anything about who makes it."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class Runner:
         except failures() as error:
             # what no provider is to blame for: making the inputs, the reference, or timing what ran before
             traceback.print_exception(error)
+            self._check_device(f"{job.case.name}: {reason(error)}")
             self._all(job, FAILED, reason(error))
         measure.release()
 
@@ -115,7 +121,7 @@ class Runner:
                 continue
             found = measure.prepare(problem, provider, expected)
             if isinstance(found, Row):
-                self.emit(found)
+                self._emit(found)
             else:
                 ready[provider] = found
                 self.say(f"{job.case.name}/{provider}: right, error in all/in a row {found.errors}")
@@ -127,7 +133,16 @@ class Runner:
             if self.spent():
                 self.emit(Row("pack", job.case.name, provider, SKIPPED, BUDGET))
             else:
-                self.emit(measure.pack_row(self.suite, problem, provider))
+                self._emit(measure.pack_row(self.suite, problem, provider))
+
+    def _emit(self, row: Row) -> None:
+        self.emit(row)
+        if row.status == FAILED:
+            self._check_device(f"{row.case}/{row.provider}: {row.note}")
+
+    def _check_device(self, what: str) -> None:
+        if measure.is_lost(self.device):
+            raise Lost(f"stopped, as the GPU answers no more calls after {what}; --resume goes on with what is missing")
 
     def spent(self) -> bool:
         """Whether the time budget is used up."""
@@ -294,6 +309,9 @@ def drive(
             runner.run(jobs)
         except KeyboardInterrupt:
             code = 130
+        except Lost as error:
+            say(str(error))
+            code = 1
     verdicts = verdicts_of(suite, results, ours[0])
     results.environment["seconds"] = f"{time.monotonic() - started:.0f}"
     results.save()

@@ -2,11 +2,14 @@
 
 import csv
 import functools
+import importlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +192,24 @@ def test_gpu_suite_with_failing_rivals(gpu_suite_on_cpu: None, tmp_path: Path) -
     # every file says where it comes from
     assert {line["command"] for line in lines} == {"python -m benchmarks.run --quick --device cpu"}
     assert b"python -m benchmarks.run" in (tmp_path / "quick-attention-forward.png").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_call_that_crashes_the_gpu_ends_the_run(
+    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the rivals that fail here leave it alone in the first case
+    answers = iter([False] * 4)
+    monkeypatch.setattr(measure, "is_lost", lambda device: next(answers, True))
+    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
+    # nobody else is blamed, and what was measured before is there
+    assert [r["status"] for r in rows].count(FAILED) == 5
+    assert rows[-1]["status"] == FAILED
+    assert any(r["status"] == OK for r in rows)
+    last = f"stopped, as the GPU answers no more calls after {rows[-1]['case']}/{rows[-1]['provider']}: RuntimeError"
+    assert last in capsys.readouterr().out
+    assert (tmp_path / "quick-attention-forward.png").stat().st_size > 1000
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -378,6 +399,40 @@ def test_rivals_that_are_not_there_say_so() -> None:
             providers.find(name)(p)
     with pytest.raises(providers.Unsupported, match="--earlier"):
         providers.find("earlier")(p)
+
+
+def test_flash_attention_4_reads_every_pair_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    # its package needs a GPU to import; the mask functions are Python
+    names = ("cutlass", "cutlass.cute", "flash_attn", "flash_attn.cute", "flash_attn.cute.block_sparsity")
+    modules = {name: ModuleType(name) for name in (*names, "flash_attn.cute.interface")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name, attributes in {
+        "cutlass": {"cute": modules["cutlass.cute"], "Int32": int},
+        "cutlass.cute": {"jit": lambda function: function},
+        "flash_attn.cute": {"flash_attn_func": None, "utils": SimpleNamespace(scalar_to_ssa=lambda x, dtype: x)},
+        "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": dict},
+        "flash_attn.cute.interface": {"_flash_attn_bwd": None},
+    }.items():
+        vars(modules[name]).update(attributes)
+    monkeypatch.delitem(sys.modules, "benchmarks.fa4", raising=False)
+    fa4 = importlib.import_module("benchmarks.fa4")
+    mask = torch.rand(200, 200, generator=torch.Generator().manual_seed(0)) < 0.5
+    for mod, made in fa4.READERS.values():
+        tensors = [made(mask)]
+        # it asks beyond the end too
+        seen = [[mod(None, None, [q], [kv], None, tensors) for kv in range(0, 384, 5)] for q in range(0, 384, 3)]
+        assert torch.equal(torch.tensor(seen), torch.nn.functional.pad(mask, (0, 184, 0, 184))[::3, ::5])
+    at = torch.arange(200)
+    causal = at[:, None] >= at
+    assert fa4._built_in(causal)[0] == {"causal": True}
+    assert fa4._built_in(causal & (at[:, None] - at <= 9))[0] == {"window_size": (9, 0)}
+    documents = causal & (at[:, None] // 50 == at // 50)
+    assert fa4._built_in(documents)[0] == {}
+    first, end = fa4._ranges(documents)
+    assert torch.equal((at >= first[:, None]) & (at < end[:, None]), documents)
+    assert fa4._ranges(mask) is None
+    monkeypatch.delitem(sys.modules, "benchmarks.fa4")
 
 
 EARLIER = """
