@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from anymask.backends import hopper
-from anymask.backends.hopper import tiles
+from anymask.backends.hopper import items
 
 PLACES = 132
 
@@ -13,15 +13,15 @@ PLACES = 132
 @pytest.fixture(autouse=True)
 def python_numbers(monkeypatch):
     """The functions of the kernels on Python's integers."""
-    monkeypatch.setattr(tiles.gl, "minimum", min)
-    monkeypatch.setattr(tiles.gl, "where", lambda condition, a, b: a if condition else b)
+    monkeypatch.setattr(items.gl, "minimum", min)
+    monkeypatch.setattr(items.gl, "where", lambda condition, a, b: a if condition else b)
 
 
 def taken(lines: int, heads: int, samples: int, section: int) -> list[list[tuple[int, int, int]]]:
     """(rank, head, sample) of the items of each program."""
     n_items = lines * heads * samples
-    items = [[tiles.item_of.fn(r, (p, PLACES)) for r in range(n_items // PLACES + 1)] for p in range(PLACES)]
-    return [[tiles.place_of.fn(i, lines, heads, n_items, section) for i in own if i < n_items] for own in items]
+    numbers = [[items.item_of.fn(r, (p, PLACES)) for r in range(n_items // PLACES + 1)] for p in range(PLACES)]
+    return [[items.place_of.fn(i, lines, heads, n_items, section) for i in own if i < n_items] for own in numbers]
 
 
 @pytest.mark.parametrize("section", [1, 3, 8, 1000])

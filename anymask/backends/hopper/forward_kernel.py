@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.hopper.compat import tma_load, tma_store
+from anymask.backends.hopper.items import ask, place_at, rounds, start, told
 from anymask.backends.hopper.softmax import (
     ROWS,
     end_words,
@@ -31,7 +32,7 @@ from anymask.backends.hopper.softmax import (
     rescale,
     unpacked,
 )
-from anymask.backends.hopper.tiles import TILE, barriers, exp2, item_of, place_of, rounds
+from anymask.backends.hopper.tiles import TILE, barriers, exp2
 
 LN_2 = gl.constexpr(0.6931471805599453)
 # consumer groups of a pair
@@ -46,68 +47,9 @@ def _slot(i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _place(index, seat, work):
-    """(rank of the query tile, head, sample) of an item; `index`: how many the holder of `seat` took before."""
-    _, _, sizes, n_items, section = work
-    return place_of(gl.minimum(item_of(index, seat), n_items - 1), sizes[0], sizes[1], n_items, section)
-
-
-@gluon.jit
-def _ask(place, later, work, MASKED: gl.constexpr):
-    """Load what the lists say of the item at `place`, (query tile, head, sample), and the query tile of one at `later`.
-
-    Each lane of a warp loads a word. What all threads load from one address, ptxas moves to uniform registers at once,
-    and waits for it there.
-    """
-    asked = 0
-    if MASKED:
-        lists, plane_strides, sizes, _, _ = work
-        line = (place[2] * plane_strides[0] + place[1] * plane_strides[1]) * sizes[0] + place[0]
-        entry = (later[2] * plane_strides[0] + later[1] * plane_strides[1]) * sizes[0] + later[0]
-        lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [line], dtype=gl.int32, is_pure=True, pack=1)
-        bound = gl.where(lane < 2, lists[2], lists[0]) + (line + (lane & 1))
-        asked = gl.load(gl.where(lane < 4, bound, lists[5] + entry))
-    return asked
-
-
-@gluon.jit
-def _told(asked, later, work, MASKED: gl.constexpr):
-    """What `_ask` asked for: (first partial entry, partial tiles, first full entry, full tiles), and the later place.
-
-    Without a mask all tiles count as full.
-    """
-    tile, head, sample = later
-    partial_begin, n_partial, full_begin, n_full = 0, 0, 0, (work[2][3] + TILE - 1) // TILE
-    if MASKED:
-        partial_begin = _of_lane(asked, 0)
-        n_partial = _of_lane(asked, 1) - partial_begin
-        full_begin = _of_lane(asked, 2)
-        n_full = _of_lane(asked, 3) - full_begin
-        tile = _of_lane(asked, 4)
-    return (partial_begin, n_partial, full_begin, n_full), (tile, head, sample)
-
-
-@gluon.jit
-def _of_lane(x, LANE: gl.constexpr):
-    return gl.inline_asm_elementwise(
-        f"shfl.sync.idx.b32 $0, $1, {LANE}, 31, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _words_of(runs, lists):
     """Where the words of an item's partial tiles begin."""
     return lists[4] + runs[0].to(gl.int64) * (TILE * 4)
-
-
-@gluon.jit
-def _start(seat, work, MASKED: gl.constexpr):
-    """The first item's runs and place, and the place of the second."""
-    place = _place(0, seat, work)
-    _, place = _told(_ask(place, place, work, MASKED), place, work, MASKED)
-    after = _place(1, seat, work)
-    runs, after = _told(_ask(place, after, work, MASKED), after, work, MASKED)
-    return runs, place, after
 
 
 @gluon.jit
@@ -133,7 +75,7 @@ def _produce(
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     STEPS: gl.constexpr = TILE // BLOCK_N
     first = 0
-    runs, place, after = _start(seat, work, MASKED)
+    runs, place, after = start(seat, work, MASKED)
     for round_ in range(rounds(n_items, seat)):
         partial_begin, n_partial, full_begin, n_full = runs
         tile, head, sample = place
@@ -149,8 +91,8 @@ def _produce(
                 q_ready.index(q_stage),
                 q_bufs.index(q_stage * GROUPS + g),
             )
-        later = _place(round_ + 2, seat, work)
-        asked = _ask(after, later, work, MASKED)
+        later = place_at(round_ + 2, seat, work)
+        asked = ask(after, later, work, MASKED)
         kv_tile = _listed(0, lists, partial_begin, n_partial, full_begin, n_full, MASKED)
         last_row = 0
         for t in range(n):
@@ -170,7 +112,7 @@ def _produce(
             mbarrier.wait(kv_empty.index(stage), phase ^ 1)
             _load_v(v_desc, sample, kv_head, last_row, v_bufs, v_ready, _slot(first - 1, STAGES)[0])
         place = after
-        runs, after = _told(asked, later, work, MASKED)
+        runs, after = told(asked, later, work, MASKED)
 
 
 @gluon.jit
@@ -322,7 +264,7 @@ def _consume(
     R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     W_LAYOUT: gl.constexpr = no_words(BLOCK_N, S_LAYOUT).type.layout
     first = 0
-    runs, place, after = _start(seat, work, MASKED)
+    runs, place, after = start(seat, work, MASKED)
     w = no_words(BLOCK_N, S_LAYOUT)
     if MASKED:
         w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, mask_rows, W_LAYOUT, PACKED)
@@ -334,8 +276,8 @@ def _consume(
         if MASKED:
             words = _words_of(runs, lists)
         # the lists are read items ahead, as they lead from one to the other
-        later = _place(round_ + 2, seat, work)
-        asked = _ask(after, later, work, MASKED)
+        later = place_at(round_ + 2, seat, work)
+        asked = ask(after, later, work, MASKED)
         q_stage, q_phase = _slot(round_, Q_STAGES)
         q = q_bufs.index(q_stage * GROUPS + GROUP).reshape([ROWS, HEAD_DIM])
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
@@ -348,7 +290,7 @@ def _consume(
             )
         first += n
         place = after
-        runs, after = _told(asked, later, work, MASKED)
+        runs, after = told(asked, later, work, MASKED)
         if MASKED:
             # for the first step of the next item, while o of this one is stored
             w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, mask_rows, W_LAYOUT, PACKED)
