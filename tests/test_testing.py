@@ -88,6 +88,16 @@ def test_rmse_catches_what_the_maximum_hides() -> None:
         _match("dq", (expected.dq + largest).to(torch.bfloat16), results, torch.bfloat16)
 
 
+def test_an_rmse_of_few_rows_says_nothing_and_their_maximum_does() -> None:
+    expected = torch.linspace(1.0, 2.0, 16, dtype=torch.float64).view(8, 2)
+    eager, worse = ((expected + e).bfloat16() for e in (0.0, 0.02))
+    assert_matches(worse, expected, eager, torch.bfloat16, "dk", rows=8)
+    with pytest.raises(AssertionError, match="rmse"):
+        assert_matches(worse, expected, eager, torch.bfloat16, "dk", rows=900)
+    with pytest.raises(AssertionError, match="max"):
+        assert_matches((expected + 0.2).bfloat16(), expected, eager, torch.bfloat16, "dk", rows=8)
+
+
 def test_lse_must_be_minus_infinity_exactly_where_expected() -> None:
     results = _results()
     for value in (-1e30, 0.0):
