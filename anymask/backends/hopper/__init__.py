@@ -6,7 +6,7 @@ are in forward_kernel.py and backward_kernel.py.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -30,13 +30,26 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
     """Why this backend cannot run the call, or None."""
     if not q.is_cuda:
         return f"the tensors are on {q.device}, the kernels run on a Hopper GPU"
-    reason = _unusable(q.device)
+    layout = tuple((t.stride(), t.data_ptr() % 16) for t in (q, k, v))
+    reason = _why_not(q.device, q.dtype, q.shape, v.shape[3], layout)
     if reason is not None:
         return reason
-    if q.dtype not in DTYPES:
-        return f"dtype is {q.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
-    batch, q_heads, _, head_dim = q.shape
-    v_dim = v.shape[3]
+    if block_mask is not None and block_mask.cols.live.numel() and block_mask.heads > 1 and q.shape[1] > k.shape[1]:
+        return "the query heads of a group have different masks, some with keys that no query attends to"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _why_not(
+    device: torch.device, dtype: torch.dtype, q_shape: torch.Size, v_dim: int, layout: tuple[_Layout, ...]
+) -> str | None:
+    """What does not depend on the mask: a model asks it at every call, and of few different ones."""
+    reason = _unusable(device)
+    if reason is not None:
+        return reason
+    if dtype not in DTYPES:
+        return f"dtype is {dtype}, the kernels take {', '.join(map(str, DTYPES))}"
+    batch, q_heads, _, head_dim = q_shape
     if head_dim % 8 or v_dim % 8:
         return f"head_dim is {head_dim} and v_dim {v_dim}, the copy engine takes rows of multiples of 16 bytes"
     if not MIN_HEAD_DIM <= max(head_dim, v_dim) <= MAX_HEAD_DIM:
@@ -46,14 +59,12 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
         )
     if max(batch, q_heads) > portable.MAX_GRID:
         return f"q has {batch} samples and {q_heads} heads, the kernels take up to {portable.MAX_GRID} of each"
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if not _loadable(t):
+    for name, (strides, address) in zip("qkv", layout, strict=True):
+        if not _loadable(strides, address):
             return (
-                f"{name} has strides {t.stride()} at an address {t.data_ptr() % 16} beyond a multiple of 16, the copy "
-                "engine takes multiples of 16 bytes"
+                f"{name} has strides {strides} at an address {address} beyond a multiple of 16, the copy engine takes "
+                "multiples of 16 bytes"
             )
-    if block_mask is not None and block_mask.cols.live.numel() and block_mask.heads > 1 and q_heads > k.shape[1]:
-        return "the query heads of a group have different masks, some with keys that no query attends to"
     return None
 
 
@@ -118,7 +129,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return o.view(*lse.shape, v_dim), lse
+    return (o.view(*lse.shape, v_dim) if packed else o), lse
 
 
 def backward(
@@ -146,7 +157,7 @@ def backward(
     kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
     o_shape = batch, q_heads, q_len, v_dim
     dq, dk, dv = q.new_empty(*q_shape), k.new_empty(*k_shape), v.new_empty(*v_shape)
-    if not _loadable(do):
+    if not _loadable(do.stride(), do.data_ptr()):
         do = do.contiguous()
     q, do = (_without_dead(t, block_mask, "rows") for t in (q, do))
     k, v = (_without_dead(t, block_mask, "cols") for t in (k, v))
@@ -227,10 +238,14 @@ def _block_d(head_dim: int, v_dim: int) -> int:
     return 64 if max(head_dim, v_dim) <= 64 else 128
 
 
-def _loadable(t: Tensor) -> bool:
-    """Whether the copy engine can read `t`: 16-byte aligned, and no stride of 0."""
-    b, h, m, _ = t.stride()
-    return (t.data_ptr() | 2 * b | 2 * h | 2 * m) % 16 == 0 and min(b, h, m) > 0
+# strides of a tensor in elements, and its address modulo 16
+_Layout = tuple[tuple[int, ...], int]
+
+
+def _loadable(strides: tuple[int, ...], address: int) -> bool:
+    """Whether the copy engine can read such a tensor: 16-byte aligned, and no stride of 0."""
+    b, h, m, _ = strides
+    return (address | 2 * b | 2 * h | 2 * m) % 16 == 0 and min(b, h, m) > 0
 
 
 def _without_dead(t: Tensor, block_mask: BlockMask | None, view: str) -> Tensor:
