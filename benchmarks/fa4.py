@@ -20,8 +20,8 @@ from flash_attn.cute.interface import _flash_attn_bwd
 from torch import Tensor
 
 from benchmarks import timing
+from benchmarks.providers import Attend
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Call = Callable[..., tuple[Tensor, ...]]
 # its tiles on Hopper, (queries, keys): forward at head_dim up to 64, else; backward
 FORWARD_SMALL, FORWARD, BACKWARD = (192, 128), (128, 128), (128, 128)
@@ -100,16 +100,15 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, do: Tensor, mask: Tensor | None) ->
 
     Its own order is `[batch, length, heads, head_dim]`.
     """
-    scale = q.shape[3] ** -0.5
-    arguments, how = _built_in(mask)
-    if mask is not None and not arguments:
-        lists = _both_lists(mask, q.shape[3])
+    scale, arguments, how = q.shape[3] ** -0.5, {}, "no mask"
+    if mask is not None:
         ranges = _ranges(mask)
         if ranges is None:
-            return _fastest(q, k, v, do, mask, lists, scale)
-        aux = [torch.nn.functional.pad(r, (0, _missing(r.shape[0]))) for r in ranges]
-        arguments = {"mask_mod": in_range, "aux_tensors": aux, **lists}
-        how = "mask_mod of a range of keys for each query, block lists"
+            return _fastest(q, k, v, do, mask, _both_lists(mask, q.shape[3]), scale)
+        arguments, how = _built_in(*ranges)
+        if not arguments:
+            aux = [torch.nn.functional.pad(r, (0, _missing(r.shape[0]))) for r in ranges]
+            arguments = {"mask_mod": in_range, "aux_tensors": aux, **_both_lists(mask, q.shape[3])}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = flash_attn_func(*_swapped(q, k, v), softmax_scale=scale, **arguments)[0]
@@ -122,21 +121,15 @@ def _swapped(*tensors: Tensor) -> list[Tensor]:
     return [t.transpose(1, 2) for t in tensors]
 
 
-def _built_in(mask: Tensor | None) -> tuple[dict[str, Any], str]:
-    """Arguments of `flash_attn_func` for masks that it knows; none for others."""
-    if mask is None:
-        return {}, "no mask"
-    at = torch.arange(mask.shape[0], device=mask.device)
-    found = _ranges(mask)
-    if found is not None and torch.equal(found[1], at.int() + 1):
-        width = int((at - found[0]).max())
-        if torch.equal(found[0], (at - width).clamp(min=0).int()):
-            return (
-                ({"causal": True}, "causal=True")
-                if width == len(at) - 1
-                else ({"window_size": (width, 0)}, "window_size")
-            )
-    return {}, ""
+def _built_in(first: Tensor, end: Tensor) -> tuple[dict[str, Any], str]:
+    """Arguments of `flash_attn_func` for ranges of keys that it knows, none for others; and how they are given."""
+    at = torch.arange(first.shape[0], device=first.device, dtype=torch.int32)
+    width = int((at - first).max())
+    if not torch.equal(end, at + 1) or not torch.equal(first, (at - width).clamp(min=0)):
+        return {}, "mask_mod of a range of keys for each query, block lists"
+    if width == first.shape[0] - 1:
+        return {"causal": True}, "causal=True"
+    return {"window_size": (width, 0)}, "window_size"
 
 
 def _ranges(mask: Tensor) -> list[Tensor] | None:

@@ -108,6 +108,7 @@ def test_keys_tell_apart_what_triton_does() -> None:
     assert len({tensor_key(memory), tensor_key(memory[1:]), tensor_key(memory.view(torch.float32))}) == 3
     # 1, multiples of 16, others, and what does not fit 32 bits
     assert len({int_key(n) for n in (1, 16, 32, 17, 3, 2**31, 2**31 + 1)}) == 5
+    assert int_key(17) == int_key(2**31 - 1) == int_key(-1)
 
 
 def test_keys_of_all_arguments() -> None:

@@ -43,7 +43,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
 def _why_not(
     device: torch.device, dtype: torch.dtype, q_shape: torch.Size, v_dim: int, layout: tuple[_Layout, ...]
 ) -> str | None:
-    """What does not depend on the mask: a model asks it at every call, and of few different ones."""
+    """`why_not` but for the mask; asked at every call, for few different layouts."""
     reason = _unusable(device)
     if reason is not None:
         return reason
@@ -81,9 +81,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     v = _without_dead(v, block_mask, "cols")
     group, mask_rows = q_heads // kv_heads, q_len
-    packed = group > 1 and group * q_len <= TILE and (block_mask is None or block_mask.heads == 1)
-    if packed:
-        # the heads of a group have the same keys, values and mask: their queries are rows of one tile
+    # the heads of a group have the same keys, values and mask: their queries are rows of one tile, the PackGQA of
+    # FlashAttention-3 (Shah et al., 2024)
+    pack_gqa = group > 1 and group * q_len <= TILE and (block_mask is None or block_mask.heads == 1)
+    if pack_gqa:
         q_heads, q_len, group = kv_heads, group * q_len, 1
         q_shape, o_shape = (batch, q_heads, q_len, head_dim), (batch, q_heads, q_len, v_dim)
         q, o = q.reshape(q_shape), o.view(o_shape)
@@ -123,13 +124,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 "STAGES": config.STAGES,
                 "Q_STAGES": config.Q_STAGES,
                 "PAIRS": config.PAIRS,
-                "PACKED": packed and block_mask is not None,
+                "PACK_GQA": pack_gqa and block_mask is not None,
             },
             (q.device, q.dtype, config.BLOCK_N, block_mask is None),
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return (o.view(*lse.shape, v_dim) if packed else o), lse
+    return (o.view(*lse.shape, v_dim) if pack_gqa else o), lse
 
 
 def backward(

@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.hopper.compat import tma_add, tma_load, tma_store
-from anymask.backends.hopper.items import item_of, place_of, rounds
-from anymask.backends.hopper.tiles import TILE, barriers, exp2, runs
+from anymask.backends.hopper.items import item_of, place_of, rounds, runs
+from anymask.backends.hopper.tiles import TILE, barriers, exp2
 
 
 @gluon.jit

@@ -158,7 +158,7 @@ def _attend(
     MASKED: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    PACKED: gl.constexpr,
+    PACK_GQA: gl.constexpr,
 ):
     """The `n >= 1` steps of an item, partial tiles first: output `[ROWS, D]` before division, row sums and references.
 
@@ -185,7 +185,7 @@ def _attend(
         w_next = w
         if STEPS == 1:
             words += TILE * 4
-            w_next = load_words(words, FIRST_ROW, n_partial > 1, mask_rows, W_LAYOUT, PACKED)
+            w_next = load_words(words, FIRST_ROW, n_partial > 1, mask_rows, W_LAYOUT, PACK_GQA)
     else:
         n_hidden = STEPS
         w = end_words(kv_len - (n // STEPS - 1) * TILE, W_LAYOUT)
@@ -221,7 +221,7 @@ def _attend(
                 if MASKED:  # noqa: SIM102
                     if step == STEPS - 1:
                         words += TILE * 4
-                        w_next = load_words(words, FIRST_ROW, i < last_hidden, mask_rows, W_LAYOUT, PACKED)
+                        w_next = load_words(words, FIRST_ROW, i < last_hidden, mask_rows, W_LAYOUT, PACK_GQA)
         z, m_i, alpha = follow(z, m_i, W_LAYOUT)
         x = exp2(z)
         l_i = l_i * alpha + partial_sums(x, W_LAYOUT)
@@ -251,7 +251,7 @@ def _consume(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
-    PACKED: gl.constexpr,
+    PACK_GQA: gl.constexpr,
 ):
     """A consumer warpgroup: ROWS queries of every item, their `o` and `lse`."""
     q_ring, kv_ring, o_bufs, seat = pair
@@ -267,7 +267,7 @@ def _consume(
     runs, place, after = start(seat, work, MASKED)
     w = no_words(BLOCK_N, S_LAYOUT)
     if MASKED:
-        w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, mask_rows, W_LAYOUT, PACKED)
+        w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, mask_rows, W_LAYOUT, PACK_GQA)
     for round_ in range(rounds(n_items, seat)):
         tile, head, sample = place
         n_partial = runs[1]
@@ -286,14 +286,14 @@ def _consume(
         mbarrier.wait(q_ready.index(q_stage), q_phase)
         if n > 0:
             acc, l_i, m_i = _attend(
-                q, kv_ring, words, w, n_partial, n, mask_rows, kv_len, qk_scale, first, MASKED, GROUP, STAGES, PACKED
+                q, kv_ring, words, w, n_partial, n, mask_rows, kv_len, qk_scale, first, MASKED, GROUP, STAGES, PACK_GQA
             )
         first += n
         place = after
         runs, after = told(asked, later, work, MASKED)
         if MASKED:
             # for the first step of the next item, while o of this one is stored
-            w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, mask_rows, W_LAYOUT, PACKED)
+            w = load_words(_words_of(runs, lists), GROUP * ROWS, runs[1] > 0, mask_rows, W_LAYOUT, PACK_GQA)
         l_i = gl.convert_layout(gl.sum(l_i, 1), R_LAYOUT, assert_trivial=True)
         m_i = gl.convert_layout(gl.max(m_i, 1), R_LAYOUT, assert_trivial=True)
         mbarrier.arrive(q_empty.index(q_stage))
@@ -383,7 +383,7 @@ def _fwd_kernel(
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     PAIRS: gl.constexpr,
-    PACKED: gl.constexpr,
+    PACK_GQA: gl.constexpr,
 ):
     """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md.
 
@@ -392,7 +392,7 @@ def _fwd_kernel(
     BLOCK_N divides a tile: no block leaves its head, and what a block has beyond its length is read as 0 and not
     written.
 
-    PACKED: a row of q is one of `mask_rows` queries, of one head after the other, and its row of the mask that query's.
+    PACK_GQA: rows of q are `mask_rows` queries of one head after the other, and a row of the mask is for all of them.
 
     Each of `PAIRS` pairs of consumers has `STAGES` slots for k and v and `Q_STAGES` for q in shared memory.
     """
@@ -409,10 +409,10 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACKED,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACKED,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
             ],
@@ -424,16 +424,16 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACKED,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_consume, (
-                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACKED,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_consume, (
-                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACKED,
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_consume, (
-                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACKED,
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
                 (_produce, (q_desc, k_desc, v_desc, b, work, group, MASKED, STAGES, Q_STAGES)),

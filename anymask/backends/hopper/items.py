@@ -41,6 +41,18 @@ def item_of(round_, seat):
 
 
 @gluon.jit
+def runs(lists, line, n_tiles, MASKED: gl.constexpr):
+    """Where a line's full and partial tiles begin and how many there are; without a mask all `n_tiles` are full."""
+    full_begin, n_full, partial_begin, n_partial = 0, n_tiles, 0, 0
+    if MASKED:
+        full_begin = gl.load(lists[0] + line)
+        n_full = gl.load(lists[0] + line + 1) - full_begin
+        partial_begin = gl.load(lists[2] + line)
+        n_partial = gl.load(lists[2] + line + 1) - partial_begin
+    return full_begin, n_full, partial_begin, n_partial
+
+
+@gluon.jit
 def place_at(index, seat, work):
     """(rank of the query tile, head, sample) of an item; `index`: how many the holder of `seat` took before."""
     _, _, sizes, n_items, section = work

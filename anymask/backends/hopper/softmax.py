@@ -31,13 +31,13 @@ def no_words(BLOCK_N: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def load_words(words, first_row, pred, mask_rows, W_LAYOUT: gl.constexpr, PACKED: gl.constexpr):
+def load_words(words, first_row, pred, mask_rows, W_LAYOUT: gl.constexpr, PACK_GQA: gl.constexpr):
     """int32 `[ROWS, 4]`: words of the rows of a tile that starts at `words`, all ones without `pred`.
 
-    PACKED: rows of several heads, which have the same `mask_rows` of the mask.
+    PACK_GQA: rows of several heads, which have the same `mask_rows` of the mask.
     """
     rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT))
-    if PACKED:
+    if PACK_GQA:
         rows = rows % mask_rows
     offs = rows.expand_dims(1) * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
     return gl.load(words + offs, mask=pred, other=-1)

@@ -21,15 +21,3 @@ def barriers(depth: gl.constexpr, arrivals: gl.constexpr):
     for i in gl.static_range(depth):
         mbarrier.init(bars.index(i), count=arrivals)
     return bars
-
-
-@gluon.jit
-def runs(lists, line, n_tiles, MASKED: gl.constexpr):
-    """Where a line's full and partial tiles begin and how many there are; without a mask all `n_tiles` are full."""
-    full_begin, n_full, partial_begin, n_partial = 0, n_tiles, 0, 0
-    if MASKED:
-        full_begin = gl.load(lists[0] + line)
-        n_full = gl.load(lists[0] + line + 1) - full_begin
-        partial_begin = gl.load(lists[2] + line)
-        n_partial = gl.load(lists[2] + line + 1) - partial_begin
-    return full_begin, n_full, partial_begin, n_partial
