@@ -40,14 +40,17 @@ def hopper_kernels(compiled, monkeypatch):  # noqa: F811
     return compiled("sm_90")
 
 
-def compile_both(kernels, dim, mask, dtype=torch.float16, group=1, scale=0.1, v_dim=None, length=384):
+def compile_both(
+    kernels, dim, mask, dtype=torch.float16, group=1, scale=0.1, v_dim=None, length=384, deterministic=False
+):
     """Forward and backward over zeros; returns the four kernels by name."""
     q, k = (torch.zeros(2, heads, length, dim, dtype=dtype) for heads in (2 * group, 2))
     v = torch.zeros(2, 2, length, v_dim or dim, dtype=dtype)
     o, lse = hopper.forward(q, k, v, mask, scale)
-    hopper.backward(q, k, v, o, lse, o, None, mask, scale, False)
-    assert [x.metadata.name for x in kernels] == KERNELS
-    return dict(zip(KERNELS, kernels, strict=True))
+    hopper.backward(q, k, v, o, lse, o, None, mask, scale, deterministic)
+    names = [*KERNELS[:3], "_bwd_dq_kernel"] if deterministic else KERNELS
+    assert [x.metadata.name for x in kernels] == names
+    return dict(zip(names, kernels, strict=True))
 
 
 def loops_with_products(kernel) -> list[list[str]]:
@@ -99,12 +102,14 @@ def assert_keeps_its_registers(kernels, dim):
                 assert not _has(body[waits[0] :], "MUFU"), name
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_keeps_its_registers(hopper_kernels, dim, group, masked):
+def test_keeps_its_registers(hopper_kernels, dim, group, masked, deterministic):
     mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
-    assert_keeps_its_registers(compile_both(hopper_kernels, dim, mask, group=group), dim)
+    kernels = compile_both(hopper_kernels, dim, mask, group=group, deterministic=deterministic)
+    assert_keeps_its_registers(kernels, dim)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

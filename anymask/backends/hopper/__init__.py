@@ -147,11 +147,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)`, contiguous. dq sums in the order in which tiles finish, unless `deterministic`.
 
-    The deterministic variant is that of the portable kernels: they compute the scores twice and need no atomics.
+    The deterministic variant leaves dq to the portable kernel, which computes the scores again and adds in order.
     """
-    if deterministic:
-        return portable.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)
     from anymask.backends.hopper.backward_kernel import _bwd_kernel, _dq_kernel
+    from anymask.backends.triton.backward_kernels import _bwd_dq_kernel
 
     q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
     batch, q_heads, q_len, head_dim = q_shape
@@ -169,8 +168,11 @@ def backward(
     block_rows = _block((block_m,), lse.dtype)
     block_dq = _block((block_m * block_d // 32, 32), lse.dtype)
     padded = batch * q_heads * tiles_over(q_len) * TILE
-    # rows of 32 floats, in the order of the kernel
-    dq_acc = lse.new_empty(padded * block_d // 32, 32)
+    dq_acc = dq_tiles = None
+    if not deterministic:
+        # rows of 32 floats, in the order of the kernel
+        dq_acc = lse.new_empty(padded * block_d // 32, 32)
+        dq_tiles = _descriptor(dq_acc, (padded * block_d // 32, 32), (32, 1), block_dq)
     has_tail = block_mask is None and kv_len % TILE != 0
     n_items = tiles_over(kv_len) * kv_heads * batch
     programs = min(n_items, _multiprocessors(q.device))
@@ -186,7 +188,7 @@ def backward(
                 _tiles(do, o_shape, block_q),
                 _descriptor(lse2, (padded,), (1,), block_rows),
                 _descriptor(delta, (padded,), (1,), block_rows),
-                _descriptor(dq_acc, (padded * block_d // 32, 32), (32, 1), block_dq),
+                dq_tiles,
                 _tiles(dk, k_shape, block_kv),
                 _tiles(dv, v_shape, block_kv),
                 *portable._lists(block_mask, "cols"),
@@ -207,19 +209,23 @@ def backward(
                 "MASKED": block_mask is not None,
                 "HAS_TAIL": has_tail,
             },
-            (q.device, q.dtype, do.dtype, q_heads // kv_heads),
+            (q.device, q.dtype, do.dtype, q_heads // kv_heads, deterministic),
             num_warps=8,
             enable_fp_fusion=True,
         )
-        launch(
-            _dq_kernel,
-            (padded // 64, 1, 1),
-            (dq_acc, dq, q_len, sm_scale),
-            {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
-            (q.device, q.dtype),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        if dq_acc is None:
+            pairs = q, k, v, do, lse2, delta
+            portable._launch_sum("dq", _bwd_dq_kernel, pairs, (dq,), block_mask, (None, None), sm_scale)
+        else:
+            launch(
+                _dq_kernel,
+                (padded // 64, 1, 1),
+                (dq_acc, dq, q_len, sm_scale),
+                {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
+                (q.device, q.dtype),
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return dq, dk, dv
 
 

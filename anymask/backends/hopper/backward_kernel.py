@@ -18,40 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.hopper.compat import tma_add, tma_load, tma_store
-from anymask.backends.hopper.items import item_of, place_of, rounds, runs
+from anymask.backends.hopper.items import ask, listed, place_at, rounds, start, told
 from anymask.backends.hopper.tiles import TILE, barriers, exp2
-
-
-@gluon.jit
-def _line(index, work, MASKED: gl.constexpr):
-    """(sample, query head, kv tile, (first full entry, full tiles, first partial entry, partial tiles)) of a line.
-
-    A program takes the lines of an item, one for each query head of the group, and then those of its next item; the
-    line at `index` among all of them is read while the one before it is at work, as it is two indirections.
-    """
-    lists, plane_strides, sizes, n_items, section, seat = work
-    q_tiles, kv_tiles, kv_heads, group = sizes
-    item = gl.minimum(item_of(index // group, seat), n_items - 1)
-    tile, kv_head, sample = place_of(item, kv_tiles, kv_heads, n_items, section)
-    first_head = kv_head * group
-    head = first_head + index % group
-    plane = sample * plane_strides[0] + head * plane_strides[1]
-    if MASKED:
-        # heads of a group may have planes of their own: any order is right, the first head's is as good as another
-        first_plane = sample * plane_strides[0] + first_head * plane_strides[1]
-        tile = gl.load(lists[4] + first_plane * kv_tiles + tile)
-    return sample, head, tile, runs(lists, plane * kv_tiles + tile, q_tiles, MASKED)
-
-
-@gluon.jit
-def _listed(line, lists, j, MASKED: gl.constexpr):
-    """The j-th query tile of a line, partial ones first; 0 past the end."""
-    full_begin, n_full, partial_begin, n_partial = line[3]
-    tile = j
-    if MASKED:
-        entry = lists[3] + (partial_begin + j) if j < n_partial else lists[1] + (full_begin + j - n_partial)
-        tile = gl.load(entry, mask=j < n_partial + n_full, other=0)
-    return tile
 
 
 @gluon.jit
@@ -67,6 +35,7 @@ def _produce(
     do_ring,
     free,
     work,
+    seat,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
@@ -75,37 +44,39 @@ def _produce(
     k_bufs, v_bufs, kv_ready, kv_empty = kv_ring
     q_bufs, lse_bufs, q_ready = q_ring
     do_bufs, delta_bufs, do_ready = do_ring
-    lists, _strides, sizes, n_items, _section, seat = work
-    q_tiles, _kv_tiles, kv_heads, group = sizes
+    lists, n_items = work[0], work[3]
+    kv_heads, group, q_tiles = work[2][1], work[2][2], work[2][3]
     pos = 0
-    line = _line(0, work, MASKED)
-    q_tile = _listed(line, lists, 0, MASKED)
+    runs, place, after = start(seat, work, MASKED)
+    q_tile = listed(0, runs, lists, MASKED)
     for round_ in range(rounds(n_items, seat)):
-        sample, head, tile = line[0], line[1], line[2]
+        tile, head, sample = place
         mbarrier.wait(kv_empty, (round_ & 1) ^ 1)
         mbarrier.expect(kv_ready, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
         tma_load(k_desc, [sample, head // group, tile * TILE, 0], kv_ready, k_bufs.index(0))
         tma_load(v_desc, [sample, head // group, tile * TILE, 0], kv_ready, v_bufs.index(0))
         for i in range(group):
-            this = line
-            line = _line(round_ * group + i + 1, work, MASKED)
-            sample, head = this[0], this[1]
-            row = (sample * kv_heads * group + head) * q_tiles * TILE
-            for j in range(this[3][1] + this[3][3]):
-                start = q_tile * TILE
-                q_tile = _listed(this, lists, j + 1, MASKED)
+            head, sample = place[1], place[2]
+            later = place_at(round_ * group + i + 2, seat, work)
+            asked = ask(after, later, work, MASKED)
+            rows = (sample * kv_heads * group + head) * q_tiles * TILE
+            for j in range(runs[1] + runs[3]):
+                row = q_tile * TILE
+                q_tile = listed(j + 1, runs, lists, MASKED)
                 for _ in gl.static_range(TILE // BLOCK_M):
                     stage = pos & (STAGES - 1)
                     mbarrier.wait(free.index(stage), ((pos // STAGES) & 1) ^ 1)
                     mbarrier.expect(q_ready.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-                    tma_load(q_desc, [sample, head, start, 0], q_ready.index(stage), q_bufs.index(stage))
-                    tma_load(lse_desc, [row + start], q_ready.index(stage), lse_bufs.index(stage))
+                    tma_load(q_desc, [sample, head, row, 0], q_ready.index(stage), q_bufs.index(stage))
+                    tma_load(lse_desc, [rows + row], q_ready.index(stage), lse_bufs.index(stage))
                     mbarrier.expect(do_ready.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-                    tma_load(do_desc, [sample, head, start, 0], do_ready.index(stage), do_bufs.index(stage))
-                    tma_load(delta_desc, [row + start], do_ready.index(stage), delta_bufs.index(stage))
-                    start += BLOCK_M
+                    tma_load(do_desc, [sample, head, row, 0], do_ready.index(stage), do_bufs.index(stage))
+                    tma_load(delta_desc, [rows + row], do_ready.index(stage), delta_bufs.index(stage))
+                    row += BLOCK_M
                     pos += 1
-            q_tile = _listed(line, lists, 0, MASKED)
+            place = after
+            runs, after = told(asked, later, work, MASKED)
+            q_tile = listed(0, runs, lists, MASKED)
         # consumers compute the scores of one step too many, from whatever the buffer holds
         stage = pos & (STAGES - 1)
         mbarrier.wait(free.index(stage), ((pos // STAGES) & 1) ^ 1)
@@ -119,38 +90,41 @@ def _add_dq(
     dq_desc,
     dq_ring,
     work,
+    seat,
     BLOCK_M: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Adds the dq of each step to global memory."""
-    dq_buf, dq_full, dq_empty = dq_ring
-    lists, _strides, sizes, n_items, _section, seat = work
-    q_tiles, _kv_tiles, kv_heads, group = sizes
-    pos = 0
-    line = _line(0, work, MASKED)
-    for index in range(rounds(n_items, seat) * group):
-        this = line
-        line = _line(index + 1, work, MASKED)
-        sample, head = this[0], this[1]
-        head_tile = (sample * kv_heads * group + head) * q_tiles
-        for j in range(this[3][1] + this[3][3]):
-            row = (head_tile + _listed(this, lists, j, MASKED)) * (TILE * HEAD_DIM // 32)
-            for _ in gl.static_range(TILE // BLOCK_M):
-                mbarrier.wait(dq_full, pos & 1)
-                tma_add(dq_desc, [row, 0], dq_buf)
-                tma.store_wait(0)
-                mbarrier.arrive(dq_empty)
-                row += BLOCK_M * HEAD_DIM // 32
-                pos += 1
+    """Adds the dq of each step to global memory, if there is a `dq_desc`."""
+    if dq_desc is not None:
+        dq_buf, dq_full, dq_empty = dq_ring
+        lists, n_items = work[0], work[3]
+        kv_heads, group, q_tiles = work[2][1], work[2][2], work[2][3]
+        pos = 0
+        runs, place, after = start(seat, work, MASKED)
+        for index in range(rounds(n_items, seat) * group):
+            head, sample = place[1], place[2]
+            later = place_at(index + 2, seat, work)
+            asked = ask(after, later, work, MASKED)
+            head_tile = (sample * kv_heads * group + head) * q_tiles
+            for j in range(runs[1] + runs[3]):
+                row = (head_tile + listed(j, runs, lists, MASKED)) * (TILE * HEAD_DIM // 32)
+                for _ in gl.static_range(TILE // BLOCK_M):
+                    mbarrier.wait(dq_full, pos & 1)
+                    tma_add(dq_desc, [row, 0], dq_buf)
+                    tma.store_wait(0)
+                    mbarrier.arrive(dq_empty)
+                    row += BLOCK_M * HEAD_DIM // 32
+                    pos += 1
+            place = after
+            runs, after = told(asked, later, work, MASKED)
 
 
 @gluon.jit
-def _words(words, line, j, place):
-    """int32 `[TILE, 4]`: words of the j-th tile of a line, all ones where none is stored. `place`: see `_consume`."""
-    _, _, partial_begin, n_partial = line[3]
-    entry = (partial_begin + j).to(gl.int64)
-    return gl.load(words + entry * (TILE * 4) + place, mask=place * 0 + j < n_partial, other=-1)
+def _words(lists, runs, j, offsets):
+    """int32 `[TILE, 4]`: words of the j-th tile of a line, all ones where none is stored. `offsets`: see `_consume`."""
+    entry = (runs[0] + j).to(gl.int64)
+    return gl.load(lists[4] + entry * (TILE * 4) + offsets, mask=offsets * 0 + j < runs[1], other=-1)
 
 
 @gluon.jit
@@ -165,7 +139,7 @@ def _consume(
     dq_ring,
     out_buf,
     work,
-    words,
+    seat,
     kv_len,
     sm_scale,
     qk_scale,
@@ -174,13 +148,15 @@ def _consume(
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
     HAS_TAIL: gl.constexpr,
+    WITH_DQ: gl.constexpr,
 ):
     """dk and dv of each tile's keys, and their share of every dq: equations (5) to (9), transposed."""
     k_bufs, v_bufs, kv_ready, kv_empty = kv_ring
     q_bufs, lse_bufs, q_ready = q_ring
     do_bufs, delta_bufs, do_ready = do_ring
-    dq_buf, dq_full, dq_empty = dq_ring
-    group, n_items, seat = work[2][3], work[3], work[5]
+    if WITH_DQ:
+        dq_buf, dq_full, dq_empty = dq_ring
+    lists, n_items, group = work[0], work[3], work[2][2]
     STEPS: gl.constexpr = TILE // BLOCK_M
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD_DIM, 16])
@@ -199,19 +175,19 @@ def _consume(
     zero_dq = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, DQ_LAYOUT)
     # [TILE, 4]: row and quad of this thread's words; [1, BLOCK_M // 8, 1, 2]: the bit of a word that is a column
     rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
-    place = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
+    offsets = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
     bit = 2 * gl.arange(0, BLOCK_M // 8, layout=PAIR_LAYOUT).expand_dims(0).expand_dims(2).expand_dims(3)
     bit += gl.arange(0, 2, layout=BIT_LAYOUT).expand_dims(0).expand_dims(1).expand_dims(2)
     begin = 0
-    line = _line(0, work, MASKED)
+    runs, place, after = start(seat, work, MASKED)
     if MASKED:
-        next_w = _words(words, line, 0, place)
+        next_w = _words(lists, runs, 0, offsets)
     for round_ in range(rounds(n_items, seat)):
-        sample, head, tile = line[0], line[1], line[2]
+        tile, head, sample = place
         dk = gl.zeros([TILE, HEAD_DIM], gl.float32, KV_LAYOUT)
         dv = gl.zeros([TILE, HEAD_DIM], gl.float32, KV_LAYOUT)
         # without a mask the same words in every tile hide the keys beyond kv_len
-        w = gl.where(tile * TILE + place // 4 < kv_len, -1, 0)
+        w = gl.where(tile * TILE + offsets // 4 < kv_len, -1, 0)
         mbarrier.wait(kv_ready, round_ & 1)
         mbarrier.wait(q_ready.index(begin & (STAGES - 1)), (begin // STAGES) & 1)
         k = k_bufs.index(0).reshape([TILE, HEAD_DIM])
@@ -219,18 +195,20 @@ def _consume(
         s = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         for i in range(group):
-            this = line
-            line = _line(round_ * group + i + 1, work, MASKED)
-            end = begin + (this[3][1] + this[3][3]) * STEPS
+            # the lists are read lines ahead, as they lead from one to the other
+            later = place_at(round_ * group + i + 2, seat, work)
+            asked = ask(after, later, work, MASKED)
+            end = begin + (runs[1] + runs[3]) * STEPS
             for pos in range(begin, end):
                 if MASKED:
                     w = next_w >> (pos - begin) % STEPS * (BLOCK_M // 4)
-                    next_w = _words(words, this, (pos + 1 - begin) // STEPS, place)
+                    next_w = _words(lists, runs, (pos + 1 - begin) // STEPS, offsets)
                 # always 0 and not known to be: addresses that never change would be computed early and spilled
                 zero = pos >> 30
                 k = k_bufs.index(zero).reshape([TILE, HEAD_DIM])
                 v = v_bufs.index(zero).reshape([TILE, HEAD_DIM])
-                ds_buf = ds_bufs.index(zero)
+                if WITH_DQ:
+                    ds_buf = ds_bufs.index(zero)
                 stage = pos & (STAGES - 1)
                 q = q_bufs.index(stage).reshape([BLOCK_M, HEAD_DIM])
                 do = do_bufs.index(stage).reshape([BLOCK_M, HEAD_DIM])
@@ -248,28 +226,33 @@ def _consume(
                 dv = warpgroup_mma(gl.convert_layout(p.to(dtype), A_LAYOUT), do, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=[dp])
                 ds = (p * dp).to(dtype)
-                ds_buf.store(ds)
-                fence_async_shared()
+                if WITH_DQ:
+                    ds_buf.store(ds)
+                    fence_async_shared()
                 dk = warpgroup_mma(gl.convert_layout(ds, A_LAYOUT), q, dk, is_async=True)
-                dq = warpgroup_mma(ds_buf.permute((1, 0)), k, zero_dq, use_acc=False, is_async=True)
+                if WITH_DQ:
+                    dq = warpgroup_mma(ds_buf.permute((1, 0)), k, zero_dq, use_acc=False, is_async=True)
                 # with dv done, the registers of p are free for the scores of the next step, which run while dq is moved
-                dv = warpgroup_mma_wait(2, deps=[dv])
+                dv = warpgroup_mma_wait(1 + WITH_DQ, deps=[dv])
                 following = (pos + 1) & (STAGES - 1)
                 mbarrier.wait(q_ready.index(following), ((pos + 1) // STAGES) & 1)
                 q = q_bufs.index(following).reshape([BLOCK_M, HEAD_DIM])
                 s = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-                dk = warpgroup_mma_wait(2, deps=[dk])
+                dk = warpgroup_mma_wait(1 + WITH_DQ, deps=[dk])
                 mbarrier.arrive(free.index(stage))
-                dq = warpgroup_mma_wait(1, deps=[dq])
-                mbarrier.wait(dq_empty, ((pos - round_) & 1) ^ 1)
-                _store_dq(dq_buf, dq)
-                fence_async_shared()
-                mbarrier.arrive(dq_full)
+                if WITH_DQ:
+                    dq = warpgroup_mma_wait(1, deps=[dq])
+                    mbarrier.wait(dq_empty, ((pos - round_) & 1) ^ 1)
+                    _store_dq(dq_buf, dq)
+                    fence_async_shared()
+                    mbarrier.arrive(dq_full)
                 # a product in flight cannot cross the end of a loop: ptxas would serialise all of them
                 s = warpgroup_mma_wait(0, deps=[s])
             begin = end
+            place = after
+            runs, after = told(asked, later, work, MASKED)
             if MASKED:
-                next_w = _words(words, line, 0, place)
+                next_w = _words(lists, runs, 0, offsets)
         # the slot of the step too many
         mbarrier.arrive(free.index(begin & (STAGES - 1)))
         begin += 1
@@ -338,7 +321,6 @@ def _bwd_kernel(
     Grid: (programs), between 1 and `n_items = batch * kv_heads * kv tiles`. `sample_planes`, `head_planes`: planes from
     one sample or query head to the next.
     """
-    kv_tiles = (kv_len + TILE - 1) // TILE
     dtype: gl.constexpr = q_desc.dtype
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_M], dtype)
     k_bufs = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout)
@@ -347,31 +329,36 @@ def _bwd_kernel(
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse_desc.layout)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
-    ds_bufs = gl.allocate_shared_memory(dtype, [1, TILE, BLOCK_M], DS_LAYOUT)
-    dq_buf = gl.allocate_shared_memory(gl.float32, dq_desc.block_type.shape, dq_desc.layout)
     q_ready, do_ready, free = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     out_buf = gl.allocate_shared_memory(dtype, dk_desc.block_type.shape, dk_desc.layout)
     single = barriers(4, 1)
     kv_ring = k_bufs, v_bufs, single.index(0), single.index(3)
     q_ring = q_bufs, lse_bufs, q_ready
     do_ring = do_bufs, delta_bufs, do_ready
-    dq_ring = dq_buf, single.index(1), single.index(2)
-    lists = full_offsets, full_tiles, partial_offsets, partial_tiles, order
-    sizes = q_tiles, kv_tiles, kv_heads, group
-    work = lists, (sample_planes, head_planes), sizes, n_items, section, (gl.program_id(0), gl.num_programs(0))
+    WITH_DQ: gl.constexpr = dq_desc is not None
+    if WITH_DQ:
+        ds_bufs = gl.allocate_shared_memory(dtype, [1, TILE, BLOCK_M], DS_LAYOUT)
+        dq_buf = gl.allocate_shared_memory(gl.float32, dq_desc.block_type.shape, dq_desc.layout)
+        dq_ring = dq_buf, single.index(1), single.index(2)
+    else:
+        ds_bufs, dq_ring = None, None
+    lists = full_offsets, full_tiles, partial_offsets, partial_tiles, words, order
+    sizes = (kv_len + TILE - 1) // TILE, kv_heads, group, q_tiles
+    work = lists, (sample_planes, head_planes), sizes, n_items, section
+    seat = gl.program_id(0), gl.num_programs(0)
     # argument lists are written inline: through a variable constexprs would become tensors
     # fmt: off
     gl.warp_specialize(
         [
             (_consume, (
-                dk_desc, dv_desc, kv_ring, q_ring, do_ring, free, ds_bufs, dq_ring, out_buf, work, words, kv_len,
-                sm_scale, qk_scale, BLOCK_M, HEAD_DIM, STAGES, MASKED, HAS_TAIL,
+                dk_desc, dv_desc, kv_ring, q_ring, do_ring, free, ds_bufs, dq_ring, out_buf, work, seat, kv_len,
+                sm_scale, qk_scale, BLOCK_M, HEAD_DIM, STAGES, MASKED, HAS_TAIL, WITH_DQ,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, kv_ring, q_ring, do_ring, free, work,
+                q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, kv_ring, q_ring, do_ring, free, work, seat,
                 BLOCK_M, STAGES, MASKED,
             )),
-            (_add_dq, (dq_desc, dq_ring, work, BLOCK_M, HEAD_DIM, MASKED)),
+            (_add_dq, (dq_desc, dq_ring, work, seat, BLOCK_M, HEAD_DIM, MASKED)),
         ],
         [1, 1],
         [24, 24],

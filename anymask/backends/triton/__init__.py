@@ -98,56 +98,55 @@ def backward(
     """`(dq, dk, dv)`, contiguous, bit-equal from run to run."""
     from anymask.backends.triton.backward_kernels import _bwd_dkdv_kernel, _bwd_dq_kernel
 
-    batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
-    dq, dk, dv = (t.new_empty(*t.shape) for t in (q, k, v))
     live = _live(block_mask, "rows"), _live(block_mask, "cols")
-    read_strides = tuple(t.stride()[:3] for t in (q, k, v, do))
-    rest = (*live, _plane_strides(block_mask), q_heads, q_heads // kv_heads, q_len, kv_len, sm_scale, sm_scale * LOG2_E)
+    dq, dk, dv = (t.new_empty(*t.shape) for t in (q, k, v))
     with on(q.device):
-        target = _target()
-        use_tma = _tma(target, (q, k, v, do), *live)
-        dims = head_dim, v_dim, q.element_size(), use_tma, target
-        lse2, delta = _launch_delta(o, do, lse, dlse)
-        constants, options = _options("dq", *dims)
-        _launch(
-            _bwd_dq_kernel,
-            (tiles_over(q_len) * TILE // constants["BLOCK_M"], q_heads, batch),
-            (
-                *_sources(q, k, v, do, constants),
-                lse2,
-                delta,
-                dq,
-                *read_strides,
-                dq.stride()[:3],
-                *_lists(block_mask, "rows"),
-                *rest,
-            ),
-            constants,
-            q.device,
-            options,
-        )
-        constants, options = _options("dkdv", *dims)
-        _launch(
-            _bwd_dkdv_kernel,
-            (tiles_over(kv_len) * TILE // constants["BLOCK_N"], kv_heads, batch),
-            (
-                *_sources(q, k, v, do, constants),
-                lse2,
-                delta,
-                dk,
-                dv,
-                *read_strides,
-                dk.stride()[:3],
-                dv.stride()[:3],
-                *_lists(block_mask, "cols"),
-                *rest,
-            ),
-            constants,
-            q.device,
-            options,
-        )
+        pairs = q, k, v, do, *_launch_delta(o, do, lse, dlse)
+        _launch_sum("dq", _bwd_dq_kernel, pairs, (dq,), block_mask, live, sm_scale)
+        _launch_sum("dkdv", _bwd_dkdv_kernel, pairs, (dk, dv), block_mask, live, sm_scale)
     return dq, dk, dv
+
+
+def _launch_sum(
+    which: str,
+    kernel: Any,
+    pairs: tuple[Tensor, ...],
+    sums: tuple[Tensor, ...],
+    block_mask: BlockMask | None,
+    live: tuple[Tensor | None, Tensor | None],
+    sm_scale: float,
+) -> None:
+    """The pass that writes `sums`: dq over keys, or dk and dv over queries. `pairs`: q, k, v, do, lse2, delta."""
+    q, k, v, do, *rows = pairs
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    target = _target()
+    use_tma = _tma(target, (q, k, v, do), *live)
+    constants, options = _options(which, head_dim, v.shape[3], q.element_size(), use_tma, target)
+    over_keys = which == "dq"
+    length, heads, block = (q_len, q_heads, "BLOCK_M") if over_keys else (kv_len, kv_heads, "BLOCK_N")
+    _launch(
+        kernel,
+        (tiles_over(length) * TILE // constants[block], heads, batch),
+        (
+            *_sources(q, k, v, do, constants),
+            *rows,
+            *sums,
+            *(t.stride()[:3] for t in (q, k, v, do, *sums)),
+            *_lists(block_mask, "rows" if over_keys else "cols"),
+            *live,
+            _plane_strides(block_mask),
+            q_heads,
+            q_heads // kv_heads,
+            q_len,
+            kv_len,
+            sm_scale,
+            sm_scale * LOG2_E,
+        ),
+        constants,
+        q.device,
+        options,
+    )
 
 
 def _launch_delta(
