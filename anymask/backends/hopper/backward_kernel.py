@@ -18,8 +18,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.hopper.compat import tma_add, tma_load, tma_store
-from anymask.backends.hopper.items import ask, listed, place_at, rounds, start, told
+from anymask.backends.hopper.items import item_of, place_of, rounds, runs
 from anymask.backends.hopper.tiles import TILE, barriers, exp2
+
+
+@gluon.jit
+def _line(index, work, MASKED: gl.constexpr):
+    """(sample, query head, kv tile, (first full entry, full tiles, first partial entry, partial tiles)) of a line.
+
+    A program takes the lines of an item, one for each query head of the group, and then those of its next item; the
+    line at `index` among all of them is read while the one before it is at work, as it is two indirections.
+    """
+    lists, plane_strides, sizes, n_items, section, seat = work
+    q_tiles, kv_tiles, kv_heads, group = sizes
+    item = gl.minimum(item_of(index // group, seat), n_items - 1)
+    tile, kv_head, sample = place_of(item, kv_tiles, kv_heads, n_items, section)
+    first_head = kv_head * group
+    head = first_head + index % group
+    plane = sample * plane_strides[0] + head * plane_strides[1]
+    if MASKED:
+        # heads of a group may have planes of their own: any order is right, the first head's is as good as another
+        first_plane = sample * plane_strides[0] + first_head * plane_strides[1]
+        tile = gl.load(lists[4] + first_plane * kv_tiles + tile)
+    return sample, head, tile, runs(lists, plane * kv_tiles + tile, q_tiles, MASKED)
+
+
+@gluon.jit
+def _listed(line, lists, j, MASKED: gl.constexpr):
+    """The j-th query tile of a line, partial ones first; 0 past the end."""
+    full_begin, n_full, partial_begin, n_partial = line[3]
+    tile = j
+    if MASKED:
+        entry = lists[3] + (partial_begin + j) if j < n_partial else lists[1] + (full_begin + j - n_partial)
+        tile = gl.load(entry, mask=j < n_partial + n_full, other=0)
+    return tile
 
 
 @gluon.jit
@@ -35,7 +67,6 @@ def _produce(
     do_ring,
     free,
     work,
-    seat,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
@@ -44,39 +75,37 @@ def _produce(
     k_bufs, v_bufs, kv_ready, kv_empty = kv_ring
     q_bufs, lse_bufs, q_ready = q_ring
     do_bufs, delta_bufs, do_ready = do_ring
-    lists, n_items = work[0], work[3]
-    kv_heads, group, q_tiles = work[2][1], work[2][2], work[2][3]
+    lists, _strides, sizes, n_items, _section, seat = work
+    q_tiles, _kv_tiles, kv_heads, group = sizes
     pos = 0
-    runs, place, after = start(seat, work, MASKED)
-    q_tile = listed(0, runs, lists, MASKED)
+    line = _line(0, work, MASKED)
+    q_tile = _listed(line, lists, 0, MASKED)
     for round_ in range(rounds(n_items, seat)):
-        tile, head, sample = place
+        sample, head, tile = line[0], line[1], line[2]
         mbarrier.wait(kv_empty, (round_ & 1) ^ 1)
         mbarrier.expect(kv_ready, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
         tma_load(k_desc, [sample, head // group, tile * TILE, 0], kv_ready, k_bufs.index(0))
         tma_load(v_desc, [sample, head // group, tile * TILE, 0], kv_ready, v_bufs.index(0))
         for i in range(group):
-            head, sample = place[1], place[2]
-            later = place_at(round_ * group + i + 2, seat, work)
-            asked = ask(after, later, work, MASKED)
-            rows = (sample * kv_heads * group + head) * q_tiles * TILE
-            for j in range(runs[1] + runs[3]):
-                row = q_tile * TILE
-                q_tile = listed(j + 1, runs, lists, MASKED)
+            this = line
+            line = _line(round_ * group + i + 1, work, MASKED)
+            sample, head = this[0], this[1]
+            row = (sample * kv_heads * group + head) * q_tiles * TILE
+            for j in range(this[3][1] + this[3][3]):
+                start = q_tile * TILE
+                q_tile = _listed(this, lists, j + 1, MASKED)
                 for _ in gl.static_range(TILE // BLOCK_M):
                     stage = pos & (STAGES - 1)
                     mbarrier.wait(free.index(stage), ((pos // STAGES) & 1) ^ 1)
                     mbarrier.expect(q_ready.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-                    tma_load(q_desc, [sample, head, row, 0], q_ready.index(stage), q_bufs.index(stage))
-                    tma_load(lse_desc, [rows + row], q_ready.index(stage), lse_bufs.index(stage))
+                    tma_load(q_desc, [sample, head, start, 0], q_ready.index(stage), q_bufs.index(stage))
+                    tma_load(lse_desc, [row + start], q_ready.index(stage), lse_bufs.index(stage))
                     mbarrier.expect(do_ready.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-                    tma_load(do_desc, [sample, head, row, 0], do_ready.index(stage), do_bufs.index(stage))
-                    tma_load(delta_desc, [rows + row], do_ready.index(stage), delta_bufs.index(stage))
-                    row += BLOCK_M
+                    tma_load(do_desc, [sample, head, start, 0], do_ready.index(stage), do_bufs.index(stage))
+                    tma_load(delta_desc, [row + start], do_ready.index(stage), delta_bufs.index(stage))
+                    start += BLOCK_M
                     pos += 1
-            place = after
-            runs, after = told(asked, later, work, MASKED)
-            q_tile = listed(0, runs, lists, MASKED)
+            q_tile = _listed(line, lists, 0, MASKED)
         # consumers compute the scores of one step too many, from whatever the buffer holds
         stage = pos & (STAGES - 1)
         mbarrier.wait(free.index(stage), ((pos // STAGES) & 1) ^ 1)
@@ -90,7 +119,6 @@ def _add_dq(
     dq_desc,
     dq_ring,
     work,
-    seat,
     BLOCK_M: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     MASKED: gl.constexpr,
@@ -98,17 +126,17 @@ def _add_dq(
     """Adds the dq of each step to global memory, if there is a `dq_desc`."""
     if dq_desc is not None:
         dq_buf, dq_full, dq_empty = dq_ring
-        lists, n_items = work[0], work[3]
-        kv_heads, group, q_tiles = work[2][1], work[2][2], work[2][3]
+        lists, _strides, sizes, n_items, _section, seat = work
+        q_tiles, _kv_tiles, kv_heads, group = sizes
         pos = 0
-        runs, place, after = start(seat, work, MASKED)
+        line = _line(0, work, MASKED)
         for index in range(rounds(n_items, seat) * group):
-            head, sample = place[1], place[2]
-            later = place_at(index + 2, seat, work)
-            asked = ask(after, later, work, MASKED)
+            this = line
+            line = _line(index + 1, work, MASKED)
+            sample, head = this[0], this[1]
             head_tile = (sample * kv_heads * group + head) * q_tiles
-            for j in range(runs[1] + runs[3]):
-                row = (head_tile + listed(j, runs, lists, MASKED)) * (TILE * HEAD_DIM // 32)
+            for j in range(this[3][1] + this[3][3]):
+                row = (head_tile + _listed(this, lists, j, MASKED)) * (TILE * HEAD_DIM // 32)
                 for _ in gl.static_range(TILE // BLOCK_M):
                     mbarrier.wait(dq_full, pos & 1)
                     tma_add(dq_desc, [row, 0], dq_buf)
@@ -116,15 +144,14 @@ def _add_dq(
                     mbarrier.arrive(dq_empty)
                     row += BLOCK_M * HEAD_DIM // 32
                     pos += 1
-            place = after
-            runs, after = told(asked, later, work, MASKED)
 
 
 @gluon.jit
-def _words(lists, runs, j, offsets):
-    """int32 `[TILE, 4]`: words of the j-th tile of a line, all ones where none is stored. `offsets`: see `_consume`."""
-    entry = (runs[0] + j).to(gl.int64)
-    return gl.load(lists[4] + entry * (TILE * 4) + offsets, mask=offsets * 0 + j < runs[1], other=-1)
+def _words(words, line, j, place):
+    """int32 `[TILE, 4]`: words of the j-th tile of a line, all ones where none is stored. `place`: see `_consume`."""
+    _, _, partial_begin, n_partial = line[3]
+    entry = (partial_begin + j).to(gl.int64)
+    return gl.load(words + entry * (TILE * 4) + place, mask=place * 0 + j < n_partial, other=-1)
 
 
 @gluon.jit
@@ -139,7 +166,7 @@ def _consume(
     dq_ring,
     out_buf,
     work,
-    seat,
+    words,
     kv_len,
     sm_scale,
     qk_scale,
@@ -156,7 +183,7 @@ def _consume(
     do_bufs, delta_bufs, do_ready = do_ring
     if WITH_DQ:
         dq_buf, dq_full, dq_empty = dq_ring
-    lists, n_items, group = work[0], work[3], work[2][2]
+    group, n_items, seat = work[2][3], work[3], work[5]
     STEPS: gl.constexpr = TILE // BLOCK_M
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD_DIM, 16])
@@ -175,19 +202,19 @@ def _consume(
     zero_dq = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, DQ_LAYOUT)
     # [TILE, 4]: row and quad of this thread's words; [1, BLOCK_M // 8, 1, 2]: the bit of a word that is a column
     rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
-    offsets = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
+    place = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
     bit = 2 * gl.arange(0, BLOCK_M // 8, layout=PAIR_LAYOUT).expand_dims(0).expand_dims(2).expand_dims(3)
     bit += gl.arange(0, 2, layout=BIT_LAYOUT).expand_dims(0).expand_dims(1).expand_dims(2)
     begin = 0
-    runs, place, after = start(seat, work, MASKED)
+    line = _line(0, work, MASKED)
     if MASKED:
-        next_w = _words(lists, runs, 0, offsets)
+        next_w = _words(words, line, 0, place)
     for round_ in range(rounds(n_items, seat)):
-        tile, head, sample = place
+        sample, head, tile = line[0], line[1], line[2]
         dk = gl.zeros([TILE, HEAD_DIM], gl.float32, KV_LAYOUT)
         dv = gl.zeros([TILE, HEAD_DIM], gl.float32, KV_LAYOUT)
         # without a mask the same words in every tile hide the keys beyond kv_len
-        w = gl.where(tile * TILE + offsets // 4 < kv_len, -1, 0)
+        w = gl.where(tile * TILE + place // 4 < kv_len, -1, 0)
         mbarrier.wait(kv_ready, round_ & 1)
         mbarrier.wait(q_ready.index(begin & (STAGES - 1)), (begin // STAGES) & 1)
         k = k_bufs.index(0).reshape([TILE, HEAD_DIM])
@@ -195,14 +222,13 @@ def _consume(
         s = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         for i in range(group):
-            # the lists are read lines ahead, as they lead from one to the other
-            later = place_at(round_ * group + i + 2, seat, work)
-            asked = ask(after, later, work, MASKED)
-            end = begin + (runs[1] + runs[3]) * STEPS
+            this = line
+            line = _line(round_ * group + i + 1, work, MASKED)
+            end = begin + (this[3][1] + this[3][3]) * STEPS
             for pos in range(begin, end):
                 if MASKED:
                     w = next_w >> (pos - begin) % STEPS * (BLOCK_M // 4)
-                    next_w = _words(lists, runs, (pos + 1 - begin) // STEPS, offsets)
+                    next_w = _words(words, this, (pos + 1 - begin) // STEPS, place)
                 # always 0 and not known to be: addresses that never change would be computed early and spilled
                 zero = pos >> 30
                 k = k_bufs.index(zero).reshape([TILE, HEAD_DIM])
@@ -249,10 +275,8 @@ def _consume(
                 # a product in flight cannot cross the end of a loop: ptxas would serialise all of them
                 s = warpgroup_mma_wait(0, deps=[s])
             begin = end
-            place = after
-            runs, after = told(asked, later, work, MASKED)
             if MASKED:
-                next_w = _words(lists, runs, 0, offsets)
+                next_w = _words(words, line, 0, place)
         # the slot of the step too many
         mbarrier.arrive(free.index(begin & (STAGES - 1)))
         begin += 1
@@ -321,6 +345,7 @@ def _bwd_kernel(
     Grid: (programs), between 1 and `n_items = batch * kv_heads * kv tiles`. `sample_planes`, `head_planes`: planes from
     one sample or query head to the next.
     """
+    kv_tiles = (kv_len + TILE - 1) // TILE
     dtype: gl.constexpr = q_desc.dtype
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_M], dtype)
     k_bufs = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout)
@@ -342,23 +367,22 @@ def _bwd_kernel(
         dq_ring = dq_buf, single.index(1), single.index(2)
     else:
         ds_bufs, dq_ring = None, None
-    lists = full_offsets, full_tiles, partial_offsets, partial_tiles, words, order
-    sizes = (kv_len + TILE - 1) // TILE, kv_heads, group, q_tiles
-    work = lists, (sample_planes, head_planes), sizes, n_items, section
-    seat = gl.program_id(0), gl.num_programs(0)
+    lists = full_offsets, full_tiles, partial_offsets, partial_tiles, order
+    sizes = q_tiles, kv_tiles, kv_heads, group
+    work = lists, (sample_planes, head_planes), sizes, n_items, section, (gl.program_id(0), gl.num_programs(0))
     # argument lists are written inline: through a variable constexprs would become tensors
     # fmt: off
     gl.warp_specialize(
         [
             (_consume, (
-                dk_desc, dv_desc, kv_ring, q_ring, do_ring, free, ds_bufs, dq_ring, out_buf, work, seat, kv_len,
+                dk_desc, dv_desc, kv_ring, q_ring, do_ring, free, ds_bufs, dq_ring, out_buf, work, words, kv_len,
                 sm_scale, qk_scale, BLOCK_M, HEAD_DIM, STAGES, MASKED, HAS_TAIL, WITH_DQ,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, kv_ring, q_ring, do_ring, free, work, seat,
+                q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, kv_ring, q_ring, do_ring, free, work,
                 BLOCK_M, STAGES, MASKED,
             )),
-            (_add_dq, (dq_desc, dq_ring, work, seat, BLOCK_M, HEAD_DIM, MASKED)),
+            (_add_dq, (dq_desc, dq_ring, work, BLOCK_M, HEAD_DIM, MASKED)),
         ],
         [1, 1],
         [24, 24],

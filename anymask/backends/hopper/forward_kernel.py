@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.hopper.compat import tma_load, tma_store
-from anymask.backends.hopper.items import ask, listed, place_at, rounds, start, told
+from anymask.backends.hopper.items import ask, place_at, rounds, start, told
 from anymask.backends.hopper.softmax import (
     ROWS,
     end_words,
@@ -77,9 +77,10 @@ def _produce(
     first = 0
     runs, place, after = start(seat, work, MASKED)
     for round_ in range(rounds(n_items, seat)):
+        partial_begin, n_partial, full_begin, n_full = runs
         tile, head, sample = place
         kv_head = head // group
-        n = (runs[1] + runs[3]) * STEPS
+        n = (n_partial + n_full) * STEPS
         q_stage, q_phase = _slot(round_, Q_STAGES)
         mbarrier.wait(q_empty.index(q_stage), q_phase ^ 1)
         mbarrier.expect(q_ready.index(q_stage), GROUPS * q_desc.block_type.nbytes)
@@ -92,13 +93,13 @@ def _produce(
             )
         later = place_at(round_ + 2, seat, work)
         asked = ask(after, later, work, MASKED)
-        kv_tile = listed(0, runs, lists, MASKED)
+        kv_tile = _listed(0, lists, partial_begin, n_partial, full_begin, n_full, MASKED)
         last_row = 0
         for t in range(n):
             stage, phase = _slot(first + t, STAGES)
             row = kv_tile * TILE + t % STEPS * BLOCK_N
             # read one step ahead: it is an indirection
-            kv_tile = listed((t + 1) // STEPS, runs, lists, MASKED)
+            kv_tile = _listed((t + 1) // STEPS, lists, partial_begin, n_partial, full_begin, n_full, MASKED)
             mbarrier.wait(kv_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
             tma_load(k_desc, [sample, kv_head, row, 0], k_ready.index(stage), k_bufs.index(stage))
@@ -118,6 +119,18 @@ def _produce(
 def _load_v(v_desc, sample, kv_head, row, v_bufs, v_ready, stage):
     mbarrier.expect(v_ready.index(stage), v_desc.block_type.nbytes)
     tma_load(v_desc, [sample, kv_head, row, 0], v_ready.index(stage), v_bufs.index(stage))
+
+
+@gluon.jit
+def _listed(t, lists, partial_begin, n_partial, full_begin, n_full, MASKED: gl.constexpr):
+    """The `t`-th kv tile of an item, partial ones first; 0 past the end."""
+    if MASKED:
+        entry = lists[3] + (partial_begin + t) if t < n_partial else lists[1] + (full_begin + t - n_partial)
+        tile = gl.load(entry, mask=t < n_partial + n_full, other=0)
+    else:
+        # the last tile first: it alone can end early
+        tile = gl.where(t == 0, n_full, t) - 1
+    return tile
 
 
 @gluon.jit
@@ -232,7 +245,7 @@ def _consume(
     lse,
     pair,
     work,
-    call,
+    qk_scale,
     HEAD_DIM: gl.constexpr,
     MASKED: gl.constexpr,
     GROUP: gl.constexpr,
@@ -242,9 +255,9 @@ def _consume(
 ):
     """A consumer warpgroup: ROWS queries of every item, their `o` and `lse`."""
     q_ring, kv_ring, o_bufs, seat = pair
-    lists, n_items, q_heads = work[0], work[3], work[2][1]
-    q_len, kv_len, mask_rows, qk_scale = call
+    lists, _strides, sizes, n_items, _section = work
     q_bufs, q_ready, q_empty = q_ring
+    _, q_heads, q_len, kv_len, mask_rows = sizes
     BLOCK_N: gl.constexpr = kv_ring[0].shape[3]
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -388,10 +401,7 @@ def _fwd_kernel(
         lists = full_offsets, full_tiles, partial_offsets, partial_tiles, words, order
     else:
         lists = lse, lse, lse, lse, lse, lse
-    # an item is a line of one head
-    sizes = q_tiles, q_heads, 1, (kv_len + TILE - 1) // TILE
-    work = lists, (sample_planes, head_planes), sizes, n_items, section
-    call = q_len, kv_len, mask_rows, qk_scale
+    work = lists, (sample_planes, head_planes), (q_tiles, q_heads, q_len, kv_len, mask_rows), n_items, section
     a = _pair(q_desc, k_desc, v_desc, o_desc, STAGES, Q_STAGES, 0, PAIRS)
     # argument lists are written inline: through a variable constexprs would become tensors
     # fmt: off
@@ -399,10 +409,10 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    o_desc, lse, a, work, call, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACK_GQA,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_consume, (
-                    o_desc, lse, a, work, call, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACK_GQA,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
             ],
@@ -414,16 +424,16 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    o_desc, lse, a, work, call, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACK_GQA,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_consume, (
-                    o_desc, lse, a, work, call, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACK_GQA,
+                    o_desc, lse, a, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_consume, (
-                    o_desc, lse, b, work, call, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACK_GQA,
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(0), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_consume, (
-                    o_desc, lse, b, work, call, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACK_GQA,
+                    o_desc, lse, b, work, qk_scale, HEAD_DIM, MASKED, gl.constexpr(1), STAGES, Q_STAGES, PACK_GQA,
                 )),
                 (_produce, (q_desc, k_desc, v_desc, a, work, group, MASKED, STAGES, Q_STAGES)),
                 (_produce, (q_desc, k_desc, v_desc, b, work, group, MASKED, STAGES, Q_STAGES)),

@@ -7,6 +7,8 @@ of places), takes one in every round.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anymask.backends.hopper.tiles import TILE
+
 
 @gluon.jit
 def rounds(n_items, seat):
@@ -39,23 +41,27 @@ def item_of(round_, seat):
 
 
 @gluon.jit
-def place_at(index, seat, work):
-    """(rank of the line in its head, query head, sample) of a line; `index`: lines that `seat`'s holder took before.
+def runs(lists, line, n_tiles, MASKED: gl.constexpr):
+    """Where a line's full and partial tiles begin and how many there are; without a mask all `n_tiles` are full."""
+    full_begin, n_full, partial_begin, n_partial = 0, n_tiles, 0, 0
+    if MASKED:
+        full_begin = gl.load(lists[0] + line)
+        n_full = gl.load(lists[0] + line + 1) - full_begin
+        partial_begin = gl.load(lists[2] + line)
+        n_partial = gl.load(lists[2] + line + 1) - partial_begin
+    return full_begin, n_full, partial_begin, n_partial
 
-    `work`: the lists, planes from one sample and query head to the next, sizes, and the last two of `place_of`. Sizes
-    are lines of a head, heads that have items, query heads of each, which an item takes one after the other, and how
-    many tiles a line has without a mask.
-    """
+
+@gluon.jit
+def place_at(index, seat, work):
+    """(rank of the query tile, head, sample) of an item; `index`: how many the holder of `seat` took before."""
     _, _, sizes, n_items, section = work
-    lines, heads, group, _ = sizes
-    item = gl.minimum(item_of(index // group, seat), n_items - 1)
-    rank, head, sample = place_of(item, lines, heads, n_items, section)
-    return rank, head * group + index % group, sample
+    return place_of(gl.minimum(item_of(index, seat), n_items - 1), sizes[0], sizes[1], n_items, section)
 
 
 @gluon.jit
 def ask(place, later, work, MASKED: gl.constexpr):
-    """Load what the lists say of the line at `place`, (tile, query head, sample), and the tile of one at `later`.
+    """Load what the lists say of the item at `place`, (query tile, head, sample), and the query tile of one at `later`.
 
     Each lane of a warp loads a word. What all threads load from one address, ptxas moves to uniform registers at once,
     and waits for it there.
@@ -63,11 +69,8 @@ def ask(place, later, work, MASKED: gl.constexpr):
     asked = 0
     if MASKED:
         lists, plane_strides, sizes, _, _ = work
-        lines, _, group, _ = sizes
-        line = (place[2] * plane_strides[0] + place[1] * plane_strides[1]) * lines + place[0]
-        # heads of a group may have planes of their own: any order is right, the first head's is as good as another
-        first_head = later[1] // group * group
-        entry = (later[2] * plane_strides[0] + first_head * plane_strides[1]) * lines + later[0]
+        line = (place[2] * plane_strides[0] + place[1] * plane_strides[1]) * sizes[0] + place[0]
+        entry = (later[2] * plane_strides[0] + later[1] * plane_strides[1]) * sizes[0] + later[0]
         lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [line], dtype=gl.int32, is_pure=True, pack=1)
         bound = gl.where(lane < 2, lists[2], lists[0]) + (line + (lane & 1))
         asked = gl.load(gl.where(lane < 4, bound, lists[5] + entry))
@@ -81,7 +84,7 @@ def told(asked, later, work, MASKED: gl.constexpr):
     Without a mask all tiles count as full.
     """
     tile, head, sample = later
-    partial_begin, n_partial, full_begin, n_full = 0, 0, 0, work[2][3]
+    partial_begin, n_partial, full_begin, n_full = 0, 0, 0, (work[2][3] + TILE - 1) // TILE
     if MASKED:
         partial_begin = _of_lane(asked, 0)
         n_partial = _of_lane(asked, 1) - partial_begin
@@ -100,22 +103,9 @@ def _of_lane(x, LANE: gl.constexpr):
 
 @gluon.jit
 def start(seat, work, MASKED: gl.constexpr):
-    """The first line's runs and place, and the place of the second."""
+    """The first item's runs and place, and the place of the second."""
     place = place_at(0, seat, work)
     _, place = told(ask(place, place, work, MASKED), place, work, MASKED)
     after = place_at(1, seat, work)
     runs, after = told(ask(place, after, work, MASKED), after, work, MASKED)
     return runs, place, after
-
-
-@gluon.jit
-def listed(t, runs, lists, MASKED: gl.constexpr):
-    """The `t`-th tile of a line with such `runs`, partial ones first, and without a mask the last; 0 past the end."""
-    partial_begin, n_partial, full_begin, n_full = runs
-    if MASKED:
-        entry = lists[3] + (partial_begin + t) if t < n_partial else lists[1] + (full_begin + t - n_partial)
-        tile = gl.load(entry, mask=t < n_partial + n_full, other=0)
-    else:
-        # it alone can end early
-        tile = gl.where(t == 0, n_full, t) - 1
-    return tile
