@@ -42,8 +42,9 @@ from anymask.mask.triton_expr import (
 from anymask.mask.triton_lists import TOTALS, block_mask_of, empty, kinds_at, lists_of, live_at, padded, work_for
 from anymask.shapes import TileKinds, Words
 
-# kv tiles that a program classifies; those that stay undecided it evaluates one after the other
-SPAN = 32
+# kv tiles that a program classifies: one a thread, or its warps would repeat each other's work; those that stay
+# undecided it evaluates one after the other
+SPAN = 256
 # rows of a tile that a program evaluates at a time: few, as a deep expression has many values at once in registers
 STRIP = 16
 
@@ -159,7 +160,7 @@ def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: W
             (*mask, work.memory, *work.starts, heads, *_shape(grid), n_rows, n_cols),
             {**constants, "SPAN": SPAN},
             key,
-            num_warps=4,
+            num_warps=8,
             **LAUNCH,
         )
     lists = lists_of(work)
