@@ -134,11 +134,16 @@ def _built_in(first: Tensor, end: Tensor) -> tuple[dict[str, Any], str]:
 
 def _ranges(mask: Tensor) -> list[Tensor] | None:
     """First key and end of each query, int32, where the keys of each are a range."""
-    first, end = mask.byte().argmax(-1), mask.shape[0] - mask.flip(-1).byte().argmax(-1)
-    count = mask.sum(-1)
-    if bool((end - first == count).all()) and bool((count > 0).all()):
-        return [first.int(), end.int()]
-    return None
+    firsts, ends = [], []
+    # a sum takes 8 bytes a pair
+    for rows in mask.split(1024):
+        first, end = rows.byte().argmax(-1), mask.shape[1] - rows.flip(-1).byte().argmax(-1)
+        count = rows.sum(-1)
+        if bool((end - first != count).any()) or bool((count == 0).any()):
+            return None
+        firsts.append(first.int())
+        ends.append(end.int())
+    return [torch.cat(firsts), torch.cat(ends)]
 
 
 def _fastest(

@@ -177,7 +177,7 @@ def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: W
             (*mask, lists.tiles, lists.lines, words, words_t, entries, lists.n_full, n_partial, heads, *_shape(grid)),
             constants,
             (*key, tensor_key(words)),
-            num_warps=4,
+            num_warps=2,
             **LAUNCH,
         )
     return block_mask_of(grid, lists, words, words_t)
