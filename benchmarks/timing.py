@@ -163,14 +163,17 @@ def wall_ms(functions: list[Function], rounds: int = 25) -> Quantiles:
 
 
 def host_us(function: Function, calls: int = 20, rounds: int = 3) -> float:
-    """Median us of host time a call takes while the device lags behind; `calls` fit into its queue."""
+    """Median us of host time a call takes while the device lags behind; `calls` fit into its queue.
+
+    Each call is timed by itself: one that other processes interrupt would spoil a mean.
+    """
     samples = []
     for _ in range(rounds):
         torch.cuda.synchronize()
-        start = time.perf_counter()
         for _ in range(calls):
+            start = time.perf_counter()
             function()
-        samples.append((time.perf_counter() - start) / calls * 1e6)
+            samples.append((time.perf_counter() - start) * 1e6)
     torch.cuda.synchronize()
     return statistics.median(samples)
 
