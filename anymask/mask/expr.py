@@ -160,8 +160,8 @@ class Binary(Mask):
 
     @property
     def planes(self) -> tuple[int, int]:
-        batch, heads = (max(a, b) for a, b in zip(self.left.planes, self.right.planes, strict=True))
-        return batch, heads
+        left, right = self.left.planes, self.right.planes
+        return max(left[0], right[0]), max(left[1], right[1])
 
     @property
     def grows(self) -> bool:

@@ -118,8 +118,8 @@ class Between(Mask):
 
     @property
     def planes(self) -> tuple[int, int]:
-        batch, heads = (max(t.shape[dim] for t in self._tensors()) for dim in (0, 1))
-        return batch, heads
+        batches, heads, _ = zip(*[t.shape for t in self._tensors()], strict=True)
+        return max(batches), max(heads)
 
     def check(self, q_len: int, kv_len: int) -> None:
         value_side, range_side = ("q_len", "kv_len") if self.of_query else ("kv_len", "q_len")

@@ -69,16 +69,15 @@ def pack(
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     grid = Grid(q_len, kv_len, place)
-    mask = mask.to(place)
-    if grid.device.type == "cuda":
+    if place.type == "cuda":
         from anymask.mask import triton_pack
 
         if isinstance(mask, Dense):
-            return triton_pack.pack_dense(mask.tensor, q_len, kv_len)
+            return triton_pack.pack_dense(mask.tensor.to(place), q_len, kv_len)
         packed = triton_pack.pack_expression(mask, grid)
         if packed is not None:
             return packed
-    return _lists_of(*tile_words(mask, grid), grid)
+    return _lists_of(*tile_words(mask.to(place), grid), grid)
 
 
 def tile_words(mask: Mask, grid: Grid, known: BlockMask | None = None) -> tuple[TileKinds, Words]:

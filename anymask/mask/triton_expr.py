@@ -127,21 +127,24 @@ def _parse(spec: str, leaves: int) -> _Parsed | None:
 
 
 def program_of(mask: Mask, grid: Grid) -> Program | None:
-    """The mask, with its tensors on the device of `grid`, for kernels; None if it must be evaluated by torch."""
+    """The mask for kernels on the device of `grid`; None if it must be evaluated by torch."""
     leaves: list[Tensor] = []
     parsed = _parse(mask.spec(leaves), len(leaves))
     if parsed is None:
         return None
-    tensors = leaves + [_sums(leaves[leaf]) for leaf in parsed.layouts]
+    tensors = [t.to(grid.device) for t in leaves]
+    tensors += [_sums(tensors[leaf]) for leaf in parsed.layouts]
     fields, counts, first = [], [], 0
     for leaf, t in enumerate(tensors):
         batch, heads = t.shape[:2]
         if leaf in parsed.ranges:
             # extremes are found plane by plane
-            tensors[leaf] = t = t.contiguous()
-            tiles = tiles_over(t.shape[2])
-            fields += [*_strides(t), 0, first, tiles * heads if batch > 1 else 0, tiles if heads > 1 else 0]
-            counts += [first, t.shape[2]]
+            tensors[leaf] = t.contiguous()
+            length, tiles = t.shape[2], tiles_over(t.shape[2])
+            # planes from one sample, and from one head, to the next
+            sample, head = heads * (batch > 1), int(heads > 1)
+            fields += [sample * length, head * length, int(length > 1), 0, first, sample * tiles, head * tiles]
+            counts += [first, length]
             first += batch * heads * tiles
             continue
         if t.dtype not in READABLE:
@@ -161,7 +164,7 @@ def packed_program(kinds: Tensor, words: Tensor) -> Program:
 def _program(parsed: _Parsed, tensors: list[Tensor], fields: list[int], n_extremes: int, counts: list[int]) -> Program:
     strides = _stored(fields) or (3,)
     # numbers and counts fit int32
-    key = (*map(tensor_key, tensors), *(n < 2**31 for n in strides))
+    key = (*map(tensor_key, tensors), max(strides) < 2**31 or tuple(n < 2**31 for n in strides))
     # no launch sees an empty tuple
     return Program(
         parsed.ops, parsed.numbers or (3,), tuple(tensors), strides, n_extremes, parsed.ranges, _stored(counts), key

@@ -114,7 +114,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
 
 
 def pack_expression(mask: Mask, grid: Grid) -> BlockMask | None:
-    """The `BlockMask` of a mask, its tensors on the device of `grid`; None if only torch can evaluate it."""
+    """The `BlockMask` of a mask, on the device of `grid`; None if only torch can evaluate it."""
     with on(grid.device):
         program = program_of(mask, grid)
         return None if program is None else _pack_program(program, *mask.planes, grid, None)
