@@ -197,7 +197,7 @@ def _mask(kind: str, length: int) -> BlockMask | None:
 
 def _run(
     backend: Any, dtype: torch.dtype, dims: tuple[int, int], length: int, heads: tuple[int, int], layouts: list[str],
-    kind: str, dlse: str, scale: float,
+    kind: str, dlse: str, scale: float, deterministic: bool = False,
 ) -> None:  # fmt: skip
     (dim, v_dim), (q_heads, kv_heads) = dims, heads
     shapes = [(2, q_heads, length, dim), (2, kv_heads, length, dim), (2, kv_heads, length, v_dim)]
@@ -207,7 +207,7 @@ def _run(
     mask = _mask(kind, length)
     o, lse = backend.forward(q, k, v, mask, scale)
     of_lse = {"none": None, "contiguous": torch.zeros_like(lse), "strided": torch.zeros(*lse.shape, 5)[..., 0]}[dlse]
-    backend.backward(q, k, v, o, lse, do, of_lse, mask, scale, False)
+    backend.backward(q, k, v, o, lse, do, of_lse, mask, scale, deterministic)
 
 
 MASKS = ["none", "causal", "padded", "moved"]
@@ -250,6 +250,7 @@ def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest
             draw.choice(MASKS),
             draw.choice(["none", "contiguous", "strided"]),
             draw.choice([0.1, -0.1]),
+            draw.choice([False, True]),
         )
     assert len(keys) > 100
 

@@ -150,7 +150,6 @@ def backward(
     The deterministic variant leaves dq to the portable kernel, which computes the scores again and adds in order.
     """
     from anymask.backends.hopper.backward_kernel import _bwd_kernel, _dq_kernel
-    from anymask.backends.triton.backward_kernels import _bwd_dq_kernel
 
     q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
     batch, q_heads, q_len, head_dim = q_shape
@@ -166,18 +165,18 @@ def backward(
     block_q = _block((1, 1, block_m, block_d), q.dtype)
     block_kv = _block((1, 1, TILE, block_d), q.dtype)
     block_rows = _block((block_m,), lse.dtype)
-    block_dq = _block((block_m * block_d // 32, 32), lse.dtype)
     padded = batch * q_heads * tiles_over(q_len) * TILE
     dq_acc = dq_tiles = None
     if not deterministic:
         # rows of 32 floats, in the order of the kernel
-        dq_acc = lse.new_empty(padded * block_d // 32, 32)
-        dq_tiles = _descriptor(dq_acc, (padded * block_d // 32, 32), (32, 1), block_dq)
+        dq_shape = padded * block_d // 32, 32
+        dq_acc = lse.new_empty(*dq_shape)
+        dq_tiles = _descriptor(dq_acc, dq_shape, (32, 1), _block((block_m * block_d // 32, 32), lse.dtype))
     has_tail = block_mask is None and kv_len % TILE != 0
     n_items = tiles_over(kv_len) * kv_heads * batch
     programs = min(n_items, _multiprocessors(q.device))
     with on(q.device):
-        lse2, delta = portable._launch_delta(o, do, lse, dlse, dq_acc, block_d)
+        lse2, delta = portable._launch_delta(o, do, lse, dlse, dq_acc)
         launch(
             _bwd_kernel,
             (programs, 1, 1),
@@ -215,7 +214,7 @@ def backward(
         )
         if dq_acc is None:
             pairs = q, k, v, do, lse2, delta
-            portable._launch_sum("dq", _bwd_dq_kernel, pairs, (dq,), block_mask, (None, None), sm_scale)
+            portable._launch_sum("dq", pairs, (dq,), block_mask, (None, None), sm_scale)
         else:
             launch(
                 _dq_kernel,

@@ -96,44 +96,45 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)`, contiguous, bit-equal from run to run."""
-    from anymask.backends.triton.backward_kernels import _bwd_dkdv_kernel, _bwd_dq_kernel
-
     live = _live(block_mask, "rows"), _live(block_mask, "cols")
     dq, dk, dv = (t.new_empty(*t.shape) for t in (q, k, v))
     with on(q.device):
         pairs = q, k, v, do, *_launch_delta(o, do, lse, dlse)
-        _launch_sum("dq", _bwd_dq_kernel, pairs, (dq,), block_mask, live, sm_scale)
-        _launch_sum("dkdv", _bwd_dkdv_kernel, pairs, (dk, dv), block_mask, live, sm_scale)
+        _launch_sum("dq", pairs, (dq,), block_mask, live, sm_scale)
+        _launch_sum("dkdv", pairs, (dk, dv), block_mask, live, sm_scale)
     return dq, dk, dv
 
 
 def _launch_sum(
     which: str,
-    kernel: Any,
     pairs: tuple[Tensor, ...],
     sums: tuple[Tensor, ...],
     block_mask: BlockMask | None,
     live: tuple[Tensor | None, Tensor | None],
     sm_scale: float,
 ) -> None:
-    """The pass that writes `sums`: dq over keys, or dk and dv over queries. `pairs`: q, k, v, do, lse2, delta."""
+    """Pass "dq", or "dkdv", which writes `sums` over keys, or over queries. `pairs`: q, k, v, do, lse2, delta."""
+    from anymask.backends.triton.backward_kernels import _bwd_dkdv_kernel, _bwd_dq_kernel
+
     q, k, v, do, *rows = pairs
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     target = _target()
     use_tma = _tma(target, (q, k, v, do), *live)
     constants, options = _options(which, head_dim, v.shape[3], q.element_size(), use_tma, target)
-    over_keys = which == "dq"
-    length, heads, block = (q_len, q_heads, "BLOCK_M") if over_keys else (kv_len, kv_heads, "BLOCK_N")
+    if which == "dq":
+        kernel, view, length, heads, block = _bwd_dq_kernel, "rows", q_len, q_heads, constants["BLOCK_M"]
+    else:
+        kernel, view, length, heads, block = _bwd_dkdv_kernel, "cols", kv_len, kv_heads, constants["BLOCK_N"]
     _launch(
         kernel,
-        (tiles_over(length) * TILE // constants[block], heads, batch),
+        (tiles_over(length) * TILE // block, heads, batch),
         (
             *_sources(q, k, v, do, constants),
             *rows,
             *sums,
             *(t.stride()[:3] for t in (q, k, v, do, *sums)),
-            *_lists(block_mask, "rows" if over_keys else "cols"),
+            *_lists(block_mask, view),
             *live,
             _plane_strides(block_mask),
             q_heads,
@@ -150,14 +151,15 @@ def _launch_sum(
 
 
 def _launch_delta(
-    o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, dq_acc: Tensor | None = None, acc_dim: int = 0
+    o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, dq_acc: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`lse` in base 2 and delta, both flat: batch x q_heads x whole tiles; `dq_acc`, `acc_dim` for each, becomes 0."""
+    """`lse` in base 2 and delta, both flat: batch x q_heads x whole tiles; `dq_acc`, as many rows, becomes 0."""
     from anymask.backends.triton.backward_kernels import _bwd_delta_kernel
 
     batch, q_heads, q_len, v_dim = o.shape
     rows = tiles_over(q_len) * TILE
     lse2, delta = lse.new_empty(batch * q_heads * rows), lse.new_empty(batch * q_heads * rows)
+    acc_dim = 0 if dq_acc is None else dq_acc.numel() // lse2.numel()
     _launch(
         _bwd_delta_kernel,
         (rows // DELTA_ROWS, q_heads, batch),
