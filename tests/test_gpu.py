@@ -52,6 +52,14 @@ def test_lengths(backend: str, case: Case, device: str) -> None:
 
 
 @cases(
+    ("hopper",), [Case(m, q, kv, d, F16) for q, kv in grid.LENGTHS for m in grid.LENGTH_MASKS[1:] for d in (64, 128)]
+)
+def test_short_lists_with_a_sum_of_dq(backend: str, case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anymask.backends.hopper.tuning.SHORT_LISTS", 0)
+    check(case, backend, device)
+
+
+@cases(
     BACKENDS,
     [Case("random", 700, 900, d, F16, dv) for d, dv in DIMS]
     + [Case("none", 700, 900, d, F16, dv) for d, dv in DIMS if d in (96, 128)]

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from anymask import causal, document, pack
 from anymask.backends import hopper
 from anymask.backends.hopper import items
 
@@ -48,7 +49,24 @@ WORK = {
 def test_work_is_even(kind, lines, heads):
     section = hopper._section(True, lines, heads, PLACES)
     loads = [sum(WORK[kind](rank, lines) for rank, _, _ in own) for own in taken(lines, heads, 1, section)]
-    assert max(loads) <= 1.1 * sum(loads) / PLACES
+    assert max(loads) <= 1.06 * sum(loads) / PLACES
+
+
+@pytest.mark.parametrize(
+    ("mask", "length", "short"),
+    [
+        (None, 128, False),
+        (causal(), 128, True),
+        # 6 tiles in 3 lines, 10 in 4
+        (causal(), 384, True),
+        (causal(), 385, False),
+        (causal() & document(torch.arange(4096) // 384), 4096, True),
+        (causal() & document(torch.arange(4096) // 512), 4096, False),
+    ],
+)
+def test_which_lists_are_short(mask, length, short):
+    block_mask = None if mask is None else pack(mask, q_len=length, kv_len=length)
+    assert hopper._has_short_lists(block_mask) is short
 
 
 def test_without_a_mask_heads_follow_each_other():

@@ -147,7 +147,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)`, contiguous. dq sums in the order in which tiles finish, unless `deterministic`.
 
-    The deterministic variant leaves dq to the portable kernel, which computes the scores again and adds in order.
+    The deterministic variant leaves dq to the portable kernel, which computes the scores again and adds in order. With
+    short lists it is the faster one.
     """
     from anymask.backends.hopper.backward_kernel import _bwd_kernel, _dq_kernel
 
@@ -167,7 +168,8 @@ def backward(
     block_rows = _block((block_m,), lse.dtype)
     padded = batch * q_heads * tiles_over(q_len) * TILE
     dq_acc = dq_tiles = None
-    if not deterministic:
+    adds_dq = not (deterministic or _has_short_lists(block_mask))
+    if adds_dq:
         # rows of 32 floats, in the order of the kernel
         dq_shape = padded * block_d // 32, 32
         dq_acc = lse.new_empty(*dq_shape)
@@ -208,7 +210,7 @@ def backward(
                 "MASKED": block_mask is not None,
                 "HAS_TAIL": has_tail,
             },
-            (q.device, q.dtype, do.dtype, q_heads // kv_heads, deterministic),
+            (q.device, q.dtype, do.dtype, q_heads // kv_heads, adds_dq),
             num_warps=8,
             enable_fp_fusion=True,
         )
@@ -226,6 +228,14 @@ def backward(
                 enable_fp_fusion=True,
             )
     return dq, dk, dv
+
+
+def _has_short_lists(block_mask: BlockMask | None) -> bool:
+    if block_mask is None:
+        return False
+    cols = block_mask.cols
+    tiles = cols.full_tiles.numel() + cols.partial_tiles.numel()
+    return tiles <= tuning.SHORT_LISTS * cols.order.numel()
 
 
 def _section(masked: bool, lines: int, heads: int, seats: int) -> int:

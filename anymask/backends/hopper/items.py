@@ -23,14 +23,15 @@ def place_of(item, tiles, heads, n_items, section):
 
     The heads of all samples come in sections of `section`: few, for their keys and values are in the L2 cache together.
     Within one, lines come by rank and then by head, so that work falls over all its items; in every second it rises.
+    In the last it falls: whoever takes an item more than others takes it there.
     """
-    number = item // (section * tiles)
-    first = number * section
+    first = item // (section * tiles) * section
     there = item - first * tiles
-    size = gl.minimum(section, n_items // tiles - first)
+    left = n_items // tiles - first
+    size = gl.minimum(section, left)
     head = first + there % size
     rank = there // size
-    return gl.where(number % 2 == 0, rank, tiles - 1 - rank), head % heads, head // heads
+    return gl.where((left - 1) // section % 2 == 0, rank, tiles - 1 - rank), head % heads, head // heads
 
 
 @gluon.jit
