@@ -35,9 +35,8 @@ FEW_LOADS = 8
 
 @pytest.fixture
 def hopper_kernels(compiled, monkeypatch):  # noqa: F811
-    """The list that kernels are added to as they compile for sm_90; dq is a sum in memory unless it may not be."""
+    """The list that kernels are added to as they compile for sm_90."""
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(hopper.tuning, "SHORT_LISTS", 0)
     return compiled("sm_90")
 
 

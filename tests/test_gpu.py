@@ -54,8 +54,10 @@ def test_lengths(backend: str, case: Case, device: str) -> None:
 @cases(
     ("hopper",), [Case(m, q, kv, d, F16) for q, kv in grid.LENGTHS for m in grid.LENGTH_MASKS[1:] for d in (64, 128)]
 )
-def test_short_lists_with_a_sum_of_dq(backend: str, case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anymask.backends.hopper.tuning.SHORT_LISTS", 0)
+def test_short_lines_without_a_sum_of_dq(
+    backend: str, case: Case, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anymask.backends.hopper.tuning.MANY_LINES", 1)
     check(case, backend, device)
 
 
@@ -283,7 +285,8 @@ def test_training_does_not_leak(device: str) -> None:
     for step in range(30):
         run(inputs._replace(mask=masks[step % 3]))
         used.append(torch.cuda.memory_allocated())
-    assert len(set(used[3:])) == 1
+    # autograd's thread may let go of a step's gradients a moment later
+    assert min(used[20:]) == min(used[3:20])
 
 
 def test_a_mask_is_read_on_the_stream_it_was_made_on(device: str) -> None:

@@ -64,9 +64,9 @@ def test_work_is_even(kind, lines, heads):
         (causal() & document(torch.arange(4096) // 512), 4096, False),
     ],
 )
-def test_which_lists_are_short(mask, length, short):
+def test_which_lines_are_short(mask, length, short):
     block_mask = None if mask is None else pack(mask, q_len=length, kv_len=length)
-    assert hopper._has_short_lists(block_mask) is short
+    assert hopper._has_short_lines(block_mask) is short
 
 
 def test_without_a_mask_heads_follow_each_other():

@@ -240,7 +240,7 @@ def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest
         (length, heads), dims = draw.choice(SHAPES), draw.choice([(64, 64), (128, 128), (40, 64), (128, 72)])
         block_d = hopper._block_d(*dims)
         monkeypatch.setitem(hopper.tuning.FORWARD, block_d, draw.choice(list(forward_candidates(block_d))))
-        monkeypatch.setattr(hopper.tuning, "SHORT_LISTS", draw.choice([0, 2]))
+        monkeypatch.setattr(hopper.tuning, "MANY_LINES", draw.choice([1, 1000]))
         _run(
             hopper,
             draw.choice([torch.float16, torch.bfloat16]),
@@ -257,9 +257,7 @@ def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("backend", [portable, hopper], ids=["portable", "hopper"])
-def test_new_lengths_and_masks_have_no_new_keys(keys: Keys, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # short lists have kernels of their own
-    monkeypatch.setattr(hopper.tuning, "SHORT_LISTS", 0)
+def test_new_lengths_and_masks_have_no_new_keys(keys: Keys, backend: Any) -> None:
     found = []
     for length in range(8, 408, 8):
         for kind in ("causal", "padded"):

@@ -147,8 +147,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)`, contiguous. dq sums in the order in which tiles finish, unless `deterministic`.
 
-    The deterministic variant leaves dq to the portable kernel, which computes the scores again and adds in order. With
-    short lists it is the faster one.
+    The deterministic variant leaves dq to the portable kernel, which computes the scores again and adds in order. It is
+    also the faster one for many short lines.
     """
     from anymask.backends.hopper.backward_kernel import _bwd_kernel, _dq_kernel
 
@@ -167,16 +167,16 @@ def backward(
     block_kv = _block((1, 1, TILE, block_d), q.dtype)
     block_rows = _block((block_m,), lse.dtype)
     padded = batch * q_heads * tiles_over(q_len) * TILE
+    n_items = tiles_over(kv_len) * kv_heads * batch
+    programs = min(n_items, _multiprocessors(q.device))
     dq_acc = dq_tiles = None
-    adds_dq = not (deterministic or _has_short_lists(block_mask))
+    adds_dq = not (deterministic or (_has_short_lines(block_mask) and n_items >= tuning.MANY_LINES * programs))
     if adds_dq:
         # rows of 32 floats, in the order of the kernel
         dq_shape = padded * block_d // 32, 32
         dq_acc = lse.new_empty(*dq_shape)
         dq_tiles = _descriptor(dq_acc, dq_shape, (32, 1), _block((block_m * block_d // 32, 32), lse.dtype))
     has_tail = block_mask is None and kv_len % TILE != 0
-    n_items = tiles_over(kv_len) * kv_heads * batch
-    programs = min(n_items, _multiprocessors(q.device))
     with on(q.device):
         lse2, delta = portable._launch_delta(o, do, lse, dlse, dq_acc)
         launch(
@@ -230,12 +230,11 @@ def backward(
     return dq, dk, dv
 
 
-def _has_short_lists(block_mask: BlockMask | None) -> bool:
+def _has_short_lines(block_mask: BlockMask | None) -> bool:
     if block_mask is None:
         return False
     cols = block_mask.cols
-    tiles = cols.full_tiles.numel() + cols.partial_tiles.numel()
-    return tiles <= tuning.SHORT_LISTS * cols.order.numel()
+    return cols.full_tiles.numel() + cols.partial_tiles.numel() <= tuning.SHORT_LINE * cols.order.numel()
 
 
 def _section(masked: bool, lines: int, heads: int, seats: int) -> int:
