@@ -3,8 +3,10 @@
 That look takes as long as a launch does, and small calls are bound by their launches.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
+from types import NoneType
 from typing import Any
 
 import torch
@@ -73,19 +75,27 @@ def args_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
     They are tensors, ints, tuples of ints, floats, None, and the descriptors of kernels that are not Gluon's.
     """
-    key: list[Any] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            key += tensor_key(arg)
-        elif isinstance(arg, tuple):
-            key += map(int_key, arg)
-        elif isinstance(arg, int):
-            key.append(int_key(arg))
-        elif arg is None or isinstance(arg, float):
-            key.append(type(arg))
-        else:
-            key += type(arg), arg.base.dtype, *arg.block_shape
-    return tuple(key)
+    return tuple([_KEYS.get(type(arg), _other_key)(arg) for arg in args])
+
+
+@lru_cache(maxsize=4096)
+def _ints_key(numbers: tuple[int, ...]) -> tuple[Any, ...]:
+    return tuple(map(int_key, numbers))
+
+
+def _other_key(arg: Any) -> Any:
+    """Of a descriptor, or of a tensor of a class of its own."""
+    return tensor_key(arg) if isinstance(arg, Tensor) else (type(arg), arg.base.dtype, *arg.block_shape)
+
+
+# by type, as asking `isinstance` for each in turn takes longer
+_KEYS: dict[type, Callable[[Any], Any]] = {
+    Tensor: tensor_key,
+    int: int_key,
+    tuple: _ints_key,
+    float: type,
+    NoneType: type,
+}
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
