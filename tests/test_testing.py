@@ -98,6 +98,20 @@ def test_an_rmse_of_few_rows_says_nothing_and_their_maximum_does() -> None:
         assert_matches((expected + 0.2).bfloat16(), expected, eager, torch.bfloat16, "dk", rows=8)
 
 
+def test_few_large_elements_are_few_rows() -> None:
+    # between two floats, and rounded to the farther of both
+    large = 7.0 + 0.4 * 2**-8
+    for others, message in ((0.01, None), (large, "rmse")):
+        expected = torch.full((400, 1), others, dtype=torch.float64)
+        expected[0] = large
+        eager, worse = expected.half(), (expected + (expected == large) * 2**-9).half()
+        if message is None:
+            assert_matches(worse, expected, eager, torch.float16, "dk")
+        else:
+            with pytest.raises(AssertionError, match=message):
+                assert_matches(worse, expected, eager, torch.float16, "dk")
+
+
 def test_lse_must_be_minus_infinity_exactly_where_expected() -> None:
     results = _results()
     for value in (-1e30, 0.0):

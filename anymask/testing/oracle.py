@@ -198,10 +198,11 @@ def assert_matches(
     `rounding` is the error that no implementation can avoid: the RMSE of `expected` rounded once to the dtype.
     With few rows the eager error is itself a poor estimate: rounding errors are shared along a row, and the ratio of
     the RMSE of two equally good results of n rows has a standard deviation of `1 / sqrt(n)`. So both limits are at
-    least `1 + 3 / sqrt(n)`: 1.1 stands from 900 rows on, 2 from 9. With fewer than 9 the RMSE is not judged: of two
-    equally good gradients of two keys and one dimension, every tenth has 3 times the RMSE of the other. In fp32, where
-    nothing is rounded to 16 bits and the largest error is that of one row whose gradient is the difference of large
-    terms, those terms set the floor.
+    least `1 + 3 / sqrt(n)`: 1.1 stands from 900 rows on, 2 from 9. Nor is n larger than the number of elements that
+    make up the squares of `expected`, their sum squared over the sum of their squares: where few elements are large,
+    the RMSE is how those were rounded. With n below 9 it is not judged: of two equally good gradients of two keys and
+    one dimension, every tenth has 3 times the RMSE of the other. In fp32, where nothing is rounded to 16 bits and the
+    largest error is that of one row whose gradient is the difference of large terms, those terms set the floor.
 
     Args:
         actual: the tensor under test, dtype `dtype` (lse: fp32, or fp64 for fp64 inputs).
@@ -231,6 +232,8 @@ def assert_matches(
     assert eager.shape == expected.shape, f"eager {what} has shape {tuple(eager.shape)}"
     eager_error = (eager.double() - expected).abs()
     rows = int((expected != 0).any(-1).sum()) if rows is None else rows
+    squares = expected.square()
+    rows = min(rows, int(squares.sum() ** 2 / squares.square().sum().clamp(min=1e-300)))
     noise = 1 + 3 / math.sqrt(max(rows, 1))
     if dtype != torch.float32 and rows >= FEWEST_ROWS:
         unit = max(_rms(eager_error), _rms(expected.to(dtype).double() - expected))
