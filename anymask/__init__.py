@@ -24,6 +24,7 @@ from anymask.mask import pack as pack
 from anymask.mask import prefix_lm as prefix_lm
 from anymask.mask import random_blocks as random_blocks
 from anymask.mask import shared_prefix as shared_prefix
+from anymask.mask import shared_question as shared_question
 from anymask.mask import sliding_window as sliding_window
 from anymask.mask import spans as spans
 from anymask.mask import strided as strided
@@ -56,6 +57,7 @@ __all__ = [
     "random_blocks",
     "scaled_dot_product_attention",
     "shared_prefix",
+    "shared_question",
     "sliding_window",
     "spans",
     "strided",

@@ -28,6 +28,7 @@ EXAMPLES = {
     "spans": "causal() | spans(torch.arange(1024) // 256 * 256, torch.arange(1024) // 256 * 256 + 200)",
     "global_tokens": "sliding_window(128, 128) | global_tokens(64)",
     "shared_prefix": "causal() & shared_prefix(torch.tensor([0] * 400 + [1] * 300 + [2] * 324))",
+    "shared_question": "causal() & shared_question(torch.arange(1024) // 512, torch.arange(1024) // 128 % 4)",
     "tree": "tree((torch.arange(1024) - 1) // 2)",
     "block_diffusion": "block_diffusion(64, 512)",
     "neighbourhood_2d": "neighbourhood_2d((32, 32), 9)",

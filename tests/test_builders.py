@@ -105,6 +105,10 @@ CASES: dict[str, tuple[Callable[[int], Mask], Callable[[Tensor, Tensor, int], Te
         lambda n: causal() & anymask.shared_prefix(torch.arange(n) // 110),
         lambda i, j, n: (j <= i) & ((j < 110) | (i // 110 == j // 110)),
     ),
+    "shared_question": (
+        lambda n: causal() & anymask.shared_question(torch.arange(n) // 240, torch.arange(n) // 60 % 4),
+        lambda i, j, n: (j <= i) & (i // 240 == j // 240) & ((j // 60 % 4 == 0) | (i // 60 == j // 60)),
+    ),
     "tree": (lambda n: anymask.tree(_parents(n)), lambda i, j, n: _ancestors(_parents(n))),
     "block_sparse": (
         lambda n: anymask.block_sparse(_layout(n)[0], 48),

@@ -210,6 +210,7 @@ def test_masks_of_the_readme_pack() -> None:
         "start": torch.where(numbers < 600, numbers // 300 * 300, 0),
         "end": torch.where(numbers < 600, numbers // 300 * 300 + 300, 0),
         "parents": (numbers[0] - 1) // 2,
+        "answers": numbers // 100 % 5,
         "length": 600 // 16 * 16,
         "layout": torch.eye(10, dtype=torch.bool),
         "q_len": 1200,

@@ -18,6 +18,7 @@ from anymask.mask.builders import neighbourhood_3d as neighbourhood_3d
 from anymask.mask.builders import prefix_lm as prefix_lm
 from anymask.mask.builders import random_blocks as random_blocks
 from anymask.mask.builders import shared_prefix as shared_prefix
+from anymask.mask.builders import shared_question as shared_question
 from anymask.mask.builders import sliding_window as sliding_window
 from anymask.mask.builders import spans as spans
 from anymask.mask.builders import strided as strided

@@ -189,7 +189,19 @@ def shared_prefix(ids: Tensor) -> Mask:
     Args:
         ids: int `[length]` or `[batch, length]`: 0 for the prefix, another number for each part that follows it.
     """
-    return document(ids) | _flagged("ids", ids == 0, of_query=False)
+    return _of_own_part("ids", ids)
+
+
+def shared_question(questions: Tensor, answers: Tensor) -> Mask:
+    """Queries attend to keys of their own answer and of its question, many of which lie in one sequence.
+
+    FlashMask's mask of this name (Wang et al., 2024), for preference training; combine it with `causal()`.
+
+    Args:
+        questions: int `[length]` or `[batch, length]`, the number of each token's question.
+        answers: int as questions: 0 for the question itself, another number for each of its answers.
+    """
+    return _same("questions", questions) & _of_own_part("answers", answers)
 
 
 def tree(parents: Tensor) -> Mask:
@@ -377,6 +389,17 @@ def _flagged(name: str, flags: Tensor, of_query: bool) -> Mask:
     """Attends where the flag of the query, or else of the key, is set."""
     one = torch.ones((1, 1, 1), dtype=torch.long, device=flags.device)
     return Between(_per_token(name, flags.long()), one, one + 1, of_query, name)
+
+
+def _same(name: str, ids: Tensor) -> Mask:
+    """Attends where query and key have the same number."""
+    labels = _per_token(name, ids)
+    return Between(labels, labels, labels + 1, of_query=True, name=name)
+
+
+def _of_own_part(name: str, ids: Tensor) -> Mask:
+    """Attends to the own part and to part 0."""
+    return _same(name, ids) | _flagged(name, ids == 0, of_query=False)
 
 
 def _first(lengths: Tensor, name: str) -> Mask:
