@@ -100,6 +100,14 @@ CASES: dict[str, tuple[Callable[[int], Mask], Callable[[Tensor, Tensor, int], Te
         lambda i, j, n: (j <= i) | ((i // 150 == j // 150) & (i % 150 >= 60) & (j % 150 >= 60)),
     ),
     "global_tokens": (lambda n: anymask.global_tokens(3), lambda i, j, n: (i < 3) | (j < 3)),
+    "global positions": (
+        lambda n: anymask.global_tokens(torch.tensor([5, 130, 3, 4, 131, 200])),
+        lambda i, j, n: sum((x == t) for x in (i, j) for t in (3, 4, 5, 130, 131, 200)) > 0,
+    ),
+    "no global position": (
+        lambda n: anymask.global_tokens(torch.tensor([], dtype=torch.int64)),
+        lambda i, j, n: (i < 0) & (j < 0),
+    ),
     "global flags": (lambda n: anymask.global_tokens(_flags(n)), lambda i, j, n: _flags(n)[i] | _flags(n)[j]),
     "shared_prefix": (
         lambda n: causal() & anymask.shared_prefix(torch.arange(n) // 110),
@@ -325,7 +333,9 @@ def _packed(mask: Mask) -> Any:
         ),
         (lambda: anymask.prefix_lm(-1), ValueError, "prefix_len is -1; allowed are 0 and more"),
         (lambda: anymask.prefix_lm(IDS[None]), ValueError, r"prefix_len is torch.int64 of shape \(1, 10\)"),
-        (lambda: anymask.global_tokens(IDS), ValueError, "tokens has dtype torch.int64; allowed are an int and a bool"),
+        (lambda: anymask.global_tokens(torch.tensor([0, 1, 1, 0])), ValueError, r"\[0, 1, 1, 0\] has a position twice"),
+        (lambda: anymask.global_tokens(torch.tensor([4, -1])), ValueError, "tokens is -1; allowed are 0 and more"),
+        (lambda: anymask.global_tokens(torch.ones(4)), ValueError, r"tokens is torch.float32 of shape \(4,\)"),
         (lambda: anymask.tree(torch.tensor([-1, 2, 1])), ValueError, "parents form a cycle through token 1"),
         (lambda: anymask.tree(torch.tensor([-1, 3])), ValueError, r"parents\[1\] is 3; allowed are -1 to 1"),
         (lambda: anymask.tree(torch.tensor([0])), ValueError, "parents form a cycle through token 0"),

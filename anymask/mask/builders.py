@@ -6,7 +6,7 @@ Lengths of tensors are compared when the mask is packed.
 
 from collections.abc import Callable
 from functools import reduce
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from operator import and_
 
 import torch
@@ -171,14 +171,29 @@ def global_tokens(tokens: int | Tensor) -> Mask:
     """Global tokens attend to all keys, and all queries to them: Longformer's, to be combined by `|`.
 
     Args:
-        tokens: how many of the first tokens are global; or bool `[length]` or `[batch, length]`, True for a global one.
+        tokens: how many of the first tokens are global; or their positions, int `[n]`, each once, read by the host; or
+            bool `[length]` or `[batch, length]`, True for a global one.
     """
-    if not isinstance(tokens, Tensor):
-        _natural("tokens", tokens)
-        return Positions(0, tokens, of_query=True) | Positions(0, tokens, of_query=False)
-    if tokens.dtype != torch.bool:
-        raise ValueError(f"tokens has dtype {tokens.dtype}; allowed are an int and a bool tensor")
-    return _flagged("tokens", tokens, of_query=True) | _flagged("tokens", tokens, of_query=False)
+    if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
+        return _flagged("tokens", tokens, of_query=True) | _flagged("tokens", tokens, of_query=False)
+    if isinstance(tokens, Tensor):
+        known = set(whole_numbers("tokens", tokens, (1,)).tolist())
+        _natural("tokens", min(known, default=0))
+        if len(known) < len(tokens):
+            raise ValueError(
+                f"tokens {_few(tokens.tolist())} has a position twice; allowed are each once, or bool flags"
+            )
+        starts, ends = (
+            sorted(t for t in known if t - 1 not in known),
+            sorted(t + 1 for t in known if t + 1 not in known),
+        )
+    else:
+        starts, ends = [0], [_natural("tokens", tokens)]
+    masks: list[Mask] = [Positions(*run, side) for run in zip(starts, ends, strict=True) for side in (True, False)]
+    # by halves: a chain of hundreds is too deep for Python
+    while len(masks) > 1:
+        masks = [a if b is None else a | b for a, b in zip_longest(masks[::2], masks[1::2])]
+    return masks[0] if masks else Positions(0, 0, of_query=True)
 
 
 def shared_prefix(ids: Tensor) -> Mask:
