@@ -128,8 +128,7 @@ def document(
         labels = _labels(cu_seqlens)
     else:
         labels = _per_token(name, ids)
-    kv_labels = labels if kv_ids is None else _per_token("kv_ids", kv_ids)
-    return Between(labels, kv_labels, kv_labels + 1, of_query=True, name=name)
+    return _same(name, labels, kv_ids)
 
 
 def key_padding(keep: Tensor) -> Mask:
@@ -406,10 +405,11 @@ def _flagged(name: str, flags: Tensor, of_query: bool) -> Mask:
     return Between(_per_token(name, flags.long()), one, one + 1, of_query, name)
 
 
-def _same(name: str, ids: Tensor) -> Mask:
-    """Attends where query and key have the same number."""
+def _same(name: str, ids: Tensor, kv_ids: Tensor | None = None) -> Mask:
+    """Attends where query and key have the same number; the keys have those of the queries, or `kv_ids`."""
     labels = _per_token(name, ids)
-    return Between(labels, labels, labels + 1, of_query=True, name=name)
+    kv_labels = labels if kv_ids is None else _per_token("kv_ids", kv_ids)
+    return Between(labels, kv_labels, kv_labels + 1, of_query=True, name=name)
 
 
 def _of_own_part(name: str, ids: Tensor) -> Mask:
