@@ -23,6 +23,6 @@ class ForwardConfig:
 FORWARD = {64: ForwardConfig(64, 2, 4, 2, (False, True)), 128: ForwardConfig(128, 1, 2, 2, (True, True))}
 # queries of a step of the backward pass
 BLOCK_M = {64: 128, 128: 64}
-# up to so many tiles a line of keys, on average, dq from its own kernel is faster than as a sum in memory; timed with so
-# many lines a multiprocessor, and with few its launch takes the host longer than it saves
+# up to so many tiles a line of keys, on average, dq from its own kernel is faster than as a sum in memory; timed with
+# so many lines a multiprocessor, and with few its launch takes the host longer than it saves
 SHORT_LINE, MANY_LINES = 2, 60
