@@ -222,7 +222,8 @@ def test_packing_fits(compiled, monkeypatch, target):
     kinds, words = torch.ones(1, 1, 3, 3, dtype=torch.int8), torch.zeros(3, 128, 4, dtype=torch.int32)
     triton_pack.lists_from_tiles(kinds, words, Grid(384, 384, torch.device("cpu")))
     lists = ["_scan_kernel", "_fill_kernel"]
-    assert_fits(kernels, target, ["_dense_kernel", *lists, "_copy_kernel", "_tiles_kernel", *lists, "_words_kernel"])
+    dense = ["_prepare_kernel", "_dense_kernel", *lists, "_copy_kernel"]
+    assert_fits(kernels, target, [*dense, "_prepare_kernel", "_tiles_kernel", *lists, "_words_kernel"])
     assert_packing_spills_little(kernels, target)
 
 
@@ -262,7 +263,7 @@ def test_packing_expressions_fits(compiled, monkeypatch, target, name):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [3, 3, 384, 384])
     triton_pack.pack_expression(EXPRESSIONS[name](384), Grid(384, 384, torch.device("cpu")))
     lists = ["_tiles_kernel", "_scan_kernel", "_fill_kernel", "_words_kernel"]
-    assert_fits(kernels, target, ["_extremes_kernel", *lists] if name == "documents" else lists)
+    assert_fits(kernels, target, ["_prepare_kernel", *lists])
     assert_packing_spills_little(kernels, target)
 
 
@@ -281,5 +282,5 @@ def test_new_numbers_and_lengths_of_an_expression_compile_nothing(compiled, monk
     for n in (1, 2, 16, 129, 384, 4096):
         mask = sliding_window(n, n - 1) & document(torch.arange(n)[None].expand(n % 3 + 1, n)) & dilated(n, 1)
         triton_pack.pack_expression(mask, Grid(n, n, torch.device("cpu")))
-    names = ["_extremes_kernel", "_tiles_kernel", "_scan_kernel", "_fill_kernel", "_words_kernel"]
+    names = ["_prepare_kernel", "_tiles_kernel", "_scan_kernel", "_fill_kernel", "_words_kernel"]
     assert {name: len({id(k) for k in kernels if k.metadata.name == name}) for name in names} == dict.fromkeys(names, 1)

@@ -139,7 +139,7 @@ class TestPacking:
         from anymask.mask import triton_expr, triton_pack
 
         def compiled() -> int:
-            kernels = triton_expr._extremes_kernel, triton_pack._tiles_kernel, triton_pack._words_kernel
+            kernels = triton_expr._prepare_kernel, triton_pack._tiles_kernel, triton_pack._words_kernel
             return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
         counts = set()

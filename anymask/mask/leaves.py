@@ -155,11 +155,17 @@ class Between(Mask):
         return (_read(self.low, b, h, at_range) <= value) & (value < _read(self.high, b, h, at_range))
 
     def spec(self, leaves: list[Tensor]) -> str:
-        numbers = []
-        for t in (self.value, self.low, self.high):
-            numbers.append(None if t is None else len(leaves))
-            leaves += [] if t is None else [t]
+        numbers = [None if t is None else _leaf(t, leaves) for t in (self.value, self.low, self.high)]
         return f"('between', {', '.join(map(str, numbers))}, {self.of_query}, {self.name!r})"
+
+
+def _leaf(t: Tensor, leaves: list[Tensor]) -> int:
+    """Where `t` is in `leaves`, to which it is added if it is new: documents compare their ids with themselves."""
+    for i, known in enumerate(leaves):
+        if known is t:
+            return i
+    leaves.append(t)
+    return len(leaves) - 1
 
 
 def _extremes(t: Tensor, length: int, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor]:
@@ -211,8 +217,7 @@ class Blocks(Mask):
         return _read(self.layout, b, h, q // self.size, k // self.size)
 
     def spec(self, leaves: list[Tensor]) -> str:
-        leaves.append(self.layout)
-        return f"('blocks', {len(leaves) - 1}, {int(self.size)})"
+        return f"('blocks', {_leaf(self.layout, leaves)}, {int(self.size)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -279,8 +284,7 @@ class Dense(Mask):
         return _read(self.tensor, b, h, q, k) != 0
 
     def spec(self, leaves: list[Tensor]) -> str:
-        leaves.append(self.tensor)
-        return f"('dense', {len(leaves) - 1})"
+        return f"('dense', {_leaf(self.tensor, leaves)})"
 
 
 def mask_from_spec(spec: str, leaves: list[Tensor]) -> Mask:

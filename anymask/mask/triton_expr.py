@@ -40,6 +40,8 @@ AND, OR, NOT, BAND, STRIDE, POSITIONS, BETWEEN, BLOCKS, DENSE, PACKED = map(tl.c
 FAR = 2**28
 # beyond these a kernel would have too many arguments, or take long to compile
 MAX_OPS, MAX_TENSORS = 512, 32
+# integers that a program of `_prepare_kernel` zeroes
+ZEROS = 4096
 # integers of a tensor in `Program.strides`
 FIELDS = tl.constexpr(7)
 
@@ -123,7 +125,7 @@ def _parse(spec: str, leaves: int) -> _Parsed | None:
     emit(ast.literal_eval(spec))
     if len(ops) > MAX_OPS or leaves + len(layouts) > MAX_TENSORS:
         return None
-    return _Parsed(tuple(ops), _stored(numbers), tuple(ranges), tuple(layouts))
+    return _Parsed(tuple(ops), _stored(numbers), tuple(dict.fromkeys(ranges)), tuple(layouts))
 
 
 def program_of(mask: Mask, grid: Grid) -> Program | None:
@@ -171,24 +173,26 @@ def _program(parsed: _Parsed, tensors: list[Tensor], fields: list[int], n_extrem
     )
 
 
-def find_extremes(program: Program, work: Work) -> None:
-    """Fill the extremes of `work`."""
-    n = program.n_extremes
-    if n:
-        launch(
-            _extremes_kernel,
-            (n, 1, 1),
-            (
-                work.memory,
-                tuple(program.tensors[leaf] for leaf in program.ranges),
-                (*program.counts, 4 * n + 3),
-                work.starts[2],
-            ),
-            {"TENSORS": len(program.ranges)},
-            (work.key, program.key, program.ranges),
-            num_warps=1,
-            **LAUNCH,
-        )
+def prepare(work: Work, program: Program | None = None) -> None:
+    """Fill `work` with zeros, that is no tile counted and no position alive, and with the extremes of a program."""
+    zeros, n = 4 * work.starts[2], 0
+    # no launch sees an empty tuple
+    tensors: tuple[Tensor, ...] = (work.memory,)
+    counts: tuple[int, ...] = (3,)
+    key = None
+    if program is not None and program.n_extremes:
+        tensors = tuple(program.tensors[leaf] for leaf in program.ranges)
+        n, key = program.n_extremes, (program.key, program.ranges)
+        counts = *program.counts, 4 * n + 3
+    launch(
+        _prepare_kernel,
+        (max(n, -(-zeros // ZEROS)), 1, 1),
+        (work.memory, tensors, counts, zeros, work.starts[2]),
+        {"TENSORS": len(counts) // 2, "ZEROS": ZEROS},
+        (work.key, key),
+        num_warps=1,
+        **LAUNCH,
+    )
 
 
 def _strides(t: Tensor) -> list[int]:
@@ -207,9 +211,11 @@ def extremes_at(memory, start):
     return (memory.to(tl.pointer_type(tl.int8)) + start.to(tl.int64) * 16).to(tl.pointer_type(tl.int64))
 
 
-@triton.jit(do_not_specialize=["start"])
-def _extremes_kernel(memory, tensors, counts, start, TENSORS: tl.constexpr):
-    """One program a tile of positions of a tensor `[planes, length]`: its least and its most."""
+@triton.jit(do_not_specialize=["zeros", "start"])
+def _prepare_kernel(memory, tensors, counts, zeros, start, TENSORS: tl.constexpr, ZEROS: tl.constexpr):
+    """One program ZEROS zeros, and a tile of positions of a tensor `[planes, length]`: its least and its most."""
+    x = tl.program_id(0) * ZEROS + tl.arange(0, ZEROS)
+    tl.store(memory + x, 0, mask=x < zeros)
     extremes = extremes_at(memory, start)
     number = tl.program_id(0)
     for j in tl.static_range(TENSORS):

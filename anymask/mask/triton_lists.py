@@ -28,9 +28,9 @@ TOTALS = tl.constexpr(4)
 class Work(NamedTuple):
     """Memory of one call: what is known of the tiles once each has been looked at. See `work_for`."""
 
-    # int32, zeros at first: totals, then by line the full tiles of rows, partial of rows, full of columns, partial of
-    # columns; then uint8 [planes * length] of queries and of keys, 1 where a partial tile has a pair; then int64 [n, 2]
-    # for `Program`; then int8 kinds [batch, heads, q_tiles, kv_tiles]. Each part starts at a multiple of 16 bytes
+    # int32: totals, then by line the full tiles of rows, partial of rows, full of columns, partial of columns; then
+    # uint8 [planes * length] of queries and of keys, 1 where a partial tile has a pair; all zeros at first. Then int64
+    # [n, 2] for `Program`; then int8 kinds [batch, heads, q_tiles, kv_tiles]. Each starts at a multiple of 16 bytes
     memory: Tensor
     # where they start, in units of 16 bytes: queries, keys, extremes, kinds
     starts: tuple[int, int, int, int]
@@ -64,7 +64,7 @@ def empty(grid: Grid, *shape: int) -> Tensor:
 
 
 def work_for(batch: int, heads: int, grid: Grid, extremes: int = 0) -> Work:
-    """Zeros, from one launch: no tile counted and no position alive."""
+    """Not written yet."""
     planes = batch * heads
     n_rows, n_cols = planes * grid.q_tiles, planes * grid.kv_tiles
     queries = -(-(TOTALS.value + 2 * (n_rows + n_cols)) // 4)
@@ -72,7 +72,7 @@ def work_for(batch: int, heads: int, grid: Grid, extremes: int = 0) -> Work:
     first = keys - (-planes * grid.kv_len // 16)
     kinds = first + extremes
     end = kinds - (-n_rows * grid.kv_tiles // 16)
-    memory = torch.zeros(4 * end, dtype=torch.int32, device=grid.device)
+    memory = empty(grid, 4 * end)
     key = grid.device, planes * max(grid.q_len, grid.kv_len) < 2**31
     return Work(memory, (queries, keys, first, kinds), batch, heads, grid, n_rows, n_cols, key)
 

@@ -34,9 +34,9 @@ from anymask.mask.triton_expr import (
     classify,
     evaluate,
     extremes_at,
-    find_extremes,
     packed_place,
     packed_program,
+    prepare,
     program_of,
 )
 from anymask.mask.triton_lists import TOTALS, block_mask_of, empty, kinds_at, lists_of, live_at, padded, work_for
@@ -63,6 +63,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
         tensor = tensor != 0
     with on(grid.device):
         work = work_for(batch, heads, grid)
+        prepare(work)
         tiles = work.n_rows * grid.kv_tiles
         # of all tiles, written where partial
         words, words_t = _both_words(grid, tiles)
@@ -147,7 +148,7 @@ def words_of_tiles(tiles: Tensor, places: Tensor, grid: Grid, words: Words, kind
 def _pack_program(program: Program, batch: int, heads: int, grid: Grid, words: Words | None) -> BlockMask:
     """`words`: those of the rows, if they are there already."""
     work = work_for(batch, heads, grid, program.n_extremes)
-    find_extremes(program, work)
+    prepare(work, program)
     # no launch sees an empty tuple
     mask = program.numbers, program.tensors or (work.memory,), program.strides
     constants = {"ops": program.ops, "STRIP": STRIP}
