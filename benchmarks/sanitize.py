@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from anymask.backends import hopper
 from anymask.testing import Case, check
@@ -99,15 +98,15 @@ def main() -> int:
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
     tools = options.tool or TOOLS
-    table, bad = Table("case", *tools), 0
+    console, bad = Console(), 0
     # mostly imports and compilation, on cores of their own
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = [[pool.submit(inspect, tool, i) for tool in tools] for i in range(len(CASES))]
-        for case, futures in track(list(zip(CASES, found, strict=True)), "cases"):
+        for case, futures in track(list(zip(CASES, found, strict=True)), "cases", console=console):
             verdicts = [future.result() for future in futures]
             bad += any(not v.startswith("clean") for v in verdicts)
-            table.add_row(str(case), *verdicts)
-    Console().print(table)
+            console.print(f"{case}: " + "; ".join(f"{t} {v}" for t, v in zip(tools, verdicts, strict=True)))
+    console.print(f"{len(CASES) - bad} of {len(CASES)} cases are clean")
     return bad
 
 

@@ -167,6 +167,23 @@ def check_growing_scores(case: Case, backend: str, device: str) -> None:
     inputs = make_inputs(case, device)
     ramp = torch.linspace(0.1, 20, case.kv_len, device=device)[:, None]
     inputs = inputs._replace(k=(inputs.k.detach() * ramp).to(case.dtype).requires_grad_())
+    _check_inputs(inputs, case, backend)
+
+
+def check_high_hidden_scores(case: Case, backend: str, device: str) -> None:
+    """Hidden pairs that score e**64 times what the others do, in every tile: as right as any."""
+    inputs = make_inputs(case, device)
+    q, k = inputs.q.detach().clone(), inputs.k.detach().clone()
+    rows, columns = (torch.arange(n, device=device) % 2 * 2 - 1 for n in (case.q_len, case.kv_len))
+    # a last dimension of its own, whose product is 32 where the parity is the same, else -32
+    q[..., -1], k[..., -1] = 8 * rows, 4 * case.head_dim**0.5 * columns
+    visible = inputs.dense & (rows[:, None] != columns)
+    _check_inputs(
+        inputs._replace(q=q.requires_grad_(), k=k.requires_grad_(), mask=visible, dense=visible), case, backend
+    )
+
+
+def _check_inputs(inputs: Inputs, case: Case, backend: str) -> None:
     args = inputs.q, inputs.k, inputs.v, inputs.dense, None, inputs.do, inputs.dlse
     expected, yardstick, magnitude = reference(*args), eager(*args), magnitudes(*args)
     rows = min(case.q_len, case.kv_len)

@@ -128,6 +128,11 @@ def test_growing_scores(backend: str, case: Case) -> None:
     grid.check_growing_scores(case, backend, "cpu")
 
 
+@cases(BACKENDS, [Case(m, 100, 300, 32, t) for m in ("causal_lower_right", "random", "none") for t in (F32, BF16)])
+def test_high_hidden_scores(backend: str, case: Case) -> None:
+    grid.check_high_hidden_scores(case, backend, "cpu")
+
+
 @pytest.mark.parametrize("shift", [-50.0, -89.0, -1000.0, -10000.0, 1000.0])
 @cases(BACKENDS, [Case("random", 70, kv, 32, t) for kv in (1, 64, 127, 129, 192) for t in (F32, BF16)])
 def test_far_from_zero_scores(backend: str, case: Case, shift: float) -> None:

@@ -177,6 +177,14 @@ def test_growing_scores(backend: str, case: Case, device: str) -> None:
     grid.check_growing_scores(case, backend, device)
 
 
+@cases(
+    BACKENDS,
+    [Case(m, 300, 700, d, t) for m in ("causal_lower_right", "random", "none") for d in (64, 128) for t in (F16, BF16)],
+)
+def test_high_hidden_scores(backend: str, case: Case, device: str) -> None:
+    grid.check_high_hidden_scores(case, backend, device)
+
+
 @pytest.mark.hopper
 class TestHopperSaysNo:
     def why(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None) -> str:

@@ -157,6 +157,11 @@ def test_growing_scores(backend: str, case: Case) -> None:
     grid.check_growing_scores(case, backend, "cpu")
 
 
+@cases(BACKENDS, [Case(m, 33, 300, 16, F16, batch=1) for m in ("random", "none")])
+def test_high_hidden_scores(backend: str, case: Case) -> None:
+    grid.check_high_hidden_scores(case, backend, "cpu")
+
+
 @pytest.mark.parametrize("shift", [-50.0, -1000.0, -10000.0])
 @cases(BACKENDS, [Case("random", 33, kv, 16, t, batch=1) for kv in (1, 64, 129) for t in (F32, BF16)])
 def test_far_from_zero_scores(backend: str, case: Case, shift: float) -> None:

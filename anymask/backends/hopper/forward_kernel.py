@@ -21,6 +21,7 @@ from anymask.backends.hopper.items import ask, place_at, rounds, start, told
 from anymask.backends.hopper.softmax import (
     ROWS,
     end_words,
+    exp2_where,
     exponents,
     follow,
     hide,
@@ -144,6 +145,72 @@ def _scores(q, k_buf):
 
 
 @gluon.jit
+def _steps(
+    begin,
+    end,
+    state,
+    q,
+    kv_ring,
+    masking,
+    qk_scale,
+    HIDES: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    PACK_GQA: gl.constexpr,
+):
+    """Steps `begin` to `end` of a pair, all of partial tiles (HIDES) or all of full ones: their share of `state`.
+
+    The tensor cores must never wait for a softmax, so the product with k is issued together with the product of the
+    step before with v.
+    """
+    p, acc, l_i, m_i = state
+    k_bufs, k_ready, v_bufs, v_ready, kv_empty = kv_ring
+    words, w_next, mask_rows = masking
+    D: gl.constexpr = q.shape[1]
+    BLOCK_N: gl.constexpr = k_bufs.shape[3]
+    STEPS: gl.constexpr = TILE // BLOCK_N
+    # beside exponentials if a step has many: two warps then share what issues instructions, elsewhere four
+    HIDES_LATE: gl.constexpr = HIDES and STEPS == 1
+    dtype: gl.constexpr = q.dtype
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    W_LAYOUT: gl.constexpr = m_i.type.layout
+    for i in range(begin, end):
+        last = _slot(i - 1, STAGES)[0]
+        stage, phase = _slot(i, STAGES)
+        mbarrier.wait(k_ready.index(stage), phase)
+        s_flying = _scores(q, k_bufs.index(stage))
+        p = unpacked(p, dtype, P_LAYOUT)
+        acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s_flying])
+        z = exponents(s, m_i, qk_scale)
+        if HIDES:
+            step = _slot(i, STEPS)[0]
+            w = w_next >> (step * (BLOCK_N // 4))
+            # words of this step and, read one step ahead, of the next
+            if words is not None:  # noqa: SIM102
+                if step == STEPS - 1:
+                    words += TILE * 4
+                    w_next = load_words(words, GROUP * ROWS, i < end - 1, mask_rows, W_LAYOUT, PACK_GQA)
+        if HIDES_LATE:
+            z, m_i, alpha = follow(z, m_i, w, W_LAYOUT)
+            x = exp2_where(z, w)
+        else:
+            if HIDES:
+                z = hide(z, w)
+            z, m_i, alpha = follow(z, m_i, None, W_LAYOUT)
+            x = exp2(z)
+        l_i = l_i * alpha + partial_sums(x, W_LAYOUT)
+        is_moved = moved(alpha, l_i)
+        # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
+        mbarrier.wait(v_ready.index(stage), phase)
+        acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
+        mbarrier.arrive(kv_empty.index(stage))
+        acc = rescale(acc, alpha, is_moved)
+        p = packed(x, dtype)
+    return p, acc, l_i, m_i
+
+
+@gluon.jit
 def _attend(
     q,
     kv_ring,
@@ -163,9 +230,6 @@ def _attend(
     """The `n >= 1` steps of an item, partial tiles first: output `[ROWS, D]` before division, row sums and references.
 
     The pair's steps before are `first`, whole tiles. `w`: with a mask, the words of the first tile.
-
-    The tensor cores must never wait for a softmax, so the product with k is issued together with the product of the
-    step before with v.
     """
     k_bufs, k_ready, v_bufs, v_ready, kv_empty = kv_ring
     D: gl.constexpr = q.shape[1]
@@ -176,62 +240,37 @@ def _attend(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     W_LAYOUT: gl.constexpr = no_words(BLOCK_N, S_LAYOUT).type.layout
-    FIRST_ROW: gl.constexpr = GROUP * ROWS
-    # without a mask only the last tile has keys to hide, which comes first
-    HIDES: gl.constexpr = MASKED or STEPS > 1
-    # words of this step and, read one step ahead, of the next
     if MASKED:
         n_hidden = n_partial * STEPS
         w_next = w
         if STEPS == 1:
             words += TILE * 4
-            w_next = load_words(words, FIRST_ROW, n_partial > 1, mask_rows, W_LAYOUT, PACK_GQA)
+            w_next = load_words(words, GROUP * ROWS, n_partial > 1, mask_rows, W_LAYOUT, PACK_GQA)
+        masking = words, w_next, mask_rows
     else:
-        n_hidden = STEPS
+        # STEPS, and not known to be: ptxas would serialise the products of a loop that LLVM has unrolled
+        n_hidden = gl.minimum(n, STEPS)
         w = end_words(kv_len - (n // STEPS - 1) * TILE, W_LAYOUT)
-        w_next = w
+        masking = None, w, mask_rows
     stage, phase = _slot(first, STAGES)
     mbarrier.wait(k_ready.index(stage), phase)
     s = _scores(q, k_bufs.index(stage))
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
     z = hide(exponents(s, m_i, qk_scale), w)
-    z, m_i, _ = follow(z, m_i, W_LAYOUT)
+    z, m_i, _ = follow(z, m_i, None, W_LAYOUT)
     x = exp2(z)
     l_i = partial_sums(x, W_LAYOUT)
     mbarrier.wait(v_ready.index(stage), phase)
     mbarrier.arrive(kv_empty.index(stage))
-    p = packed(x, dtype)
     acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
-    last_hidden = first + n_hidden - 1
-    for i in range(first + 1, first + n):
-        last = _slot(i - 1, STAGES)[0]
-        stage, phase = _slot(i, STAGES)
-        mbarrier.wait(k_ready.index(stage), phase)
-        s_flying = _scores(q, k_bufs.index(stage))
-        p = unpacked(p, dtype, P_LAYOUT)
-        acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s_flying])
-        z = exponents(s, m_i, qk_scale)
-        # one loop and a uniform branch: two loops would be twice the instructions to cache
-        if HIDES:  # noqa: SIM102
-            if i <= last_hidden:
-                step = _slot(i, STEPS)[0]
-                z = hide(z, w_next >> (step * (BLOCK_N // 4)))
-                if MASKED:  # noqa: SIM102
-                    if step == STEPS - 1:
-                        words += TILE * 4
-                        w_next = load_words(words, FIRST_ROW, i < last_hidden, mask_rows, W_LAYOUT, PACK_GQA)
-        z, m_i, alpha = follow(z, m_i, W_LAYOUT)
-        x = exp2(z)
-        l_i = l_i * alpha + partial_sums(x, W_LAYOUT)
-        is_moved = moved(alpha, l_i)
-        # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
-        mbarrier.wait(v_ready.index(stage), phase)
-        acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
-        mbarrier.arrive(kv_empty.index(stage))
-        acc = rescale(acc, alpha, is_moved)
-        p = packed(x, dtype)
+    state = packed(x, dtype), acc, l_i, m_i
+    if MASKED or STEPS > 1:
+        hidden_end = first + n_hidden
+        state = _steps(first + 1, hidden_end, state, q, kv_ring, masking, qk_scale, True, GROUP, STAGES, PACK_GQA)
+    full_begin = first + gl.maximum(n_hidden, 1)
+    state = _steps(full_begin, first + n, state, q, kv_ring, masking, qk_scale, False, GROUP, STAGES, PACK_GQA)
+    p, acc, l_i, m_i = state
     last = _slot(first + n - 1, STAGES)[0]
     p = unpacked(p, dtype, P_LAYOUT)
     acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)

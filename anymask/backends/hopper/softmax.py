@@ -54,8 +54,8 @@ def end_words(columns, W_LAYOUT: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _hide_asm(n: int):
-    """PTX that keeps `n` exponents whose bit is set: of one thread, 4 at a time 2 of its first row, 2 of its second.
+def _where_asm(n: int, powers: bool):
+    """PTX that keeps `n` exponents, or powers of 2, whose bit is set: of one thread, 4 at a time 2 of each of its rows.
 
     One row after the other, with the bit as a constant: so ptxas moves several bits at once to predicates (R2P).
     """
@@ -63,31 +63,44 @@ def _hide_asm(n: int):
     for row in (0, 2):
         for b in range(n // 2):
             i = b // 2 * 4 + row + b % 2
-            lines.append(
-                f"and.b32 t, ${2 * n + row}, {1 << b}; setp.ne.u32 p, t, 0; selp.f32 ${i}, ${n + i}, 0fFF800000, p;"
-            )
-    return "{ .reg .pred p; .reg .b32 t; " + "\n".join(lines) + " }"
+            lines.append(f"and.b32 t, ${2 * n + row}, {1 << b}; setp.ne.u32 p, t, 0;")
+            if powers:
+                lines.append(f"ex2.approx.ftz.f32 x, ${n + i}; selp.f32 ${i}, x, 0f00000000, p;")
+            else:
+                lines.append(f"selp.f32 ${i}, ${n + i}, 0fFF800000, p;")
+    return "{ .reg .pred p; .reg .b32 t; .reg .f32 x; " + "\n".join(lines) + " }"
 
 
 @gluon.constexpr_function
-def _hide_operands(n: int):
+def _where_operands(n: int):
     return ",".join(["=f"] * n + ["f"] * n + ["r"] * n)
 
 
 @gluon.jit
-def hide(z, w):
-    """Exponents `z [ROWS, N]` where pairs attend, else -inf. `w [ROWS, 4]`: the words of the rows, low bits first."""
+def _where(z, w, POWERS: gl.constexpr):
     N: gl.constexpr = z.shape[1] // 2
     LAYOUT: gl.constexpr = z.type.layout
     z4 = gl.inline_asm_elementwise(
-        _hide_asm(N),
-        _hide_operands(N),
+        _where_asm(N, POWERS),
+        _where_operands(N),
         [by_quads(z), w.expand_dims(1).expand_dims(3)],
         dtype=gl.float32,
         is_pure=True,
         pack=N,
     )
     return by_rows(z4, LAYOUT)
+
+
+@gluon.jit
+def hide(z, w):
+    """Exponents `z [ROWS, N]` where pairs attend, else -inf. `w [ROWS, 4]`: the words of the rows, low bits first."""
+    return _where(z, w, False)
+
+
+@gluon.jit
+def exp2_where(z, w):
+    """`2**z [ROWS, N]` where pairs attend, else 0, whatever z is there."""
+    return _where(z, w, True)
 
 
 @gluon.jit
@@ -98,11 +111,11 @@ def exponents(s, m, qk_scale):
 
 
 @gluon.constexpr_function
-def _follow_asm(n: int):
+def _follow_asm(n: int, hides: bool):
     """PTX for the `n` exponents of a thread, in place: 4 at a time 2 of its first row, 2 of its second.
 
     Then come, as bits, for each element of these rows: m of the first row in place, its alpha, m of the second, its
-    alpha, and zeros.
+    alpha, and zeros. If it `hides`, words follow.
     """
     # floats above 0 have the order of their bits, the others are negative in both; two maxima are one VIMNMX3
     chains = "abcd"
@@ -121,6 +134,10 @@ def _follow_asm(n: int):
     for row in (0, 2):
         m, alpha = f"${n + row}", f"${n + row + 1}"
         elements = [f"${i}" for i in range(n) if i & 2 == row]
+        if hides:
+            for b, z in enumerate(elements):
+                lines.append(f"and.b32 x, ${4 * n + row}, {1 << b}; setp.ne.u32 p, x, 0;")
+                lines.append(f"selp.f32 {z}, {z}, 0fFF800000, p;")
         lines.append(f"mov.b32 u, {elements[0]};")
         lines += [f"max.f32 u, u, {x};" for x in elements[1:]]
         lines += [f"shfl.sync.bfly.b32 t, u, {lanes}, 31, 0xffffffff; max.f32 u, u, t;" for lanes in (1, 2)]
@@ -137,23 +154,27 @@ def _follow_asm(n: int):
 
 
 @gluon.constexpr_function
-def _follow_operands(n: int):
-    return ",".join(["=f"] * n + ["=r"] * n + [str(i) for i in range(2 * n)])
+def _follow_operands(n: int, hides: bool):
+    return ",".join(["=f"] * n + ["=r"] * n + [str(i) for i in range(2 * n)] + ["r"] * (n * hides))
 
 
 @gluon.jit
-def follow(z, m, W_LAYOUT: gl.constexpr):
+def follow(z, m, w, W_LAYOUT: gl.constexpr):
     """Let the reference `m [ROWS, 4]` of exponents `z [ROWS, N]` follow their maxima: (z in its terms, m, alpha).
 
     Any m that keeps `p` in range is exact, so m follows a maximum only when that has grown by 2**8: most steps leave
     every m of a warp where it was, and cost a vote. A row that has met no key has m = 0, and no other row has.
+
+    `w [ROWS, 4]`, if not None: words of the rows. Pairs that they hide may call for the maxima, but are not in them.
     """
     N: gl.constexpr = z.shape[1] // 2
     LAYOUT: gl.constexpr = z.type.layout
+    HIDES: gl.constexpr = w is not None
+    rows = [by_quads(z), m.to(gl.int32, bitcast=True).expand_dims(1).expand_dims(3)]
     z4, rest = gl.inline_asm_elementwise(
-        _follow_asm(N),
-        _follow_operands(N),
-        [by_quads(z), m.to(gl.int32, bitcast=True).expand_dims(1).expand_dims(3)],
+        _follow_asm(N, HIDES),
+        _follow_operands(N, HIDES),
+        rows + [w.expand_dims(1).expand_dims(3)] if HIDES else rows,
         dtype=(gl.float32, gl.int32),
         is_pure=True,
         pack=N,
