@@ -148,6 +148,7 @@ def _scores(q, k_buf):
 def _steps(
     begin,
     end,
+    last_hidden,
     state,
     q,
     kv_ring,
@@ -158,19 +159,20 @@ def _steps(
     STAGES: gl.constexpr,
     PACK_GQA: gl.constexpr,
 ):
-    """Steps `begin` to `end` of a pair, all of partial tiles (HIDES) or all of full ones: their share of `state`.
+    """Steps `begin` to `end` of a pair, partial tiles up to step `last_hidden`: their share of `state`.
+
+    HIDES: "none" of the steps has pairs to hide, or "all", or "some", of which a uniform branch takes care.
 
     The tensor cores must never wait for a softmax, so the product with k is issued together with the product of the
     step before with v.
     """
     p, acc, l_i, m_i = state
     k_bufs, k_ready, v_bufs, v_ready, kv_empty = kv_ring
+    # words: those of the next step are read one step ahead
     words, w_next, mask_rows = masking
     D: gl.constexpr = q.shape[1]
     BLOCK_N: gl.constexpr = k_bufs.shape[3]
     STEPS: gl.constexpr = TILE // BLOCK_N
-    # beside exponentials if a step has many: two warps then share what issues instructions, elsewhere four
-    HIDES_LATE: gl.constexpr = HIDES and STEPS == 1
     dtype: gl.constexpr = q.dtype
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     W_LAYOUT: gl.constexpr = m_i.type.layout
@@ -183,20 +185,22 @@ def _steps(
         acc_flying = warpgroup_mma(p, v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_flying])
         z = exponents(s, m_i, qk_scale)
-        if HIDES:
-            step = _slot(i, STEPS)[0]
-            w = w_next >> (step * (BLOCK_N // 4))
-            # words of this step and, read one step ahead, of the next
-            if words is not None:  # noqa: SIM102
-                if step == STEPS - 1:
-                    words += TILE * 4
-                    w_next = load_words(words, GROUP * ROWS, i < end - 1, mask_rows, W_LAYOUT, PACK_GQA)
-        if HIDES_LATE:
+        if HIDES == "all":
+            gl.static_assert(STEPS == 1)
+            w = w_next
+            words += TILE * 4
+            w_next = load_words(words, GROUP * ROWS, i < last_hidden, mask_rows, W_LAYOUT, PACK_GQA)
             z, m_i, alpha = follow(z, m_i, w, W_LAYOUT)
             x = exp2_where(z, w)
         else:
-            if HIDES:
-                z = hide(z, w)
+            if HIDES == "some":  # noqa: SIM102
+                if i <= last_hidden:
+                    step = _slot(i, STEPS)[0]
+                    z = hide(z, w_next >> (step * (BLOCK_N // 4)))
+                    if words is not None:  # noqa: SIM102
+                        if step == STEPS - 1:
+                            words += TILE * 4
+                            w_next = load_words(words, GROUP * ROWS, i < last_hidden, mask_rows, W_LAYOUT, PACK_GQA)
             z, m_i, alpha = follow(z, m_i, None, W_LAYOUT)
             x = exp2(z)
         l_i = l_i * alpha + partial_sums(x, W_LAYOUT)
@@ -248,8 +252,7 @@ def _attend(
             w_next = load_words(words, GROUP * ROWS, n_partial > 1, mask_rows, W_LAYOUT, PACK_GQA)
         masking = words, w_next, mask_rows
     else:
-        # STEPS, and not known to be: ptxas would serialise the products of a loop that LLVM has unrolled
-        n_hidden = gl.minimum(n, STEPS)
+        n_hidden = STEPS
         w = end_words(kv_len - (n // STEPS - 1) * TILE, W_LAYOUT)
         masking = None, w, mask_rows
     stage, phase = _slot(first, STAGES)
@@ -265,11 +268,24 @@ def _attend(
     mbarrier.arrive(kv_empty.index(stage))
     acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
     state = packed(x, dtype), acc, l_i, m_i
-    if MASKED or STEPS > 1:
-        hidden_end = first + n_hidden
-        state = _steps(first + 1, hidden_end, state, q, kv_ring, masking, qk_scale, True, GROUP, STAGES, PACK_GQA)
-    full_begin = first + gl.maximum(n_hidden, 1)
-    state = _steps(full_begin, first + n, state, q, kv_ring, masking, qk_scale, False, GROUP, STAGES, PACK_GQA)
+    begin, end, last_hidden = first + 1, first + n, first + n_hidden - 1
+    # fmt: off
+    if STEPS > 1:
+        # four groups share the multiprocessor, and two loops would be twice the instructions to cache
+        state = _steps(
+            begin, end, last_hidden, state, q, kv_ring, masking, qk_scale, "some", GROUP, STAGES, PACK_GQA,
+        )
+    else:
+        if MASKED:
+            full_begin = last_hidden + 1
+            state = _steps(
+                begin, full_begin, last_hidden, state, q, kv_ring, masking, qk_scale, "all", GROUP, STAGES, PACK_GQA,
+            )
+            begin = gl.maximum(begin, full_begin)
+        state = _steps(
+            begin, end, last_hidden, state, q, kv_ring, masking, qk_scale, "none", GROUP, STAGES, PACK_GQA,
+        )
+    # fmt: on
     p, acc, l_i, m_i = state
     last = _slot(first + n - 1, STAGES)[0]
     p = unpacked(p, dtype, P_LAYOUT)
