@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -19,6 +20,8 @@ Function = Callable[[], object]
 FLUSH_BYTES = 256 * 2**20
 # flushes queued before a block, so that the host runs ahead of the device for the calls that follow
 AHEAD = 16
+# the same before the calls by which the others are planned
+FAR_AHEAD = 64
 # a round on the CPU counts as quiet if other processes used less than this share of one core
 BUSY_SHARE = 0.15
 # resolution of the system's account
@@ -47,32 +50,41 @@ class Quantiles:
 def cuda_ms(functions: Mapping[str, Function], rounds: int, block_ms: float) -> dict[str, Quantiles]:
     """Device time of each function in ms, by CUDA events, L2 flushed before every call.
 
-    Functions take turns in blocks of about `block_ms`, so a change of clock meets them all.
+    Functions take turns in blocks of about `block_ms`, so a change of clock meets them all. The slower the host is with
+    a function, the more flushes are queued before a block of its calls.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    repeats = {}
+    flush_ms = statistics.median(_cuda_block(flush.zero_, 3, flush, FAR_AHEAD)[0])
+    plans = {}
     for name, function in functions.items():
-        estimate = statistics.median(_cuda_block(function, 3, flush))
-        repeats[name] = min(50, max(3, round(block_ms / max(estimate, 1e-3))))
+        times, host_ms = _cuda_block(function, 3, flush, FAR_AHEAD)
+        call_ms = max(statistics.median(times), 1e-3)
+        repeats = min(50, max(3, round(block_ms / call_ms)))
+        late_ms = repeats * max(0.0, host_ms - call_ms - flush_ms)
+        plans[name] = repeats, AHEAD + math.ceil(late_ms / flush_ms)
     for _ in range(rounds):
         for name, function in functions.items():
-            samples[name] += _cuda_block(function, repeats[name], flush)
+            repeats, ahead = plans[name]
+            samples[name] += _cuda_block(function, repeats, flush, ahead)[0]
     return {name: Quantiles.of(found) for name, found in samples.items()}
 
 
-def _cuda_block(function: Function, repeats: int, flush: Tensor) -> list[float]:
+def _cuda_block(function: Function, repeats: int, flush: Tensor, ahead: int) -> tuple[list[float], float]:
+    """Device ms of each of `repeats` calls, and the host's ms a call with its flush."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for _ in range(AHEAD):
+    for _ in range(ahead):
         flush.zero_()
     function()
+    begin = time.perf_counter()
     for start, end in events:
         flush.zero_()
         start.record()
         function()
         end.record()
+    host_ms = (time.perf_counter() - begin) * 1e3 / repeats
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
+    return [start.elapsed_time(end) for start, end in events], host_ms
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,6 +247,45 @@ def test_quantiles_and_turns() -> None:
     found = timing.cpu_ratios({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "a", rounds=2)
     assert order[:4] == ["a", "b", "b", "a"]
     assert found.of["a"] == timing.Quantiles(1.0, 1.0, 1.0)
+
+
+class Gpu:
+    """A host that queues work for a device; both have their clock, in ms."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.device = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(gpu.device, gpu.host)
+
+            def elapsed_time(self, end: "Event") -> float:
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.queue(max(0.0, self.device - self.host), 0.0))
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.host / 1e3)
+        flush = SimpleNamespace(zero_=lambda: self.queue(0.005, 0.08))
+        monkeypatch.setattr(timing.torch, "empty", lambda *args, **kwargs: flush)
+
+    def queue(self, host_ms: float, device_ms: float) -> None:
+        self.host += host_ms
+        if device_ms:
+            self.device = max(self.device, self.host) + device_ms
+
+
+@pytest.mark.parametrize("host_ms", [0.05, 0.4, 1.5])
+def test_a_slow_host_is_not_in_the_time_of_the_device(monkeypatch: pytest.MonkeyPatch, host_ms: float) -> None:
+    gpu = Gpu(monkeypatch)
+    functions = {"a": lambda: gpu.queue(host_ms, 0.2), "b": lambda: gpu.queue(0.01, 3.0)}
+    found = timing.cuda_ms(functions, rounds=2, block_ms=15.0)
+    assert found["a"].p20 == pytest.approx(0.2)
+    assert found["a"].p80 == pytest.approx(0.2)
+    assert found["b"].median == pytest.approx(3.0)
 
 
 def test_a_call_that_others_interrupt_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
