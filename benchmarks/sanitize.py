@@ -105,7 +105,9 @@ def main() -> int:
         for case, futures in track(list(zip(CASES, found, strict=True)), "cases", console=console):
             verdicts = [future.result() for future in futures]
             bad += any(not v.startswith("clean") for v in verdicts)
-            console.print(f"{case}: " + "; ".join(f"{t} {v}" for t, v in zip(tools, verdicts, strict=True)))
+            said = "; ".join(f"{tool} {verdict}" for tool, verdict in zip(tools, verdicts, strict=True))
+            # as it is: a verdict may hold brackets
+            console.print(f"{case}: {said}", markup=False, soft_wrap=True)
     console.print(f"{len(CASES) - bad} of {len(CASES)} cases are clean")
     return bad
 

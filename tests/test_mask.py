@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import anymask
 from anymask import Mask, causal, causal_lower_right, from_dense, pack, sliding_window
 from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE
 from anymask.mask.builders import dense as dense_any_dtype
@@ -157,6 +158,13 @@ def test_spec_reads_back(name: str) -> None:
     again = mask_from_spec(spec, leaves)
     assert_same_block_mask(pack(SYMBOLIC[name], q_len=200, kv_len=130), pack(again, q_len=200, kv_len=130))
     assert again.planes == SYMBOLIC[name].planes
+
+
+def test_ids_that_are_compared_with_themselves_are_one_leaf() -> None:
+    leaves: list[Tensor] = []
+    spec = anymask.document(torch.arange(9) // 3).spec(leaves)
+    assert len(leaves) == 2
+    assert spec.startswith("('between', 0, 0, 1, ")
 
 
 @pytest.mark.parametrize(

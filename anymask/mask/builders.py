@@ -182,10 +182,8 @@ def global_tokens(tokens: int | Tensor) -> Mask:
             raise ValueError(
                 f"tokens {_few(tokens.tolist())} has a position twice; allowed are each once, or bool flags"
             )
-        starts, ends = (
-            sorted(t for t in known if t - 1 not in known),
-            sorted(t + 1 for t in known if t + 1 not in known),
-        )
+        starts = sorted(t for t in known if t - 1 not in known)
+        ends = sorted(t + 1 for t in known if t + 1 not in known)
     else:
         starts, ends = [0], [_natural("tokens", tokens)]
     masks: list[Mask] = [Positions(*run, side) for run in zip(starts, ends, strict=True) for side in (True, False)]

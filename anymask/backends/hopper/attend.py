@@ -43,6 +43,13 @@ def _scores(q, k_buf):
 
 
 @gluon.jit
+def _next_words(words, wanted, mask_rows, GROUP: gl.constexpr, W_LAYOUT: gl.constexpr, PACK_GQA: gl.constexpr):
+    """Where the words of the tile after that of `words` begin, and those words, all ones unless `wanted`."""
+    words += TILE * 4
+    return words, load_words(words, GROUP * ROWS, wanted, mask_rows, W_LAYOUT, PACK_GQA)
+
+
+@gluon.jit
 def _steps(
     begin,
     end,
@@ -86,8 +93,7 @@ def _steps(
         if HIDES == "all":
             gl.static_assert(STEPS == 1)
             w = w_next
-            words += TILE * 4
-            w_next = load_words(words, GROUP * ROWS, i < last_hidden, mask_rows, W_LAYOUT, PACK_GQA)
+            words, w_next = _next_words(words, i < last_hidden, mask_rows, GROUP, W_LAYOUT, PACK_GQA)
             z, m_i, alpha = follow(z, m_i, w, W_LAYOUT)
             x = exp2_where(z, w)
         else:
@@ -97,8 +103,7 @@ def _steps(
                     z = hide(z, w_next >> (step * (BLOCK_N // 4)))
                     if words is not None:  # noqa: SIM102
                         if step == STEPS - 1:
-                            words += TILE * 4
-                            w_next = load_words(words, GROUP * ROWS, i < last_hidden, mask_rows, W_LAYOUT, PACK_GQA)
+                            words, w_next = _next_words(words, i < last_hidden, mask_rows, GROUP, W_LAYOUT, PACK_GQA)
             z, m_i, alpha = follow(z, m_i, None, W_LAYOUT)
             x = exp2(z)
         l_i = l_i * alpha + partial_sums(x, W_LAYOUT)
@@ -146,8 +151,7 @@ def attend(
         n_hidden = n_partial * STEPS
         w_next = w
         if STEPS == 1:
-            words += TILE * 4
-            w_next = load_words(words, GROUP * ROWS, n_partial > 1, mask_rows, W_LAYOUT, PACK_GQA)
+            words, w_next = _next_words(words, n_partial > 1, mask_rows, GROUP, W_LAYOUT, PACK_GQA)
         masking = words, w_next, mask_rows
     else:
         n_hidden = STEPS
@@ -167,22 +171,18 @@ def attend(
     acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
     state = packed(x, dtype), acc, l_i, m_i
     begin, end, last_hidden = first + 1, first + n, first + n_hidden - 1
+    # one loop for all where two pairs share the multiprocessor: two loops were slower there
+    REST: gl.constexpr = "some" if STEPS > 1 else "none"
     # fmt: off
-    if STEPS > 1:
-        # four groups share the multiprocessor, and two loops would be twice the instructions to cache
+    if MASKED and STEPS == 1:
+        full_begin = last_hidden + 1
         state = _steps(
-            begin, end, last_hidden, state, q, kv_ring, masking, qk_scale, "some", GROUP, STAGES, PACK_GQA,
+            begin, full_begin, last_hidden, state, q, kv_ring, masking, qk_scale, "all", GROUP, STAGES, PACK_GQA,
         )
-    else:
-        if MASKED:
-            full_begin = last_hidden + 1
-            state = _steps(
-                begin, full_begin, last_hidden, state, q, kv_ring, masking, qk_scale, "all", GROUP, STAGES, PACK_GQA,
-            )
-            begin = gl.maximum(begin, full_begin)
-        state = _steps(
-            begin, end, last_hidden, state, q, kv_ring, masking, qk_scale, "none", GROUP, STAGES, PACK_GQA,
-        )
+        begin = gl.maximum(begin, full_begin)
+    state = _steps(
+        begin, end, last_hidden, state, q, kv_ring, masking, qk_scale, REST, GROUP, STAGES, PACK_GQA,
+    )
     # fmt: on
     p, acc, l_i, m_i = state
     last = slot(first + n - 1, STAGES)[0]

@@ -54,21 +54,29 @@ def end_words(columns, W_LAYOUT: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _where_asm(n: int, powers: bool):
-    """PTX that keeps `n` exponents, or powers of 2, whose bit is set: of one thread, 4 at a time 2 of each of its rows.
+def _of_row(n: int, row: int):
+    """Which of the `n` scores of a thread are of its first row, 0, or of its second, 2: 4 at a time 2 of each."""
+    return [i for i in range(n) if i & 2 == row]
 
-    One row after the other, with the bit as a constant: so ptxas moves several bits at once to predicates (R2P).
-    """
+
+@gluon.constexpr_function
+def _attends(word: str, b: int):
+    """PTX for `p`, bit `b` of a word; a constant, so that ptxas moves several bits at once to predicates (R2P)."""
+    return f"and.b32 x, {word}, {1 << b}; setp.ne.u32 p, x, 0;"
+
+
+@gluon.constexpr_function
+def _where_asm(n: int, powers: bool):
+    """PTX that keeps `n` exponents of a thread, or powers of 2, whose bit is set, one row after the other."""
     lines = []
     for row in (0, 2):
-        for b in range(n // 2):
-            i = b // 2 * 4 + row + b % 2
-            lines.append(f"and.b32 t, ${2 * n + row}, {1 << b}; setp.ne.u32 p, t, 0;")
+        for b, i in enumerate(_of_row(n, row)):
+            lines.append(_attends(f"${2 * n + row}", b))
             if powers:
-                lines.append(f"ex2.approx.ftz.f32 x, ${n + i}; selp.f32 ${i}, x, 0f00000000, p;")
+                lines.append(f"ex2.approx.ftz.f32 t, ${n + i}; selp.f32 ${i}, t, 0f00000000, p;")
             else:
                 lines.append(f"selp.f32 ${i}, ${n + i}, 0fFF800000, p;")
-    return "{ .reg .pred p; .reg .b32 t; .reg .f32 x; " + "\n".join(lines) + " }"
+    return "{ .reg .pred p; .reg .b32 x; .reg .f32 t; " + "\n".join(lines) + " }"
 
 
 @gluon.constexpr_function
@@ -112,7 +120,7 @@ def exponents(s, m, qk_scale):
 
 @gluon.constexpr_function
 def _follow_asm(n: int, hides: bool):
-    """PTX for the `n` exponents of a thread, in place: 4 at a time 2 of its first row, 2 of its second.
+    """PTX for the `n` exponents of a thread, in place.
 
     Then come, as bits, for each element of these rows: m of the first row in place, its alpha, m of the second, its
     alpha, and zeros. If it `hides`, words follow.
@@ -133,11 +141,10 @@ def _follow_asm(n: int, hides: bool):
     lines.append("@!p bra KEEP;")
     for row in (0, 2):
         m, alpha = f"${n + row}", f"${n + row + 1}"
-        elements = [f"${i}" for i in range(n) if i & 2 == row]
+        elements = [f"${i}" for i in _of_row(n, row)]
         if hides:
             for b, z in enumerate(elements):
-                lines.append(f"and.b32 x, ${4 * n + row}, {1 << b}; setp.ne.u32 p, x, 0;")
-                lines.append(f"selp.f32 {z}, {z}, 0fFF800000, p;")
+                lines.append(_attends(f"${4 * n + row}", b) + f" selp.f32 {z}, {z}, 0fFF800000, p;")
         lines.append(f"mov.b32 u, {elements[0]};")
         lines += [f"max.f32 u, u, {x};" for x in elements[1:]]
         lines += [f"shfl.sync.bfly.b32 t, u, {lanes}, 31, 0xffffffff; max.f32 u, u, t;" for lanes in (1, 2)]
