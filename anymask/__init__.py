@@ -5,7 +5,7 @@ from anymask.api import attention as attention
 from anymask.api import explain as explain
 from anymask.api import flash_attention_custom_mask as flash_attention_custom_mask
 from anymask.api import scaled_dot_product_attention as scaled_dot_product_attention
-from anymask.mask import BlockMask as BlockMask
+from anymask.block_mask import BlockMask as BlockMask
 from anymask.mask import Mask as Mask
 from anymask.mask import block_diffusion as block_diffusion
 from anymask.mask import block_sparse as block_sparse
@@ -20,7 +20,6 @@ from anymask.mask import global_tokens as global_tokens
 from anymask.mask import key_padding as key_padding
 from anymask.mask import neighbourhood_2d as neighbourhood_2d
 from anymask.mask import neighbourhood_3d as neighbourhood_3d
-from anymask.mask import pack as pack
 from anymask.mask import prefix_lm as prefix_lm
 from anymask.mask import random_blocks as random_blocks
 from anymask.mask import shared_prefix as shared_prefix
@@ -29,6 +28,9 @@ from anymask.mask import sliding_window as sliding_window
 from anymask.mask import spans as spans
 from anymask.mask import strided as strided
 from anymask.mask import tree as tree
+from anymask.packing import extend as extend
+from anymask.packing import pack as pack
+from anymask.packing import slice_queries as slice_queries
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,7 @@ __all__ = [
     "dilated",
     "document",
     "explain",
+    "extend",
     "flash_attention_custom_mask",
     "from_dense",
     "from_function",
@@ -58,6 +61,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "shared_prefix",
     "shared_question",
+    "slice_queries",
     "sliding_window",
     "spans",
     "strided",

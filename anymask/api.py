@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from anymask import backends, ops
-from anymask.mask import BlockMask, Mask, causal, pack
-from anymask.mask.bits import TILE
+from anymask.block_mask import BlockMask
+from anymask.mask import Mask, causal
 from anymask.mask.builders import dense, from_dense
+from anymask.packing import pack
 from anymask.shapes import LSE, K, O, Q, V
+from anymask.tiles import TILE
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anymask.api import attention
-from anymask.mask import BlockMask, Mask, causal, from_dense, pack, sliding_window
+from anymask.block_mask import BlockMask
+from anymask.mask import Mask, causal, from_dense, sliding_window
+from anymask.packing import pack
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 

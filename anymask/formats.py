@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask.mask import BlockMask, Mask, causal_lower_right, from_dense, from_function
-from anymask.mask.bits import FULL, PARTIAL, TILE, tiles_over
+from anymask.block_mask import BlockMask
+from anymask.block_mask.tables import tile_tables
+from anymask.mask import Mask, causal_lower_right, from_dense, from_function
 from anymask.mask.builders import whole_numbers
 from anymask.mask.leaves import Band, Between, Blocks, Positions
-from anymask.mask.pack import tile_tables
+from anymask.tiles import FULL, PARTIAL, TILE, tiles_over
 
 # a row beyond every length
 NEVER = 2**31 - 1

@@ -15,9 +15,10 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from anymask import backends
-from anymask.mask import BlockMask, pack
-from anymask.mask.bits import TILE, WORDS, tiles_over
+from anymask.block_mask import BlockMask
 from anymask.mask.leaves import mask_from_spec
+from anymask.packing import pack
+from anymask.tiles import TILE, WORDS, tiles_over
 
 torch.library.define(
     "anymask::forward",

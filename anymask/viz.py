@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anymask.mask import BlockMask
-from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE, tiles_over, unpack_bits
+from anymask.block_mask import BlockMask, text
+from anymask.block_mask.bits import unpack_bits
+from anymask.block_mask.text import LEGEND as LEGEND
+from anymask.block_mask.text import NAMES, draw
+from anymask.tiles import EMPTY, FULL, PARTIAL, TILE, tiles_over
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GLYPHS = {EMPTY: "·", PARTIAL: "░", FULL: "█"}
 COLOURS = {EMPTY: "#f2f2f2", PARTIAL: "#f0a030", FULL: "#1f4e79"}
-NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
-LEGEND = "  ".join(f"{GLYPHS[kind]} {NAMES[kind]}" for kind in (FULL, PARTIAL, EMPTY))
 
 # pixels along the longer side of a plotted mask
 MAX_PIXELS = 1024
@@ -41,28 +41,12 @@ def to_text(block_mask: BlockMask, plane: tuple[int, int] = (0, 0), width: int =
     █ ░ ·
     █ █ ░
     """
-    kinds, step = tile_kinds(block_mask, plane), scale(block_mask, width)
-    lines: list[str] = []
-    for rows in torch.split(kinds, step) if kinds.numel() else ():
-        cells = [set(cell.flatten().tolist()) for cell in torch.split(rows, step, dim=1)]
-        lines.append(" ".join(GLYPHS[found.pop() if len(found) == 1 else PARTIAL] for found in cells))
-    return "\n".join(lines)
+    return draw(block_mask.tile_kinds(plane), width)
 
 
 def scale(block_mask: BlockMask, width: int = 64) -> int:
     """Tiles along each side of one character of `to_text`."""
-    if width < 1:
-        raise ValueError(f"width is {width}; allowed are 1 and more characters")
-    return max(1, math.ceil(max(tiles_over(block_mask.q_len), tiles_over(block_mask.kv_len)) / width))
-
-
-def tile_kinds(block_mask: BlockMask, plane: tuple[int, int] = (0, 0)) -> Tensor:
-    """int8 `[q_tiles, kv_tiles]` on the CPU: kind of each tile of one plane, 0 empty, 1 partial, 2 full."""
-    kinds = torch.zeros(tiles_over(block_mask.q_len), tiles_over(block_mask.kv_len), dtype=torch.int8)
-    for kind in (FULL, PARTIAL):
-        line, tile, _ = _tiles(block_mask, plane, kind)
-        kinds[line, tile] = kind
-    return kinds
+    return text.scale(block_mask.tile_kinds(), width)
 
 
 def plot(
@@ -87,7 +71,7 @@ def plot(
     q_len, kv_len = block_mask.q_len, block_mask.kv_len
     if not (q_len and kv_len):
         raise ValueError(f"block_mask has q_len={q_len}, kv_len={kv_len}; allowed are lengths of 1 and more tokens")
-    kinds = tile_kinds(block_mask, plane)
+    kinds = block_mask.tile_kinds(plane)
     counts = {kind: int((kinds == kind).sum()) for kind in (FULL, PARTIAL, EMPTY)}
     shares, density = token_shares(block_mask, plane)
 
@@ -128,7 +112,7 @@ def token_shares(block_mask: BlockMask, plane: tuple[int, int] = (0, 0)) -> tupl
     part = TILE // parts
     pairs = torch.zeros(math.ceil(q_tiles / tiles_per_cell), math.ceil(kv_tiles / tiles_per_cell), parts, parts)
     for kind in (FULL, PARTIAL):
-        tiles = (torch.split(t, CHUNK_TILES) for t in _tiles(block_mask, plane, kind))
+        tiles = (torch.split(t, CHUNK_TILES) for t in block_mask.plane_tiles(plane, kind))
         for line, tile, words in zip(*tiles, strict=True):
             if kind == PARTIAL:
                 counts = unpack_bits(words).view(-1, parts, part, parts, part).sum((2, 4), dtype=torch.float32)
@@ -148,22 +132,3 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError("plots need matplotlib: pip install 'anymask[viz]'") from error
-
-
-def _tiles(block_mask: BlockMask, plane: tuple[int, int], kind: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query tile, kv tile and words of the tiles of a kind, on the CPU; the words of full tiles stand empty."""
-    b, h = plane
-    if not (0 <= b < block_mask.batch and 0 <= h < block_mask.heads):
-        raise ValueError(
-            f"plane is {plane}; the mask stores {block_mask.batch} x {block_mask.heads} planes (batch, heads), "
-            "and a dimension of 1 is shared"
-        )
-    rows, lines = block_mask.rows, tiles_over(block_mask.q_len)
-    offsets, tiles = (
-        (rows.full_offsets, rows.full_tiles) if kind == FULL else (rows.partial_offsets, rows.partial_tiles)
-    )
-    first = (b * block_mask.heads + h) * lines
-    start, stop = int(offsets[first]), int(offsets[first + lines])
-    line = rows.line_numbers(kind)[start:stop].cpu() - first
-    tile = tiles[start:stop].cpu().long()
-    return line, tile, rows.words[start:stop].cpu() if kind == PARTIAL else tile.new_empty(tile.numel(), 0)

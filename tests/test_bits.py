@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from anymask.mask.bits import TILE, WORDS, pack_bits, tiles_over, transpose_bits, unpack_bits
+from anymask.block_mask.bits import pack_bits, transpose_bits, unpack_bits
+from anymask.tiles import TILE, WORDS, tiles_over
 
 # column of each (word, bit), straight from the sentence in bits.py
 COLUMN = [8 * (b // 2) + 2 * c + (b % 2) for c in range(WORDS) for b in range(32)]

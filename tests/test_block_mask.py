@@ -116,7 +116,7 @@ def test_a_damaged_file(name: str, change: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MASKS)
 def test_queries_are_those_of_the_dense_mask(name: str, start: int, stop: int) -> None:
     packed = _packed(name)
-    some = packed.queries(start, stop)
+    some = anymask.slice_queries(packed, start, stop)
     assert_same_block_mask(some, pack(packed.to_dense()[:, :, start:stop], q_len=stop - start, kv_len=260))
 
 
@@ -125,14 +125,14 @@ def test_decoding_step_by_step() -> None:
     packed = pack(causal() & anymask.document(torch.arange(300) // 130), q_len=300, kv_len=300)
     whole = anymask.attention(q, k, v, packed)
     for start, stop in ((0, 200), (200, 299), (299, 300)):
-        o = anymask.attention(q[:, :, start:stop], k, v, packed.queries(start, stop))
+        o = anymask.attention(q[:, :, start:stop], k, v, anymask.slice_queries(packed, start, stop))
         assert torch.allclose(o, whole[:, :, start:stop], atol=1e-6)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 301)])
 def test_queries_beyond_the_mask(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match=f"queries {start} to {stop} of a mask with q_len=300; allowed"):
-        _packed("causal").queries(start, stop)
+        anymask.slice_queries(_packed("causal"), start, stop)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 0), (1, 1), (127, 130), (128, 256), (200, 100), (300, 260)], ids=str)
@@ -142,7 +142,7 @@ def test_a_grown_mask_is_the_packed_one(name: str, q_len: int, kv_len: int) -> N
     lazy = mask if isinstance(mask, anymask.Mask) else anymask.from_dense(dense)
     whole = pack(lazy, q_len=300, kv_len=260)
     small = pack(whole.to_dense()[:, :, :q_len, :kv_len])
-    assert_same_block_mask(small.grown(lazy, 300, 260), whole)
+    assert_same_block_mask(anymask.extend(small, lazy, 300, 260), whole)
 
 
 def test_growth_evaluates_new_tiles_only() -> None:
@@ -155,7 +155,7 @@ def test_growth_evaluates_new_tiles_only() -> None:
     mask = anymask.from_function(fn)
     small = pack(mask, q_len=384, kv_len=300)
     seen.clear()
-    big = small.grown(mask, 384, 520)
+    big = anymask.extend(small, mask, 384, 520)
     tiles = {(int(q), int(k)) for qs, ks in seen for q, k in zip(qs[:, 0, 0], ks[:, 0, 0], strict=True)}
     # the third column was cut at 300
     assert tiles == {(q, k) for q in range(3) for k in (2, 3, 4)}
@@ -165,11 +165,11 @@ def test_growth_evaluates_new_tiles_only() -> None:
 def test_what_cannot_grow() -> None:
     packed = pack(causal(), q_len=300, kv_len=300)
     with pytest.raises(ValueError, match="kv_len is 200 but the mask has 300 already; allowed are 300 and more"):
-        packed.grown(causal(), 300, 200)
+        anymask.extend(packed, causal(), 300, 200)
     with pytest.raises(ValueError, match=r"mask has \(2, 1\) planes but the packed one has \(1, 1\)"):
-        packed.grown(anymask.key_padding(torch.tensor([3, 4])), 300, 400)
+        anymask.extend(packed, anymask.key_padding(torch.tensor([3, 4])), 300, 400)
     with pytest.raises(ValueError, match="counts from the last query and key, which move; pack it again"):
-        packed.grown(~(causal() & anymask.causal_lower_right()), 300, 400)
+        anymask.extend(packed, ~(causal() & anymask.causal_lower_right()), 300, 400)
 
 
 def test_stats() -> None:
@@ -198,5 +198,5 @@ def test_print_draws_the_tiles() -> None:
 
 def test_plot_writes_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    pack(causal(), q_len=300, kv_len=200).plot(tmp_path / "mask.png", title="causal")
+    anymask.viz.plot(pack(causal(), q_len=300, kv_len=200), tmp_path / "mask.png", title="causal")
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import anymask
 from anymask import Mask, attention, causal, pack
-from anymask.mask.bits import EMPTY, FULL, TILE
 from anymask.mask.expr import Grid
 from anymask.mask.leaves import mask_from_spec
 from anymask.testing import assert_same_block_mask, make_qkv
+from anymask.tiles import EMPTY, FULL, TILE
 
 CPU = torch.device("cpu")
 LENGTHS = [1, 5, 128, 300, 512]
@@ -382,7 +382,7 @@ def test_strips_classify_like_the_whole(name: str, monkeypatch: pytest.MonkeyPat
     mask = CASES[name][0](512)
     whole = pack(mask, q_len=512, kv_len=512)
     # by its module: the package's `pack` is the function
-    monkeypatch.setattr(sys.modules["anymask.mask.pack"], "STRIP_TILES", 4)
+    monkeypatch.setattr(sys.modules["anymask.packing.definition"], "STRIP_TILES", 4)
     assert_same_block_mask(pack(mask, q_len=512, kv_len=512), whole)
     grid = Grid(512, 512, CPU)
     kinds = mask.classify(grid).expand(1, 1, 4, 4)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anymask import attention, causal, flash_attention_custom_mask, from_dense, pack, sliding_window
-from anymask.mask import bits
+from anymask.block_mask import bits
 from anymask.testing import MASKS, Case, Results, assert_matches, check, eager, make_qkv, reference, run
 from anymask.testing.cases import Inputs
 

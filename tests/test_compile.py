@@ -32,9 +32,9 @@ from anymask import (
     sliding_window,
 )
 from anymask.backends import triton as backend
-from anymask.mask import triton_pack
 from anymask.mask.expr import Grid
 from anymask.mask.leaves import Stride
+from anymask.packing import triton as triton_pack
 
 pytestmark = [
     pytest.mark.compile,

@@ -16,15 +16,17 @@ from anymask import (
     causal_lower_right,
     dilated,
     document,
+    extend,
     from_dense,
     from_function,
     gallery,
     key_padding,
     ops,
     pack,
+    slice_queries,
     sliding_window,
 )
-from anymask.mask.bits import unpack_bits
+from anymask.block_mask.bits import unpack_bits
 from anymask.testing import MASKS, assert_same_block_mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -45,14 +47,14 @@ class TestPacking:
         mask, expected = gallery.example(name), gallery.packed(name)
         packed = pack(mask, q_len=gallery.LENGTH, kv_len=gallery.LENGTH, device=device)
         assert_same_block_mask(packed.to("cpu"), expected)
-        assert_same_block_mask(packed.queries(100, 700).to("cpu"), expected.queries(100, 700))
-        if mask.grows:
+        assert_same_block_mask(slice_queries(packed, 100, 700).to("cpu"), slice_queries(expected, 100, 700))
+        if mask.is_prefix_stable:
             small = pack(expected.to_dense()[..., :400, :300].to(device))
-            assert_same_block_mask(small.grown(mask, gallery.LENGTH, gallery.LENGTH).to("cpu"), expected)
+            assert_same_block_mask(extend(small, mask, gallery.LENGTH, gallery.LENGTH).to("cpu"), expected)
 
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, F16, BF16, F32, torch.float64], ids=str)
     def test_of_any_dtype(self, dtype: torch.dtype, device: str) -> None:
-        from anymask.mask import triton_pack
+        from anymask.packing import triton as triton_pack
 
         values = torch.randint(-2, 3, (1, 2, 300, 400), device=device).to(dtype)
         if dtype.is_floating_point:
@@ -60,7 +62,7 @@ class TestPacking:
         assert_same_block_mask(triton_pack.pack_dense(values, 300, 400), pack(values != 0))
 
     def test_of_any_form(self, device: str) -> None:
-        from anymask.mask import triton_pack
+        from anymask.packing import triton as triton_pack
 
         rows = torch.rand(2, 3, 1000, 1040, device=device) < 0.5
         rows[0, 1, :700, :700] = True
@@ -129,14 +131,15 @@ class TestPacking:
             assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), pack(mask, **lens))
 
     def test_of_many_tiles_of_a_function(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys.modules["anymask.mask.pack"], "GROUP_TILES", 5000)
+        monkeypatch.setattr(sys.modules["anymask.packing.definition"], "GROUP_TILES", 5000)
         lens = {"q_len": 11000, "kv_len": 10000}
         for fn in (lambda b, h, q, k: (q >= k) & (q // 3000 == k // 3000), lambda b, h, q, k: k % 7000 > 300):
             expected = pack(fn(0, 0, torch.arange(11000)[:, None], torch.arange(10000)).expand(11000, 10000))
             assert_same_block_mask(pack(from_function(fn), **lens, device=device).to("cpu"), expected)
 
     def test_new_numbers_and_lengths_compile_nothing(self, device: str) -> None:
-        from anymask.mask import triton_expr, triton_pack
+        from anymask.packing import triton as triton_pack
+        from anymask.packing.triton import program as triton_expr
 
         def compiled() -> int:
             kernels = triton_expr._prepare_kernel, triton_pack._tiles_kernel, triton_pack._words_kernel
@@ -179,7 +182,7 @@ class TestPacking:
 
         # whole lines of tiles, at the borders of documents and of the plane
         for start in (0, 65000 // 128 * 128, 65000 * 9 // 128 * 128, length - 128):
-            rows = packed.queries(start, start + 128).to_dense()[0, 0]
+            rows = slice_queries(packed, start, start + 128).to_dense()[0, 0]
             assert torch.equal(rows, defined(at[start : start + 128], at))
         cols, within = packed.cols, torch.arange(128, device=device)
         some = torch.randperm(cols.partial_tiles.numel(), device=device)[:500]

@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 import anymask
 from anymask import BlockMask, attention, causal, causal_lower_right, gallery, pack
-from anymask.mask.bits import TILE, WORDS
 from anymask.mask.expr import Grid, Mask
 from anymask.mask.leaves import Dense, Positions, Stride
-from anymask.mask.pack import _words_of_tiles, tile_words
+from anymask.packing.definition import tile_words, words_of_tiles
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, reference
+from anymask.tiles import TILE, WORDS
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
@@ -68,7 +68,7 @@ def _interpreter() -> Iterator[None]:
         # int32 arithmetic is checked for overflow
         object.__setattr__(builder.options, "debug", True)
         # the interpreter takes as long for few rows
-        patch.setattr("anymask.mask.triton_pack.STRIP", 64)
+        patch.setattr("anymask.packing.triton.STRIP", 64)
         yield
         object.__setattr__(builder.options, "debug", debug)
 
@@ -231,7 +231,7 @@ def _sparse_storage(row: torch.Tensor, length: int, stride: int) -> torch.Untype
     + [(m, *n) for m in (*MASK_NAMES[1:], "composed_deep", "row") for n in ((1, 1), (128, 256), (300, 200))],
 )
 def test_packing_is_the_same_on_the_device(name: str, q_len: int, kv_len: int) -> None:
-    from anymask.mask import triton_pack
+    from anymask.packing import triton as triton_pack
 
     mask, dense = MASKS[name](2, 2, q_len, kv_len)
     space = Grid(q_len, kv_len, CPU)
@@ -248,7 +248,7 @@ def test_packing_is_the_same_on_the_device(name: str, q_len: int, kv_len: int) -
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32])
 def test_packing_any_dtype_is_the_same_on_the_device(dtype: torch.dtype) -> None:
-    from anymask.mask import triton_pack
+    from anymask.packing import triton as triton_pack
 
     values = torch.randint(-2, 3, (1, 2, 140, 150)).to(dtype)
     if dtype in (torch.float16, torch.float32):
@@ -259,14 +259,14 @@ def test_packing_any_dtype_is_the_same_on_the_device(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 0), (0, 200), (200, 0)], ids=str)
 def test_packing_nothing_is_the_same_on_the_device(q_len: int, kv_len: int) -> None:
-    from anymask.mask import triton_pack
+    from anymask.packing import triton as triton_pack
 
     tensor = torch.ones(2, 1, q_len, kv_len, dtype=torch.bool)
     assert_same_block_mask(triton_pack.pack_dense(tensor, q_len, kv_len), pack(tensor))
 
 
 def _pack_expression(mask: Mask, q_len: int, kv_len: int) -> BlockMask:
-    from anymask.mask import triton_pack
+    from anymask.packing import triton as triton_pack
 
     packed = triton_pack.pack_expression(mask, Grid(q_len, kv_len, CPU))
     assert packed is not None
@@ -331,7 +331,7 @@ def test_expressions_of_nothing_pack_the_same_on_the_device(q_len: int, kv_len: 
 
 
 def test_functions_are_left_to_torch() -> None:
-    from anymask.mask import triton_pack
+    from anymask.packing import triton as triton_pack
 
     for mask in (
         anymask.from_function(lambda b, h, q, k: q > k),
@@ -342,7 +342,7 @@ def test_functions_are_left_to_torch() -> None:
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(300, 257), (128, 384)], ids=str)
 def test_words_of_tiles_are_the_same_on_the_device(q_len: int, kv_len: int) -> None:
-    from anymask.mask import triton_pack
+    from anymask.packing import triton as triton_pack
 
     space = Grid(q_len, kv_len, CPU)
     # as nonzero() leaves them on a GPU
@@ -355,7 +355,7 @@ def test_words_of_tiles_are_the_same_on_the_device(q_len: int, kv_len: int) -> N
     ):
         results = [(torch.empty(n, TILE, WORDS, dtype=torch.int32), torch.empty(n, dtype=torch.int8)) for _ in range(2)]
         triton_pack.words_of_tiles(tiles, places, space, *results[0])
-        _words_of_tiles(tiles, places, space, *results[1])
+        words_of_tiles(tiles, places, space, *results[1])
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
 
@@ -384,7 +384,7 @@ def _forms() -> dict[str, tuple[torch.Tensor, int]]:
 
 @pytest.mark.parametrize("form", _forms())
 def test_packing_any_form_is_the_same_on_the_device(form: str) -> None:
-    from anymask.mask import triton_pack
+    from anymask.packing import triton as triton_pack
 
     tensor, align = _forms()[form]
     q_len, kv_len = tensor.shape[2:]
@@ -397,7 +397,7 @@ def test_packing_any_form_is_the_same_on_the_device(form: str) -> None:
         space = Grid(140, 144, CPU)
         found = [(torch.empty(n, TILE, WORDS, dtype=torch.int32), torch.empty(n, dtype=torch.int8)) for _ in range(2)]
         triton_pack.words_of_tiles(tiles, places.expand(n, 4), space, *found[0])
-        _words_of_tiles(tiles, places.expand(n, 4), space, *found[1])
+        words_of_tiles(tiles, places.expand(n, 4), space, *found[1])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 import anymask
 from anymask import Mask, causal, causal_lower_right, from_dense, pack, sliding_window
-from anymask.mask.bits import EMPTY, FULL, PARTIAL, TILE
 from anymask.mask.builders import dense as dense_any_dtype
 from anymask.mask.expr import Grid
 from anymask.mask.leaves import Band, Dense, mask_from_spec
 from anymask.testing import MASKS, assert_same_block_mask
+from anymask.tiles import EMPTY, FULL, PARTIAL, TILE
 
 CPU = torch.device("cpu")
 LENGTHS = [(1, 1), (5, 3), (128, 128), (129, 127), (300, 520), (520, 300)]

@@ -13,13 +13,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anymask import BlockMask, Mask, causal, causal_lower_right, from_dense, pack, sliding_window
-from anymask.mask import TileLists
-from anymask.mask.bits import TILE, unpack_bits
+from anymask.block_mask import TileLists
+from anymask.block_mask.bits import unpack_bits
 from anymask.mask.leaves import Band
 from anymask.testing import MASKS, assert_same_block_mask
+from anymask.tiles import TILE
 
 # the function of the same name hides the module
-pack_module = sys.modules["anymask.mask.pack"]
+pack_module = sys.modules["anymask.packing.definition"]
 
 LENGTHS = [(1, 1), (63, 200), (128, 128), (129, 256), (300, 257), (256, 384)]
 COLUMN = [8 * (b // 2) + 2 * c + (b % 2) for c in range(4) for b in range(32)]

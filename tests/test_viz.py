@@ -42,7 +42,7 @@ def test_kinds_and_tokens_equal_the_dense_mask(q_len: int, kv_len: int) -> None:
     dense = random_mask(2, 3, q_len, kv_len)
     packed = pack(dense)
     for plane in ((0, 0), (1, 2), (0, 1)):
-        kinds = viz.tile_kinds(packed, plane)
+        kinds = packed.tile_kinds(plane)
         for i in range(kinds.shape[0]):
             for j in range(kinds.shape[1]):
                 tile = dense[plane][i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
@@ -86,9 +86,7 @@ def test_plot_counts_tiles_in_a_legend_outside_of_the_data(tmp_path: Path) -> No
     assert tiles.get_legend() is None
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["full: 1 tiles", "partial: 7 tiles", "empty: 1 tiles"]
-    assert torch.equal(
-        torch.tensor(tiles.images[0].get_array().data), viz.tile_kinds(pack(random_mask(1, 1, 300, 384)))
-    )
+    assert torch.equal(torch.tensor(tiles.images[0].get_array().data), pack(random_mask(1, 1, 300, 384)).tile_kinds())
 
 
 def test_plot_leaves_no_global_state() -> None:

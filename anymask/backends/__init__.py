@@ -12,7 +12,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from anymask.mask import BlockMask
+from anymask.block_mask import BlockMask
 
 # fastest first; `reference` runs anything, in memory proportional to q_len * kv_len
 NAMES = ("hopper", "cpu", "triton", "reference")

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from anymask.mask import BlockMask, pack
-from anymask.mask.bits import TILE, tiles_over, unpack_bits
+from anymask.block_mask import BlockMask
+from anymask.block_mask.bits import unpack_bits
 from anymask.mask.leaves import Band
+from anymask.packing import pack
 from anymask.shapes import LSE, K, O, Q, V
+from anymask.tiles import TILE, tiles_over
 
 # torch's exp2 keeps its speed on -inf and on tiny results, its exp does not
 LOG2_E = math.log2(math.e)

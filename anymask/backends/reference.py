@@ -7,7 +7,7 @@ The letters are those of docs/kernels.md.
 import torch
 from torch import Tensor
 
-from anymask.mask import BlockMask
+from anymask.block_mask import BlockMask
 from anymask.shapes import LSE, K, O, Q, V
 
 

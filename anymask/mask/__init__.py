@@ -1,7 +1,5 @@
-"""What a mask means (`Mask`), how it is stored (`BlockMask`), and the way from one to the other (`pack`)."""
+"""What a mask means: `Mask`, an expression, and its builders. It needs torch alone."""
 
-from anymask.mask.block_mask import BlockMask as BlockMask
-from anymask.mask.block_mask import TileLists as TileLists
 from anymask.mask.builders import block_diffusion as block_diffusion
 from anymask.mask.builders import block_sparse as block_sparse
 from anymask.mask.builders import causal as causal
@@ -24,4 +22,3 @@ from anymask.mask.builders import spans as spans
 from anymask.mask.builders import strided as strided
 from anymask.mask.builders import tree as tree
 from anymask.mask.expr import Mask as Mask
-from anymask.mask.pack import pack as pack

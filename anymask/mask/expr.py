@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from anymask.mask.bits import FULL, TILE, tiles_over
 from anymask.shapes import TileKinds
+from anymask.tiles import FULL, TILE, tiles_over
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Mask(ABC):
         return 1, 1
 
     @property
-    def grows(self) -> bool:
+    def is_prefix_stable(self) -> bool:
         """Whether pairs keep their values when the lengths grow."""
         return True
 
@@ -124,8 +124,8 @@ class Not(Mask):
         return self.of.planes
 
     @property
-    def grows(self) -> bool:
-        return self.of.grows
+    def is_prefix_stable(self) -> bool:
+        return self.of.is_prefix_stable
 
     def check(self, q_len: int, kv_len: int) -> None:
         self.of.check(q_len, kv_len)
@@ -164,8 +164,8 @@ class Binary(Mask):
         return max(left[0], right[0]), max(left[1], right[1])
 
     @property
-    def grows(self) -> bool:
-        return self.left.grows and self.right.grows
+    def is_prefix_stable(self) -> bool:
+        return self.left.is_prefix_stable and self.right.is_prefix_stable
 
     def check(self, q_len: int, kv_len: int) -> None:
         self.left.check(q_len, kv_len)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask.mask.bits import FULL, PARTIAL, TILE, tiles_over
 from anymask.mask.expr import Binary, Grid, Mask, Not
 from anymask.shapes import TileKinds
+from anymask.tiles import FULL, PARTIAL, TILE, tiles_over
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +28,7 @@ class Band(Mask):
     block: int = 1
 
     @property
-    def grows(self) -> bool:
+    def is_prefix_stable(self) -> bool:
         return not self.lower_right
 
     def _limits(self, grid: Grid) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.mask import BlockMask, TileLists
+from anymask.block_mask import BlockMask, TileLists
 from anymask.shapes import LSE, K, O, Q, V
 
 LAYOUTS = ("contiguous", "blhd", "packed", "transposed", "expanded")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from anymask.backends import triton as portable
 from anymask.backends.hopper import tuning
+from anymask.block_mask import BlockMask
 from anymask.launch import launch, on
-from anymask.mask import BlockMask
-from anymask.mask.bits import TILE, tiles_over
+from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16)
 # below, the portable kernels pad less; above, the accumulators do not fit the registers

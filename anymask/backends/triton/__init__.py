@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from anymask.backends.triton import tuning
+from anymask.block_mask import BlockMask
+from anymask.block_mask.block_mask import TileLists
 from anymask.launch import args_key, launch, on
-from anymask.mask import BlockMask
-from anymask.mask.bits import TILE, tiles_over
-from anymask.mask.block_mask import TileLists
+from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256

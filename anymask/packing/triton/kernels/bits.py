@@ -6,12 +6,12 @@ Inside kernels the words of a tile are int32 `[4, 128]`, word by position.
 import triton
 import triton.language as tl
 
-from anymask.mask import bits
+from anymask import tiles
 
 # of every launch that packs: no floating-point arithmetic, and Triton 3.9 wants it said
 LAUNCH = {"enable_fp_fusion": False}
-TILE = tl.constexpr(bits.TILE)
-WORDS = tl.constexpr(bits.WORDS)
+TILE = tl.constexpr(tiles.TILE)
+WORDS = tl.constexpr(tiles.WORDS)
 
 
 @triton.jit

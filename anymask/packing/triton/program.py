@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from anymask import tiles
 from anymask.launch import launch, tensor_key
-from anymask.mask import bits
-from anymask.mask.bits import tiles_over
 from anymask.mask.expr import Grid, Mask
-from anymask.mask.triton_bits import LAUNCH, TILE, WORDS, word_and_bit
-from anymask.mask.triton_lists import Work
+from anymask.packing.triton.kernels.bits import LAUNCH, TILE, WORDS, word_and_bit
+from anymask.packing.triton.lists import Work
+from anymask.tiles import tiles_over
 
 # dtypes that kernels read as they are; others are compared with 0 first, at the price of a bool copy
 READABLE = (
@@ -112,7 +112,7 @@ def _parse(spec: str, leaves: int) -> _Parsed | None:
             ops.extend((-1 if value is None else value, low, high, int(of_query)))
         elif kind == "blocks":
             leaf, size = args
-            whole = size % bits.TILE == 0
+            whole = size % tiles.TILE == 0
             ops.extend((leaf, number(size), -1 if whole else leaves + len(layouts)))
             if not whole:
                 layouts.append(leaf)
@@ -158,7 +158,7 @@ def program_of(mask: Mask, grid: Grid) -> Program | None:
 
 def packed_program(kinds: Tensor, words: Tensor) -> Program:
     """The mask whose tiles have `kinds [batch, heads, q_tiles, kv_tiles]` and, if partial, `words` in row order."""
-    place = (kinds == bits.PARTIAL).flatten().cumsum(0, dtype=torch.int32) - 1
+    place = (kinds == tiles.PARTIAL).flatten().cumsum(0, dtype=torch.int32) - 1
     parsed = _Parsed((PACKED.value, 0, 1, 2), (), (), ())
     return _program(parsed, [kinds, place, words], [*kinds.stride(), 0, 0, 0], 0, [])
 

@@ -11,18 +11,15 @@ import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from anymask.mask.bits import FULL, PARTIAL, TILE, WORDS, tiles_over, unpack_bits
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from anymask.mask.expr import Mask
+from anymask.block_mask import text
+from anymask.block_mask.bits import unpack_bits
+from anymask.tiles import FULL, PARTIAL, TILE, WORDS, tiles_over
 
 # what `BlockMask.save` writes into a file's header
 FORMAT = "anymask.BlockMask 1"
@@ -169,25 +166,34 @@ class BlockMask:
             (empty + visited) / visited if visited else float("inf"),
         )
 
-    def queries(self, start: int, stop: int) -> BlockMask:
-        """The mask of queries `start` to `stop - 1` and all keys: a step of decoding, a chunk of a prefill.
+    def tile_kinds(self, plane: tuple[int, int] = (0, 0)) -> Tensor:
+        """int8 `[q_tiles, kv_tiles]` on the CPU: kind of each tile of one plane, 0 empty, 1 partial, 2 full.
 
-        Nothing is evaluated again; work and memory are those of the tiles of these queries. Raises ValueError for a
-        range beyond `q_len`.
+        Raises ValueError for a plane (batch, head) that the mask does not store.
         """
-        from anymask.mask.pack import queries_of
+        kinds = torch.zeros(tiles_over(self.q_len), tiles_over(self.kv_len), dtype=torch.int8)
+        for kind in (FULL, PARTIAL):
+            q_tile, kv_tile, _ = self.plane_tiles(plane, kind)
+            kinds[q_tile, kv_tile] = kind
+        return kinds
 
-        return queries_of(self, start, stop)
-
-    def grown(self, mask: Mask, q_len: int, kv_len: int) -> BlockMask:
-        """`pack(mask, q_len=q_len, kv_len=kv_len)`, where self is the same mask at smaller lengths.
-
-        Only tiles that do not lie whole in self are evaluated. Tensors in `mask` have the new lengths, and say of old
-        pairs what they said. Raises ValueError for smaller lengths, other planes, or a lower-right mask.
-        """
-        from anymask.mask.pack import grown
-
-        return grown(self, mask, q_len, kv_len)
+    def plane_tiles(self, plane: tuple[int, int], kind: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query tile, kv tile and words of the tiles of a kind, on the CPU; full tiles have words of size 0."""
+        b, h = plane
+        if not (0 <= b < self.batch and 0 <= h < self.heads):
+            raise ValueError(
+                f"plane is {plane}; the mask stores {self.batch} x {self.heads} planes (batch, heads), "
+                "and a dimension of 1 is shared"
+            )
+        rows, lines = self.rows, tiles_over(self.q_len)
+        offsets, tiles = (
+            (rows.full_offsets, rows.full_tiles) if kind == FULL else (rows.partial_offsets, rows.partial_tiles)
+        )
+        first = (b * self.heads + h) * lines
+        start, stop = int(offsets[first]), int(offsets[first + lines])
+        line = rows.line_numbers(kind)[start:stop].cpu() - first
+        tile = tiles[start:stop].cpu().long()
+        return line, tile, rows.words[start:stop].cpu() if kind == PARTIAL else tile.new_empty(tile.numel(), 0)
 
     def save(self, path: str | Path) -> None:
         """Write the mask as a safetensors file, whole or not at all. Needs `pip install 'anymask[files]'`."""
@@ -223,12 +229,6 @@ class BlockMask:
                 raise ValueError(f"{path}: {view}.{wrong} contradicts the other tensors; the file is damaged")
         return mask.to(device)
 
-    def plot(self, path: str | Path | None = None, plane: tuple[int, int] = (0, 0), title: str | None = None) -> Figure:
-        """`anymask.viz.plot`: a figure of the tokens and tiles of one plane, written to `path` too."""
-        from anymask import viz
-
-        return viz.plot(self, path, plane, title)
-
     def to_dense(self) -> Tensor:
         """bool `[batch, heads, q_len, kv_len]` with size 1 where a dimension is shared. For tests and small masks."""
         q_tiles, kv_tiles = tiles_over(self.q_len), tiles_over(self.kv_len)
@@ -258,10 +258,9 @@ class BlockMask:
         return BlockMask(q_len, kv_len, TileLists(*tensors[:half]), TileLists(*tensors[half:]))
 
     def __str__(self) -> str:
-        from anymask import viz
-
-        scale = viz.scale(self)
-        return f"{self!r}\n{scale} x {scale} tiles to a character: {viz.LEGEND}\n{viz.to_text(self)}"
+        kinds = self.tile_kinds()
+        scale = text.scale(kinds)
+        return f"{self!r}\n{scale} x {scale} tiles to a character: {text.LEGEND}\n{text.draw(kinds)}"
 
     def __repr__(self) -> str:
         empty, partial, full = self.tile_counts

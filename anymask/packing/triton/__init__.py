@@ -1,4 +1,4 @@
-"""The device twin of pack.py: the same `BlockMask`, field by field, from a few kernels and one synchronisation.
+"""The device twin of definition.py: the same `BlockMask`, field by field, from a few kernels and one synchronisation.
 
 A kernel finds the kind of every tile and, on the way, counts tiles and marks the positions that live: for a mask by
 name `_tiles_kernel`, which evaluates only what bounds leave undecided, for a dense tensor `_dense_kernel`, which reads
@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from anymask import tiles as sizes
+from anymask.block_mask.block_mask import BlockMask
 from anymask.launch import int_key, launch, on, tensor_key
-from anymask.mask import bits
-from anymask.mask.block_mask import BlockMask
 from anymask.mask.expr import Grid, Mask
-from anymask.mask.triton_bits import (
+from anymask.mask.leaves import Dense
+from anymask.packing.definition import tile_words
+from anymask.packing.triton.kernels.bits import (
     LAUNCH,
     TILE,
     WORDS,
@@ -27,7 +29,8 @@ from anymask.mask.triton_bits import (
     word_offsets,
     words_of_bits,
 )
-from anymask.mask.triton_expr import (
+from anymask.packing.triton.lists import TOTALS, block_mask_of, empty, kinds_at, lists_of, live_at, padded, work_for
+from anymask.packing.triton.program import (
     PACKED,
     READABLE,
     Program,
@@ -39,7 +42,6 @@ from anymask.mask.triton_expr import (
     prepare,
     program_of,
 )
-from anymask.mask.triton_lists import TOTALS, block_mask_of, empty, kinds_at, lists_of, live_at, padded, work_for
 from anymask.shapes import TileKinds, Words
 
 # kv tiles that a program classifies: one a thread, or its warps would repeat each other's work; those that stay
@@ -52,6 +54,16 @@ PLACES_AND_SHAPE = [
     *("queries", "keys", "extremes", "kinds"),
     *("heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"),
 ]
+
+
+def pack_mask(mask: Mask, grid: Grid) -> BlockMask:
+    """The `BlockMask` of a mask on the device of `grid`; what only torch can evaluate is evaluated there."""
+    if isinstance(mask, Dense):
+        return pack_dense(mask.tensor, grid.q_len, grid.kv_len)
+    packed = pack_expression(mask, grid)
+    if packed is not None:
+        return packed
+    return lists_from_tiles(*tile_words(mask, grid, write_words=words_of_tiles), grid)
 
 
 def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
@@ -189,7 +201,7 @@ def _shape(grid: Grid) -> tuple[int, int, int, int]:
 
 
 def _both_words(grid: Grid, n: int) -> tuple[Words, Words]:
-    return empty(grid, n, bits.TILE, bits.WORDS), empty(grid, n, bits.TILE, bits.WORDS)
+    return empty(grid, n, sizes.TILE, sizes.WORDS), empty(grid, n, sizes.TILE, sizes.WORDS)
 
 
 def _alignment(t: Tensor, kv_len: int) -> int:

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from anymask.block_mask.block_mask import BlockMask, TileLists
 from anymask.launch import launch
-from anymask.mask.block_mask import BlockMask, TileLists
 from anymask.mask.expr import Grid
-from anymask.mask.triton_bits import LAUNCH, TILE
+from anymask.packing.triton.kernels.bits import LAUNCH, TILE
 from anymask.shapes import Words
 
 # kinds (of tiles along a line) or counts (of lines of a plane) that a program reads at a time

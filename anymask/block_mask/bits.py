@@ -14,19 +14,10 @@ import torch
 from torch import Tensor
 
 from anymask.shapes import TileBits, Words
-
-TILE = 128
-WORDS = 4
-
-EMPTY, PARTIAL, FULL = 0, 1, 2
+from anymask.tiles import TILE, WORDS
 
 # multiplying eight 0/1 bytes by this moves byte k to bit 56 + k without a carry
 _GATHER_BITS = 0x0102040810204080
-
-
-def tiles_over(length: int) -> int:
-    """Number of tiles that cover `length` positions."""
-    return (length + TILE - 1) // TILE
 
 
 def pack_bits(tiles: TileBits) -> Words:

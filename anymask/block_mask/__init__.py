@@ -1,0 +1,5 @@
+"""How a mask is stored: `BlockMask`, lists of tiles and the bits of the partial ones. It needs torch alone."""
+
+from anymask.block_mask.block_mask import BlockMask as BlockMask
+from anymask.block_mask.block_mask import Stats as Stats
+from anymask.block_mask.block_mask import TileLists as TileLists

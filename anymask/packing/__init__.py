@@ -1,0 +1,57 @@
+"""From what a mask means, a `Mask`, to what kernels read, a `BlockMask`."""
+
+import torch
+from torch import Tensor
+
+from anymask.block_mask import BlockMask
+from anymask.mask import Mask, from_dense
+from anymask.mask.expr import Grid
+from anymask.mask.leaves import Dense
+from anymask.packing.changes import extend as extend
+from anymask.packing.changes import slice_queries as slice_queries
+from anymask.packing.device import implementation
+
+
+def pack(
+    mask: Mask | Tensor,
+    *,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    device: torch.device | str | None = None,
+) -> BlockMask:
+    """The `BlockMask` of a mask. Pack once, use it in every layer and in the backward pass.
+
+    Args:
+        mask: a `Mask`, or a bool tensor broadcastable to `[batch, q_heads, q_len, kv_len]`. A tensor is read once;
+            expanded (stride-0) dimensions are neither copied nor stored more than once.
+        q_len, kv_len: lengths in tokens; for a tensor they default to its last two dimensions.
+        device: where the result lives; defaults to the tensor's device, else the CPU.
+
+    Returns:
+        A `BlockMask` of 1 bit per pair of each partial tile, twice (by rows and by columns), plus lists of tiles.
+        Temporary memory: one byte per tile, and a bounded chunk on the CPU and for functions, or on a GPU two bits per
+        pair of a dense tensor.
+        On a GPU it synchronises with the host once, for a function more often. There the first mask of each structure,
+        whatever its numbers and tensors, compiles two kernels.
+
+    Raises:
+        ValueError: dtype, rank or shape of a tensor that cannot be a mask of these lengths. TypeError: no mask at all.
+    """
+    if not isinstance(mask, Mask):
+        mask = from_dense(mask)
+    if isinstance(mask, Dense):
+        q_len = mask.tensor.shape[-2] if q_len is None else q_len
+        kv_len = mask.tensor.shape[-1] if kv_len is None else kv_len
+        device = mask.tensor.device if device is None else device
+    for name, value in (("q_len", q_len), ("kv_len", kv_len)):
+        if value is None:
+            raise ValueError(f"{name} is None; a {type(mask).__name__} mask has no length, pass {name}=...")
+        if value < 0:
+            raise ValueError(f"{name} is {value}; allowed are 0 and more tokens")
+    assert q_len is not None
+    assert kv_len is not None
+    mask.check(q_len, kv_len)
+    place = torch.device(device or "cpu")
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return implementation(place).pack_mask(mask.to(place), Grid(q_len, kv_len, place))
