@@ -6,6 +6,7 @@ runs `attention` forward and backward and compares o, lse, dq, dk, dv with dense
 here, apart from `anymask.backends.reference`, so that it checks that one too.
 """
 
+from anymask.testing import properties as properties
 from anymask.testing.builders import BUILDERS as BUILDERS
 from anymask.testing.cases import DTYPE_NAMES as DTYPE_NAMES
 from anymask.testing.cases import Case as Case

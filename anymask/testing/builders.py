@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import anymask
-from anymask import causal, from_dense
+from anymask import Mask, causal, from_dense
 from anymask.testing.masks import NamedMask, Sizes, register
 
 # name -> as in `anymask.testing.MASKS`
@@ -249,8 +249,8 @@ def _neighbourhood(m: Sizes, dims: int) -> NamedMask:
         first = (at - size // 2).clamp(0, n - size)
         dense = dense & (key >= first) & (key < first + size)
         i, j = i // n, j // n
-    builder = anymask.neighbourhood_2d if dims == 2 else anymask.neighbourhood_3d
-    return builder(tuple(shape), tuple(kernel)), dense  # type: ignore[operator]
+    builder: Callable[..., Mask] = anymask.neighbourhood_2d if dims == 2 else anymask.neighbourhood_3d
+    return builder(tuple(shape), tuple(kernel)), dense
 
 
 @_drawn

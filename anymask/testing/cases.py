@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anymask import BlockMask, Mask
 from anymask.api import attention
-from anymask.mask import Mask
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.testing.expressions import make_mask
 from anymask.testing.oracle import Results, eager, magnitudes, make_qkv, reference
@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
     q: Q
     k: K
     v: V
-    mask: Mask | Tensor | None
+    mask: Mask | Tensor | BlockMask | None
     # bool [batch, q_heads, q_len, kv_len], the meaning of `mask`
     dense: Tensor
     do: O

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anymask import Mask, attention, document, pack, sliding_window
+from anymask import Mask, attention, causal, document, pack, sliding_window
 from anymask.testing.cases import Case, Inputs, judge_of, make_inputs, run
+from anymask.testing.expressions import make_mask
 from anymask.testing.oracle import Results, magnitudes, reference
 from anymask.testing.rules import assert_dead_is_zero, assert_same_block_mask
 
@@ -47,7 +48,7 @@ def _with(t: Tensor, dead: Tensor, value: float) -> Tensor:
 
 def dead_keys(inputs: Inputs) -> Tensor:
     """bool `[batch, kv_heads, kv_len]`: keys that no query of any head attends to."""
-    return ~inputs.dense.any(-2).unflatten(1, (inputs.k.shape[1], -1)).any(2)
+    return ~torch.unflatten(inputs.dense.any(-2), 1, (inputs.k.shape[1], -1)).any(2)
 
 
 def check_dead_keys_reach_nothing(
@@ -105,14 +106,9 @@ def check_emptied_rows_leave_the_others(
 def check_forms_of_a_mask_agree(case: Case, backend: str, device: str, deterministic: bool | None = None) -> None:
     """A tensor, its `BlockMask`, the symbolic mask and `is_causal` give the same bits."""
     inputs = make_inputs(replace(case, mask="causal"), device)
-    lens = {"q_len": case.q_len, "kv_len": case.kv_len}
     symbolic = run(inputs, backend=backend, deterministic=deterministic)
-    for mask in (
-        inputs.dense[0, 0],
-        inputs.dense,
-        pack(inputs.mask, **lens, device=device),
-        pack(inputs.dense[:1, :1]),
-    ):
+    by_name = pack(causal(), q_len=case.q_len, kv_len=case.kv_len, device=device)
+    for mask in (inputs.dense[0, 0], inputs.dense, by_name, pack(inputs.dense[:1, :1])):
         again = run(inputs._replace(mask=mask), backend=backend, deterministic=deterministic)
         same(symbolic, again, backend, deterministic)
     q, k, v, _, _, do, dlse = inputs
@@ -143,17 +139,17 @@ def check_a_sample_alone(case: Case, backend: str, device: str, deterministic: b
 
 def check_packing(case: Case, device: str) -> None:
     """A mask packs to its meaning, and to the same bits from an expression, from a tensor, and on the CPU."""
-    mask, dense = make_inputs(case, device)[3:5]
+    mask, dense = make_mask(case.mask, case.batch, case.q_heads, case.q_len, case.kv_len, case.seed + 1, device)
+    dense = dense.expand(case.batch, case.q_heads, case.q_len, case.kv_len)
     batch, heads = _planes_of(mask)
     planes = dense[:batch, :heads]
     mask = planes if mask is None else mask
-    lens = {"q_len": case.q_len, "kv_len": case.kv_len}
-    packed = pack(mask, **lens, device=device)
+    packed = pack(mask, q_len=case.q_len, kv_len=case.kv_len, device=device)
     wrong = packed.to_dense().expand_as(dense) != dense
     assert not wrong.any(), f"{int(wrong.sum())} pairs differ, first at {wrong.nonzero()[0].tolist()}"
-    assert_same_block_mask(packed, pack(planes.contiguous(), **lens))
+    assert_same_block_mask(packed, pack(planes.contiguous()))
     if torch.device(device).type != "cpu":
-        assert_same_block_mask(packed, pack(planes.cpu(), **lens))
+        assert_same_block_mask(packed, pack(planes.cpu()))
 
 
 def _planes_of(mask: Mask | Tensor | None) -> tuple[int, int]:
@@ -169,7 +165,7 @@ class Allocations(TorchDispatchMode):
     """Bytes of the largest storage that operations create."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -202,13 +198,14 @@ def _allocated(case: Case, backend: str, device: str) -> int:
     if torch.device(device).type != "cuda":
         with Allocations() as seen:
             run(inputs, case.scale, backend)
-        return seen.largest
+        return int(seen.largest)
     run(inputs, case.scale, backend)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run(inputs, case.scale, backend)
-    return torch.cuda.max_memory_allocated() - before
+    peak: int = torch.cuda.max_memory_allocated()
+    return peak - before
 
 
 def check_growing_scores(case: Case, backend: str, device: str) -> None:

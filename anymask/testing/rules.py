@@ -72,12 +72,11 @@ class Judge:
     ) -> None:
         """Take what the call should give, the yardsticks, and the mask, bool `[batch, q_heads, q_len, kv_len]`."""
         self._expected, self._dtype = expected, dtype
-        self._figures = torch.stack(
-            [
-                _figures_of_expected(*tensors, dtype, what)
-                for what, *tensors in zip(Results._fields, expected, eager, magnitudes, strict=True)
-            ]
-        )
+        figures = [
+            _figures_of_expected(x, y, z, dtype, what)
+            for what, x, y, z in zip(Results._fields, expected, eager, magnitudes, strict=True)
+        ]
+        self._figures = torch.stack(figures)
         has_key, has_query = dense.any(-1), dense.any(-2)
         # the errors of one query reach every key it sees, and those of one key every query that sees it
         self._rows = torch.minimum(has_key.sum(), has_query.sum()).double()
@@ -165,7 +164,7 @@ def _check_form(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str)
 
 
 def _figures_of_expected(expected: Tensor, eager: Tensor, magnitude: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """`_Expected` as a tensor, so that nothing waits for a GPU."""
+    """`_Expected` as a tensor, in the order of its fields, so that nothing waits for a GPU."""
     if expected.numel() == 0:
         return expected.new_zeros(len(_Expected._fields))
     if what == "lse":
@@ -173,29 +172,34 @@ def _figures_of_expected(expected: Tensor, eager: Tensor, magnitude: Tensor, dty
         return torch.cat([largest[None], largest.new_zeros(len(_Expected._fields) - 1)])
     eager_error = (eager.double() - expected).abs()
     squares = expected.square()
-    return torch.stack(
-        _Expected(
-            largest=expected.abs().max(),
-            magnitude=magnitude.abs().max().double(),
-            eager_error=eager_error.max(),
-            eager_rms=_rms(eager_error),
-            rounding=_rms(expected.to(dtype).double() - expected),
-            rows=(expected != 0).any(-1).sum().double(),
-            squares=squares.sum(),
-            fourths=squares.square().sum(),
-        )
-    )
+    figures = {
+        "largest": expected.abs().max(),
+        "magnitude": magnitude.abs().max().double(),
+        "eager_error": eager_error.max(),
+        "eager_rms": _rms(eager_error),
+        "rounding": _rms(expected.to(dtype).double() - expected),
+        "rows": (expected != 0).any(-1).sum().double(),
+        "squares": squares.sum(),
+        "fourths": squares.square().sum(),
+    }
+    return torch.stack([figures[name] for name in _Expected._fields])
 
 
 def _figures_of_actual(actual: Tensor, expected: Tensor) -> Tensor:
-    """`_Actual` as a tensor."""
+    """`_Actual` as a tensor, in the order of its fields."""
     if actual.numel() == 0:
         return expected.new_zeros(len(_Actual._fields))
     got, dead = actual.detach().double(), expected == -math.inf
     not_finite, misplaced = ~torch.isfinite(got) & ~dead, dead != (got == -math.inf)
     # both -inf, or judged by the counts
     error = (got - expected).masked_fill(dead | misplaced | not_finite, 0.0).abs()
-    return torch.stack(_Actual(not_finite.sum().double(), misplaced.sum().double(), error.max(), _rms(error)))
+    figures = {
+        "not_finite": not_finite.sum().double(),
+        "misplaced": misplaced.sum().double(),
+        "error": error.max(),
+        "rms": _rms(error),
+    }
+    return torch.stack([figures[name] for name in _Actual._fields])
 
 
 def _judge(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str, size: _Expected, found: _Actual) -> float:
