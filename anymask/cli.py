@@ -20,6 +20,7 @@ import anymask
 from anymask import demo as work
 from anymask import gallery, machine, viz
 from anymask.block_mask.block_mask import read_safetensors
+from anymask.check import command
 
 # the table of masks needs this many columns; a narrower terminal, or a file, wraps lines instead of cutting cells
 TABLE_WIDTH = 102
@@ -187,6 +188,12 @@ def bench(context: typer.Context) -> None:
             raise
         _fail("benchmarks are not installed; run this in a checkout of the project")
     raise typer.Exit(run.main(context.args))
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def check(context: typer.Context) -> None:
+    """Is attention on this machine correct? --quick, about a minute, or --full; --help has the options."""
+    raise typer.Exit(command.main(context.args))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

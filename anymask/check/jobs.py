@@ -1,10 +1,11 @@
-"""One job of `anymask check`: a case and what to check of it, as JSON to a process and as a line of Python to a user."""
+"""One job of `anymask check`: a case and what to check of it, as JSON for a process and a line of Python for a user."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,9 +60,7 @@ class Job:
     def python(self, runner: Runner | None, device: str) -> str:
         """A line of Python that repeats it."""
         if self.check == "arguments":
-            return (
-                f"from anymask.check import arguments; arguments.check_combination({int(self.args[0])}, {device!r})"
-            )
+            return f"from anymask.check import arguments; arguments.check_combination({int(self.args[0])}, {device!r})"
         by = f"{runner.backend!r}, {device!r}" if runner else repr(device)
         repeatable = ", deterministic=True" if runner and runner.deterministic else ""
         if self.check == "oracle":
@@ -83,22 +82,17 @@ def execute(job: Job, device: str) -> Tally:
     if job.check == "arguments":
         for number in range(int(job.args[0]), int(job.args[1])):
             one = replace(job, args=(number,))
-            _attempt(tally, one, None, device, lambda n=number: arguments.check_combination(n, device))
+            _attempt(tally, one, None, device, partial(arguments.check_combination, number, device))
     elif job.check == "packing":
-        _attempt(tally, job, None, device, lambda: properties.check_packing(job.case, device))
+        _attempt(tally, job, None, device, partial(properties.check_packing, job.case, device))
     elif job.check == "oracle":
         _run_oracle(tally, job, device)
     else:
         check = getattr(properties, f"check_{job.check}")
         for runner in job.runners:
             options = {} if job.check in ALWAYS else {"deterministic": runner.deterministic or None}
-            _attempt(
-                tally,
-                job,
-                runner,
-                device,
-                lambda r=runner, o=options: check(job.case, r.backend, device, *job.args, **o),
-            )
+            call = partial(check, job.case, runner.backend, device, *job.args, **options)
+            _attempt(tally, job, runner, device, call)
     return tally
 
 
@@ -131,13 +125,14 @@ def _run_oracle(tally: Tally, job: Job, device: str) -> None:
 def _packed(inputs: Inputs) -> BlockMask | None:
     if inputs.mask is None:
         return None
+    assert not isinstance(inputs.mask, BlockMask)
     packed = pack(inputs.mask, q_len=inputs.q.shape[2], kv_len=inputs.k.shape[2], device=inputs.q.device)
     assert torch.equal(packed.to_dense().expand_as(inputs.dense), inputs.dense), "the packed mask has other pairs"
     return packed
 
 
 def _attempt(
-    tally: Tally, job: Job, runner: Runner | None, device: str, call: Callable[[], None], name: str | None = None
+    tally: Tally, job: Job, runner: Runner | None, device: str, call: Callable[[], Any], name: str | None = None
 ) -> bool | None:
     """Count one case: True if it passed, False if not, None where the backend is not for it."""
     RECORDS.clear()

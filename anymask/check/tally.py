@@ -1,4 +1,4 @@
-"""What `anymask check` counts: cases by check and backend, masks, worst ratios, failures; sums of tallies are tallies."""
+"""What `anymask check` counts: cases by check and backend, masks, worst ratios and failures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 from anymask.testing import DTYPE_NAMES, Record
 from anymask.testing.rules import MAX_ERROR_LIMIT, RMSE_LIMIT
-
-RESULTS = ("passed", "failed", "not applicable")
 
 
 class Tally:
@@ -41,9 +39,7 @@ class Tally:
         self._keep(self.worst if usual else self.few, key, (record.ratio, record.limit, where, by))
 
     @staticmethod
-    def _keep(
-        table: dict[str, tuple[float, float, str, str]], key: str, new: tuple[float, float, str, str]
-    ) -> None:
+    def _keep(table: dict[str, tuple[float, float, str, str]], key: str, new: tuple[float, float, str, str]) -> None:
         old = table.get(key)
         if old is None or new[0] / new[1] > old[0] / old[1]:
             table[key] = new
