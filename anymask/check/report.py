@@ -92,7 +92,9 @@ def _ratios(found: dict[str, Any], tally: Tally) -> list[str]:
             text += f" Worst 16-bit {kind}: {worst:.3f}; {wanted} is wanted: {verdict}."
     lines = [text, "", "| dtype | tensor | rule | worst | of | case |", "|---|---|---|---|---|---|"]
     for key, (ratio, limit, where, by) in sorted(tally.worst.items()):
-        lines.append(f"| {' | '.join(key.split())} | {ratio:.3f} | {limit:g} | {by}: `{where}` |")
+        # a bar ends a cell, in code too
+        shown = where.replace("|", "\\|")
+        lines.append(f"| {' | '.join(key.split())} | {ratio:.3f} | {limit:g} | {by}: `{shown}` |")
     lines += ["", "Where fewer rows are judged the limits are wider; the worst shares of them:", ""]
     shares = [f"{key} {ratio / limit:.2f}" for key, (ratio, limit, _, _) in sorted(tally.few.items())]
     return [*lines, ", ".join(shares) + ".", ""]

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,7 +62,18 @@ class Worker:
         self._closed = True
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Wait for the process, which ends or is killed, and close its pipes."""
+        if self._process is None or self._errors is None:
+            return
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        self._process = None
 
     def _stream(self, process: subprocess.Popen[str], jobs: list[Job], total: Tally) -> tuple[int, bool]:
         """How many jobs were answered, and whether the last of them lost the GPU's context, which ends the process."""
@@ -92,6 +104,7 @@ class Worker:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
+            self._let_go()
             self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
             paths = [str(Path(anymask.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._process = subprocess.Popen(

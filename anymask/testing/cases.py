@@ -101,10 +101,10 @@ def check(
     return results
 
 
-def judge_of(inputs: Inputs, case: Case) -> Judge:
-    """What the results of `inputs` are held against, made once for any number of backends."""
+def judge_of(inputs: Inputs, case: Case, rows: int | None = None) -> Judge:
+    """What the results of `inputs` are held against, made once for any number of backends; `rows` as of `Judge`."""
     args = *inputs[:3], inputs.dense, case.scale, inputs.do, inputs.dlse
-    return Judge(reference(*args), eager(*args), magnitudes(*args), case.dtype, inputs.dense)
+    return Judge(reference(*args), eager(*args), magnitudes(*args), case.dtype, inputs.dense, rows)
 
 
 # the backends of one case follow one another in a test file, and so do the cases of one oracle

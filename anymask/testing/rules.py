@@ -69,8 +69,16 @@ class Judge:
         magnitudes: Results,
         dtype: torch.dtype,
         dense: Tensor,
+        rows: int | None = None,
     ) -> None:
-        """Take what the call should give, the yardsticks, and the mask, bool `[batch, q_heads, q_len, kv_len]`."""
+        """Take what the call should give and the yardsticks.
+
+        Args:
+            expected, eager, magnitudes: of one call, by the functions of these names.
+            dtype: of the call's q.
+            dense: the mask, bool `[batch, q_heads, q_len, kv_len]`.
+            rows: whose errors are independent; default the queries with a key, or the keys with a query if fewer.
+        """
         self._expected, self._dtype = expected, dtype
         figures = [
             _figures_of_expected(x, y, z, dtype, what)
@@ -80,6 +88,8 @@ class Judge:
         has_key, has_query = dense.any(-1), dense.any(-2)
         # the errors of one query reach every key it sees, and those of one key every query that sees it
         self._rows = torch.minimum(has_key.sum(), has_query.sum()).double()
+        if rows is not None:
+            self._rows = self._rows.clamp(max=rows)
         self._dead_rows = ~has_key
         self._dead_keys = ~torch.unflatten(has_query, 1, (expected.dk.shape[1], -1)).any(2)
 
