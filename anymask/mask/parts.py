@@ -194,11 +194,9 @@ def as_mask(mask: Any, allowed: str) -> Mask:
         return mask
     if not isinstance(mask, Tensor):
         kind = type(mask)
-        hint = (
-            "; convert it by anymask.formats.from_flex" if kind.__module__.startswith("torch.nn.attention.flex") else ""
-        )
-        name = f"{kind.__module__}.{kind.__name__}" if hint else kind.__name__
-        raise TypeError(f"mask is a {name}; allowed are None, a bool tensor, a Mask, a BlockMask{hint}")
+        if kind.__module__ == "torch.nn.attention.flex_attention":
+            raise TypeError(f"mask is a {kind.__name__} of {kind.__module__}; convert it by anymask.formats.from_flex")
+        raise TypeError(f"mask is a {kind.__name__}; allowed are {allowed}")
     return bools(mask, "mask")
 
 

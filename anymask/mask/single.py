@@ -37,6 +37,8 @@ def one_pair_at_a_time(fn: MaskFunction) -> MaskFunction:
 
     def many(*index: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(*(x.shape for x in index))
+        if 0 in shape:
+            return torch.empty(shape, dtype=torch.bool, device=index[0].device)
         index = tuple(x[(None,) * (len(shape) - x.dim())] for x in index)
         mapped: Callable[..., Tensor] = one
         # the innermost dimension first; a tensor takes part where it is not shared
