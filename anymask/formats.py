@@ -48,7 +48,7 @@ def from_flex(block_mask: Any) -> Mask:
             entries beyond their count mean nothing and may be anything.
 
     Raises:
-        TypeError: it is none. ValueError: its lists have other dimensions or name a block that is none; or it was
+        TypeError: it is none. ValueError: its lists have other dimensions or name a negative block; or it was
             sliced, which takes its `mask_mod` away, and has partial blocks. Packing it for other lengths than its own.
     """
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -88,14 +88,12 @@ def from_flex(block_mask: Any) -> Mask:
 def _listed_blocks(name: str, counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
     """bool `[batch, heads, q blocks, blocks]`: the first `counts` entries of each line of `indices`."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    outside = listed & ((indices < 0) | (indices >= blocks))
-    if outside.any():
-        raise ValueError(
-            f"{name} names block {int(indices[outside][0])}; allowed are 0 to {blocks - 1}, as many as kv_len has"
-        )
-    # one block more takes what is not listed
+    negative = listed & (indices < 0)
+    if negative.any():
+        raise ValueError(f"{name} names block {int(indices[negative][0])}; allowed are 0 and more")
+    # one block more takes what is not listed, and blocks of no keys, which a mask that torch made shorter still names
     found = torch.zeros(*counts.shape, blocks + 1, dtype=torch.bool, device=indices.device)
-    return found.scatter_(3, torch.where(listed, indices, blocks).long(), True)[..., :blocks]
+    return found.scatter_(3, torch.where(listed, indices, blocks).clamp(max=blocks).long(), True)[..., :blocks]
 
 
 def to_flex(block_mask: BlockMask) -> Any:

@@ -165,7 +165,7 @@ def _packed(mask: Mask) -> Any:
         (lambda: anymask.tree(torch.tensor([-1, 2, 1])), ValueError, "parents form a cycle through token 1"),
         (lambda: anymask.tree(torch.tensor([-1, 3])), ValueError, r"parents\[1\] is 3; allowed are -1 to 1"),
         (lambda: anymask.tree(torch.tensor([0])), ValueError, "parents form a cycle through token 0"),
-        (lambda: anymask.neighbourhood_2d((4, 4), 2), ValueError, r"neighbourhood_2d: kernel is 2; allowed are odd sizes"),
+        (lambda: anymask.neighbourhood_2d((4, 4), 2), ValueError, "_2d: kernel is 2; allowed are odd sizes"),
         (
             lambda: anymask.neighbourhood_2d((4, 4), 5),
             ValueError,

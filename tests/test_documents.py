@@ -1,4 +1,4 @@
-"""Documents: padding, keys of their own, windows that count from each document's end, and ids near the ends of int64."""
+"""Documents: padding, keys of their own, windows that count from each document's end, ids near the ends of int64."""
 
 import pytest
 import torch

@@ -277,8 +277,8 @@ def test_a_dense_tensor_is_read_in_bounded_chunks() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "q_len is None; a Band mask has no length, pass q_len=..."),
-        ({"q_len": 4}, "kv_len is None; a Band mask has no length"),
+        ({}, "causal() has no length, pass q_len=..."),
+        ({"q_len": 4}, "causal() has no length, pass kv_len=..."),
         ({"q_len": -1, "kv_len": 4}, "q_len is -1; allowed are 0 and more"),
         ({"q_len": 4, "kv_len": -3}, "kv_len is -3; allowed are 0 and more"),
     ],

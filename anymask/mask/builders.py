@@ -351,7 +351,7 @@ def neighbourhood_3d(shape: tuple[int, int, int], kernel: int | tuple[int, int, 
 
 @builder
 def block_sparse(layout: Tensor, block: int | tuple[int | Tensor, int | Tensor]) -> Mask:
-    """Query i attends to key j where `layout[..., i // block, j // block]`, or where its block does.
+    """Query i attends to key j where `layout[..., i // block, j // block]`. Blocks may have sizes of their own.
 
     Args:
         layout: bool `[q blocks, kv blocks]`, `[q_heads, ...]` or `[batch, q_heads, ...]`.

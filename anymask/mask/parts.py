@@ -189,7 +189,7 @@ def first_keys(lengths: Tensor, name: str) -> Mask:
 
 
 def as_mask(mask: Any, allowed: str) -> Mask:
-    """The argument `mask` of `pack` and `attention`, a `Mask` or a bool tensor, as a `Mask`; `allowed` is for errors."""
+    """The argument `mask` of `pack` and `attention`, a `Mask` or a bool tensor, as a `Mask`."""
     if isinstance(mask, Mask):
         return mask
     if not isinstance(mask, Tensor):
