@@ -18,11 +18,13 @@ from anymask import launch
 from anymask.backends import hopper
 from anymask.backends import triton as triton_backend
 
+# target and the bytes of shared memory a program may have
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
+    "sm_89": (GPUTarget("cuda", 89, 32), 101_376),
+    "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
+    "sm_100": (GPUTarget("cuda", 100, 32), 232_448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
 }
 
 
@@ -71,7 +73,7 @@ def compiling(target: str, known: dict[Any, Any] | None = None) -> Iterator[list
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(launch, "_kernels", Forgetful() if known is None else known)
-        patch.setattr(driver, "_active", TargetOnly(TARGETS[target]))
+        patch.setattr(driver, "_active", TargetOnly(TARGETS[target][0]))
         patch.setattr(hopper, "_multiprocessors", lambda device: 132)
         yield kernels
     triton_backend._options.cache_clear()
@@ -91,4 +93,4 @@ def nvidia_tool(name: str, cubin: bytes, *flags: str) -> str:
 def sass(kernel: Any) -> list[tuple[str, str]]:
     """(label, "") or ("", instruction with its predicate and operands) of a kernel, in order."""
     text = nvidia_tool("nvdisasm", kernel.asm["cubin"])
-    return re.findall(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,6}\*/\s+([^;]*);", text, re.MULTILINE)
+    return re.findall(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,6}\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", text, re.MULTILINE)
