@@ -31,7 +31,7 @@ from anymask.testing import Case, check
 TOOLS = ("memcheck", "racecheck")
 # a tool makes kernels hundreds of times slower
 LIMIT_S = 300
-# programs of a kernel: each takes several items, one after another
+# programs of a kernel: each takes several work tiles, one after another
 PROGRAMS = 3
 F16, BF16 = torch.float16, torch.bfloat16
 # lengths of whole tiles and not, longer and shorter than one, with and without groups of heads
@@ -54,7 +54,7 @@ CASES = (
 
 def handshake() -> Iterator[str]:
     """`file:line` where Triton wakes partitions: in the kernels themselves, whose functions use all shared memory."""
-    for path in Path(hopper.__file__).parent.glob("*_kernel.py"):
+    for path in (Path(hopper.__file__).parent / "kernels").glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name in ("_fwd_kernel", "_bwd_kernel"):
                 yield from (f"{path.name}:{n}" for n in range(node.lineno, (node.end_lineno or node.lineno) + 1))

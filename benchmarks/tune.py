@@ -20,8 +20,9 @@ from torch import Tensor
 
 import anymask
 from anymask.backends import triton as backend
+from anymask.backends.gpu.arguments import TileConfig
+from anymask.backends.gpu.target import current_target
 from anymask.backends.triton import tuning
-from anymask.backends.triton.tuning import TileConfig
 
 PASSES = ("fwd", "dq", "dkdv")
 # norm of an error, in parts of that of the result
@@ -42,7 +43,7 @@ def candidates(which: str) -> Iterator[TileConfig]:
 
 def row(which: str, use_tma: bool) -> dict[int, TileConfig]:
     """The table's row of a pass on the current device, by padded head_dim."""
-    return tuning.TABLE[tuning.family(*backend._target(), use_tma)][which]
+    return tuning.TABLE[tuning.family(*current_target(), use_tma)][which]
 
 
 def make_inputs(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -63,7 +64,7 @@ def run_pass(which: str, inputs: Inputs, mask: anymask.BlockMask | None) -> Call
 
 def read_through_pointers() -> None:
     """Make the launchers take the path of inputs that the copy engine cannot read."""
-    backend._tma = lambda *_: False
+    backend.can_use_tma = lambda *_: False
 
 
 def compile_one(which: str, head_dim: int, dtype: torch.dtype, use_tma: bool, config: TileConfig) -> str | None:

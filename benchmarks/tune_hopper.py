@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import anymask
 from anymask.backends import hopper
-from anymask.backends import triton as portable
+from anymask.backends import triton as triton_backend
 from anymask.backends.hopper import tuning
 from anymask.backends.hopper.tuning import ForwardConfig
 from benchmarks import timing
@@ -33,7 +33,7 @@ Outputs = tuple[Tensor, ...]
 
 
 def forward_candidates(head_dim: int) -> Iterator[ForwardConfig]:
-    """What fits: for each pair of groups, slots of k and v, and 128 rows of q and o, in 16 bits."""
+    """What fits: for each pair of warpgroups, stages of k and v, and 128 rows of q and o, in 16 bits."""
     # two pairs have registers for 64 keys a step and 64 columns of o
     shapes = ((64, 2), (128, 1)) if head_dim == 64 else ((64, 1), (128, 1))
     for (block_n, pairs), stages, q_stages, persistent in itertools.product(shapes, (2, 3, 4), (1, 2), (False, True)):
@@ -91,9 +91,9 @@ def main() -> None:
     lines = [f"{torch.cuda.get_device_name()}, {options.shape}, D{options.head_dim}, fp16: parts of cuDNN's time"]
     for name, dense in track(masks(options.shape[2]).items(), "masks"):
         mask = None if dense is None else anymask.pack(dense)
-        o, lse = portable.forward(q, k, v, mask, scale)
+        o, lse = triton_backend.forward(q, k, v, mask, scale)
         args = q, k, v, do, o, lse
-        expected = portable.backward(q, k, v, o, lse, do, None, mask, scale, True)
+        expected = triton_backend.backward(q, k, v, o, lse, do, None, mask, scale, True)
         attend, differentiate = cudnn(args, name == "causal")
         for step, calls, baseline, right in (
             ("forward", forwards(args, mask), attend, (o, lse)),

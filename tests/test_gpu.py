@@ -57,7 +57,7 @@ def test_lengths(backend: str, case: Case, device: str) -> None:
 def test_short_lines_without_a_sum_of_dq(
     backend: str, case: Case, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anymask.backends.hopper.tuning.MANY_LINES", 1)
+    monkeypatch.setattr("anymask.backends.hopper.tuning.MANY_COLUMNS", 1)
     check(case, backend, device)
 
 

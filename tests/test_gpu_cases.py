@@ -111,11 +111,10 @@ def test_case_16_fp32_is_ieee(device: str) -> None:
 
 
 def _compiled_kernels() -> int:
-    from anymask.backends.triton import backward_kernels, forward_kernel
+    from anymask.backends.gpu.kernels import delta, dq
+    from anymask.backends.triton.kernels import backward, forward
 
-    kernels = [forward_kernel._fwd_kernel] + [
-        getattr(backward_kernels, name) for name in ("_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel")
-    ]
+    kernels = [forward._fwd_kernel, delta._bwd_delta_kernel, dq._bwd_dq_kernel, backward._bwd_dkdv_kernel]
     return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
 
 

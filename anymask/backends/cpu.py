@@ -114,7 +114,7 @@ def backward(
             call.add_tiles(dk_t, line, step, q_line.mT @ ds)
             call.add_tiles(dv_t, line, step, do_line.mT @ p)
         call.put_rows(dq, line, dq_line * sm_scale)
-    return dq, call.keys(dk_t * sm_scale, k.dtype), call.keys(dv_t, v.dtype)
+    return dq, call.key_gradient(dk_t * sm_scale, k.dtype), call.key_gradient(dv_t, v.dtype)
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,6 @@ class _Call:
         """Add the transposed gradient of the step's keys or values to that of all of them."""
         grad_t[line.b, line.g, :, step.tiles] += of_step.unflatten(3, (-1, TILE))
 
-    def keys(self, grad_t: Tensor, dtype: torch.dtype) -> Tensor:
+    def key_gradient(self, grad_t: Tensor, dtype: torch.dtype) -> Tensor:
         """A gradient like k or v, from its transposed and padded form."""
         return grad_t.flatten(3)[..., : self.mask.kv_len].mT.to(dtype).contiguous()

@@ -6,18 +6,7 @@ Rows of "hopper" for head_dim 64 and 128 are the fastest without register spills
 measurement.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Queries and keys of a kernel step (both divide the 128 of a tile), warps a program, stages of the pipeline."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
+from anymask.backends.gpu.arguments import TileConfig
 
 # family -> pass -> padded head_dim -> config, for 16-bit inputs
 TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
