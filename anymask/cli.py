@@ -19,7 +19,7 @@ from rich.table import Table
 import anymask
 from anymask import demo as work
 from anymask import gallery, machine, viz
-from anymask.block_mask.block_mask import read_safetensors
+from anymask.block_mask.files import read_safetensors
 
 # the table of masks needs this many columns; a narrower terminal, or a file, wraps lines instead of cutting cells
 TABLE_WIDTH = 102
