@@ -179,6 +179,14 @@ def test_traced_sizes_are_not_bound() -> None:
             _, mask = planes(batch, 2)
             assert torch.equal(call(mask).rows.order, mask.rows.order * 2)
     assert counter.frame_count == 1
+    # nor sizes that are known when it runs
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        chosen = torch.compile(_chosen, backend="eager", fullgraph=True)
+        assert_same_block_mask(chosen(mask), mask)
+
+
+def _chosen(mask: BlockMask) -> BlockMask:
+    return pytree.tree_map(lambda t: t[t >= 0] if t.dim() == 1 else t.clone(), mask)
 
 
 @pytest.mark.compile
