@@ -7,7 +7,6 @@ tiles appear nowhere, full tiles cost one index, partial tiles one index and 2,0
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from anymask.block_mask import text
 from anymask.block_mask.bits import unpack_bits
 from anymask.block_mask.files import read_safetensors, write_safetensors
 from anymask.block_mask.full import full_lists
-from anymask.block_mask.tile_lists import FIELDS, select_planes
+from anymask.block_mask.tile_lists import FIELDS, plane_range, select_planes
 from anymask.block_mask.tile_lists import TileLists as TileLists
 from anymask.tiles import FULL, PARTIAL, TILE, tiles_over
 
@@ -211,10 +210,19 @@ class BlockMask:
         return mask.to(place)
 
     def contradiction(self) -> str | None:
-        """The first tensor, such as `rows.order`, that contradicts the others; None if the lists are a mask's.
+        """The first part, such as `rows.order`, that contradicts the others; None if the lists are a mask's.
 
         Reads the lists and not the words: for masks from files. A kernel would read beyond its memory.
         """
+        # what torch.load puts together of a damaged file has any attributes, or none
+        parts = vars(self)
+        for name in ("q_len", "kv_len"):
+            if type(parts.get(name)) is not int or parts[name] < 0:
+                return name
+        for view in ("rows", "cols"):
+            lists = parts.get(view)
+            if type(lists) is not TileLists or not all(isinstance(vars(lists).get(name), Tensor) for name in FIELDS):
+                return view
         planes, lengths = tuple(self.rows.order.shape[:2]), (self.q_len, self.kv_len)
         for view, lists, (length, other) in (("rows", self.rows, lengths), ("cols", self.cols, lengths[::-1])):
             wrong = lists.wrong_value(planes, length, other)
@@ -284,8 +292,8 @@ class BlockMask:
                 f"block_mask[...] has {len(parts)} indices; allowed are 2, batch and heads: "
                 "anymask.slice_queries cuts queries"
             )
-        batch = _range(parts[0], self.batch, "batch") if parts else range(self.batch)
-        heads = _range(parts[1], self.heads, "heads") if len(parts) > 1 else range(self.heads)
+        batch = plane_range(parts[0], self.batch, "batch") if parts else range(self.batch)
+        heads = plane_range(parts[1], self.heads, "heads") if len(parts) > 1 else range(self.heads)
         if (len(batch), len(heads)) == (self.batch, self.heads):
             return self
         return BlockMask(self.q_len, self.kv_len, *select_planes((self.rows, self.cols), batch, heads))
@@ -355,37 +363,6 @@ def _device(device: Any) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}; allowed are those of torch, such as 'cpu' and 'cuda:0'") from error
-
-
-def _range(index: Any, size: int, name: str) -> range:
-    """The planes that an index of one dimension names, all of which there are."""
-    shared = "; a dimension of 1 is shared by all and has nothing to cut" if size == 1 else ""
-    if isinstance(index, slice):
-        step = 1 if index.step is None else _integer(index.step, name)
-        start = 0 if index.start is None else _integer(index.start, name)
-        stop = size if index.stop is None else _integer(index.stop, name)
-        start, stop = (n + size if n < 0 else n for n in (start, stop))
-        # Python would shorten the slice, and one sample too few would be one that all share
-        if step != 1 or not 0 <= start <= stop <= size:
-            raise IndexError(
-                f"{name} index {index} of a mask with {size} planes along it; allowed are slices of step 1 "
-                f"within 0 to {size}{shared}"
-            )
-        return range(start, stop)
-    place = _integer(index, name)
-    if not -size <= place < size:
-        raise IndexError(
-            f"{name} index {place} of a mask with {size} planes along it; allowed are {-size} to {size - 1}{shared}"
-        )
-    return range(place % size, place % size + 1)
-
-
-def _integer(index: Any, name: str) -> int:
-    if isinstance(index, (bool, Tensor)) or not hasattr(index, "__index__"):
-        raise TypeError(
-            f"{name} index is {index!r} of type {type(index).__name__}; allowed are an int and a slice of step 1"
-        )
-    return operator.index(index)
 
 
 # of the tensors, in the order of `BlockMask.tensors`

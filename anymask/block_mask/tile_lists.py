@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +86,41 @@ class TileLists:
 
 
 FIELDS = tuple(f.name for f in fields(TileLists))
+
+
+def plane_range(index: Any, size: int, name: str) -> range:
+    """The planes that an index of one dimension names, all of which there are.
+
+    Raises:
+        IndexError: one that is not there. TypeError: no int and no slice of them.
+    """
+    shared = "; a dimension of 1 is shared by all and has nothing to cut" if size == 1 else ""
+    if isinstance(index, slice):
+        step = 1 if index.step is None else _integer(index.step, name)
+        start = 0 if index.start is None else _integer(index.start, name)
+        stop = size if index.stop is None else _integer(index.stop, name)
+        start, stop = (n + size if n < 0 else n for n in (start, stop))
+        # Python would shorten the slice, and one sample too few would be one that all share
+        if step != 1 or not 0 <= start <= stop <= size:
+            raise IndexError(
+                f"{name} index {index} of a mask with {size} planes along it; allowed are slices of step 1 "
+                f"within 0 to {size}{shared}"
+            )
+        return range(start, stop)
+    place = _integer(index, name)
+    if not -size <= place < size:
+        raise IndexError(
+            f"{name} index {place} of a mask with {size} planes along it; allowed are {-size} to {size - 1}{shared}"
+        )
+    return range(place % size, place % size + 1)
+
+
+def _integer(index: Any, name: str) -> int:
+    if isinstance(index, (bool, Tensor)) or not hasattr(index, "__index__"):
+        raise TypeError(
+            f"{name} index is {index!r} of type {type(index).__name__}; allowed are an int and a slice of step 1"
+        )
+    return operator.index(index)
 
 
 def select_planes(views: Sequence[TileLists], batch: range, heads: range) -> list[TileLists]:
