@@ -36,24 +36,19 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 class OneLineErrors(typer.core.TyperGroup):
     """Commands that end with 0, with 1 if they fail, with 2 if they were called wrongly; and say why in one line."""
 
-    def main(
-        self,
-        args: Any = None,
-        prog_name: Any = None,
-        complete_var: Any = None,
-        standalone_mode: bool = True,
-        **more: Any,
-    ) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command line, and exit unless standalone_mode is False."""
+        standalone = kwargs.pop("standalone_mode", True)
+        kwargs["standalone_mode"] = False
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **more)
+            code = super().main(*args, **kwargs)
         except UsageError as error:
             code = _show_usage_error(error)
         except typer.Abort:
             code = _show_error("interrupted")
         except OSError as error:
             code = _show_error(str(error))
-        if standalone_mode:
+        if standalone:
             sys.exit(code)
         return code
 
