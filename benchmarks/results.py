@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from anymask.machine import nvidia_smi, version_of
+from anymask.collect_env import nvidia_smi, version_of
 
 OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
 # what two runs must share for their rows to stand in one file

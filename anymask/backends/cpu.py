@@ -17,8 +17,6 @@ from torch.nn.functional import pad
 
 from anymask.block_mask import BlockMask
 from anymask.block_mask.bits import unpack_bits
-from anymask.mask.leaves import Band
-from anymask.packing import pack
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE, tiles_over
 
@@ -166,7 +164,7 @@ class _Call:
     def of(q: Q, k: K, v: V, block_mask: BlockMask | None) -> _Call:
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         q_len, kv_len = q.shape[2], k.shape[2]
-        mask = block_mask if block_mask is not None else pack(Band(None, None), q_len=q_len, kv_len=kv_len)
+        mask = block_mask if block_mask is not None else BlockMask.full(q_len, kv_len)
         extra = tiles_over(kv_len) * TILE - kv_len
         k, v = (t.to(compute) for t in (k, v))
         if extra:

@@ -13,7 +13,7 @@ import anymask
 from anymask import backends
 
 
-def report() -> dict[str, Any]:
+def collect_env() -> dict[str, Any]:
     """`versions` by name, `gpus` with name, capability and memory in GiB, and `backends`: "yes", or why not."""
     has_gpu = torch.cuda.is_available()
     sample = torch.zeros(1, 1, 8, 64, device="cuda" if has_gpu else "cpu", dtype=torch.float16)
