@@ -55,7 +55,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     with on(q.device):
         target = _target()
         use_tma = _tma(target, (q, k, v), live)
-        constants, options = _options("fwd", head_dim, v.shape[3], q.element_size(), use_tma, target)
+        constants, options = _options("fwd", head_dim, v.shape[3], q.element_size(), use_tma, target, _allow_tf32(q))
         block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
         _launch(
             _fwd_kernel,
@@ -121,7 +121,7 @@ def _launch_sum(
     kv_heads, kv_len = k.shape[1:3]
     target = _target()
     use_tma = _tma(target, (q, k, v, do), *live)
-    constants, options = _options(which, head_dim, v.shape[3], q.element_size(), use_tma, target)
+    constants, options = _options(which, head_dim, v.shape[3], q.element_size(), use_tma, target, _allow_tf32(q))
     if which == "dq":
         kernel, view, length, heads, block = _bwd_dq_kernel, "rows", q_len, q_heads, constants["BLOCK_M"]
     else:
@@ -238,11 +238,17 @@ def _plane_strides(block_mask: BlockMask | None) -> tuple[int, int]:
 
 @cache
 def _options(
-    which: str, head_dim: int, v_dim: int, itemsize: int, use_tma: bool, target: tuple[str, int | str]
+    which: str,
+    head_dim: int,
+    v_dim: int,
+    itemsize: int,
+    use_tma: bool,
+    target: tuple[str, int | str],
+    allow_tf32: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constants that every launch of pass `which` shares, and its options."""
     block_d, block_dv = _block_d(head_dim), _block_d(v_dim)
-    config = tuning.choose(*target, use_tma, itemsize, max(block_d, block_dv), which)
+    config = tuning.choose(*target, use_tma, itemsize, block_d, block_dv, which, allow_tf32)
     constants = {
         "HEAD_DIM": head_dim,
         "V_DIM": v_dim,
@@ -251,10 +257,20 @@ def _options(
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "USE_TMA": use_tma,
-        "PRECISION": "ieee",
+        # the interpreter multiplies in IEEE fp32 and knows no other word
+        "PRECISION": "ieee" if _interprets() else config.PRECISION,
         "TILE": TILE,
     }
     return constants, {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+
+def _allow_tf32(q: Tensor) -> bool:
+    """Whether torch's own fp32 products of CUDA tensors may be TF32 now.
+
+    That is so after `torch.set_float32_matmul_precision("high")` or "medium", and read where those products read it:
+    `torch.get_float32_matmul_precision()` raises once `fp32_precision` of a backend was set.
+    """
+    return q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _block_d(dim: int) -> int:
