@@ -113,7 +113,7 @@ FP32: dict[str, Rows] = {
         },
         "dkdv": {
             64: TileConfig(32, 64, 4, 2, "bf16x6"),
-            128: TileConfig(16, 32, 4, 1, "bf16x6"),
+            128: TileConfig(32, 32, 8, 1, "bf16x6"),
             256: TileConfig(16, 16, 4, 1),
         },
     },
