@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymask.backends.gpu.target import interprets
 from anymask.block_mask import BlockMask
 from anymask.block_mask.block_mask import TileLists
 from anymask.launch import args_key, launch
@@ -19,12 +20,16 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Queries and keys of a kernel step (both divide the 128 of a tile), warps a program, stages of the pipeline."""
+    """Queries and keys of a kernel step (both divide the 128 of a tile), warps a program, stages of the pipeline.
+
+    `PRECISION` says how fp32 is multiplied, in `tl.dot`'s words; 16-bit inputs have one way only.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    PRECISION: str = "ieee"
 
 
 def mask_lists(block_mask: BlockMask | None, view: str) -> tuple[Tensor | None, ...]:
@@ -109,7 +114,8 @@ def kernel_options(
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "USE_TMA": use_tma,
-        "PRECISION": "ieee",
+        # the interpreter multiplies in IEEE fp32 and knows no other word
+        "PRECISION": "ieee" if interprets() else config.PRECISION,
         "TILE": TILE,
     }
     return constants, {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}

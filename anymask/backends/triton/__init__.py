@@ -63,7 +63,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     with device_guard(q.device):
         current = target.current_target()
         use_tma = can_use_tma(current, (q, k, v), kv_has_pair)
-        constants, options = _options("fwd", head_dim, v.shape[3], q.element_size(), use_tma, current)
+        constants, options = _options("fwd", head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q))
         block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
         launch_triton(
             _fwd_kernel,
@@ -116,9 +116,10 @@ def backward(
     with device_guard(q.device):
         call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), *used, block_mask, sm_scale)
         current = target.current_target()
-        shape = head_dim, v.shape[3], q.element_size(), can_use_tma(current, (q, k, v, do), *used), current
-        launch_dq(call, dq, *_options("dq", *shape))
-        constants, options = _options("dkdv", *shape)
+        use_tma = can_use_tma(current, (q, k, v, do), *used)
+        what = head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q)
+        launch_dq(call, dq, *_options("dq", *what))
+        constants, options = _options("dkdv", *what)
         grid = tiles_over(kv_len) * TILE // constants["BLOCK_N"], kv_heads, batch
         launch_gradient(_bwd_dkdv_kernel, grid, call, "cols", (dk, dv), constants, options)
     return dq, dk, dv
@@ -126,11 +127,27 @@ def backward(
 
 @cache
 def _options(
-    which: str, head_dim: int, v_dim: int, itemsize: int, use_tma: bool, current: tuple[str, int | str]
+    which: str,
+    head_dim: int,
+    v_dim: int,
+    itemsize: int,
+    use_tma: bool,
+    current: tuple[str, int | str],
+    allow_tf32: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constants that every launch of pass `which` shares, and its options."""
-    block_d = max(padded_dim(head_dim), padded_dim(v_dim))
-    return kernel_options(tuning.choose(*current, use_tma, itemsize, block_d, which), head_dim, v_dim, use_tma)
+    block_d, block_dv = padded_dim(head_dim), padded_dim(v_dim)
+    config = tuning.choose(*current, use_tma, itemsize, block_d, block_dv, which, allow_tf32)
+    return kernel_options(config, head_dim, v_dim, use_tma)
+
+
+def _allow_tf32(q: Tensor) -> bool:
+    """Whether torch's own fp32 products of CUDA tensors may be TF32 now.
+
+    That is so after `torch.set_float32_matmul_precision("high")` or "medium", and read where those products read it:
+    `torch.get_float32_matmul_precision()` raises once `fp32_precision` of a backend was set.
+    """
+    return q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @cache
