@@ -12,8 +12,8 @@ import anymask
 PACKAGE = Path(anymask.__file__).parent
 # package-relative prefix -> layer; a module may import from lower layers and from its own
 LAYERS = {
-    "cli": 8, "__main__": 8, "demo": 7, "gallery": 6, "machine": 6, "testing": 6, "__init__": 5, "api": 4, "ops": 3,
-    "backends": 2, "formats": 2, "mask": 1, "viz": 1, "launch": 0, "shapes": 0,
+    "cli": 8, "__main__": 8, "bench": 7, "demo": 7, "gallery": 6, "machine": 6, "testing": 6, "__init__": 5, "api": 4,
+    "ops": 3, "backends": 2, "formats": 2, "mask": 1, "viz": 1, "launch": 0, "shapes": 0,
 }  # fmt: skip
 BACKENDS = ["reference", "cpu", "triton", "hopper"]
 # hopper takes delta, and what runs where it cannot, from the portable kernels

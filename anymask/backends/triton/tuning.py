@@ -1,9 +1,9 @@
 """Launch options of the Triton kernels: a literal table and a pure lookup.
 
 Rows of "hopper" for head_dim 64 and 128 are the fastest without register spills of those that
-`python -m benchmarks.tune [--head-dim 64] [--pointers]` timed on an NVIDIA H200 (Triton 3.6, fp16, B2 H16 L8192) on
-2026-11-22. All others are chosen to fit the shared memory and the registers of their family, and wait for a
-measurement.
+`python -m benchmarks.tune --kernels triton [--head-dim 64] [--pointers]` timed on an NVIDIA H200 (Triton 3.6, fp16,
+B2 H16 L8192) on 2026-11-22. All others are chosen to fit the shared memory and the registers of their family, and wait
+for a measurement.
 """
 
 from dataclasses import dataclass
