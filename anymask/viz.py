@@ -104,6 +104,8 @@ def plot(
         for axes in (tokens, tiles):
             axes.set_xticks(range(0, kv_len, TILE), minor=True)
             axes.set_yticks(range(0, q_len, TILE), minor=True)
+            # a border under a tick is a border too
+            axes.xaxis.remove_overlapping_locs = axes.yaxis.remove_overlapping_locs = False
             axes.grid(which="minor", color=BORDER, linewidth=0.6)
             axes.tick_params(which="minor", length=0)
     tokens.set(title=f"tokens: {density:.1%} of pairs attend", xlabel="key", ylabel="query")
