@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -152,20 +153,13 @@ def _draw(seed: int, high: int, count: int, device: str) -> Tensor:
     return torch.randint(high, (count,), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def _ids(s: Shape, device: str) -> Tensor:
-    """Document of each token: 16 documents, cut at random places."""
+def _packed(s: Shape, device: str, both_ways: bool = False) -> Forms:
+    """16 documents, cut at random places."""
     cuts = _draw(s.q_len, s.q_len, 15, device).sort().values
-    return torch.searchsorted(cuts, torch.arange(s.q_len, device=device), right=True)
-
-
-def _packed(s: Shape, device: str) -> Forms:
-    ids = _ids(s, device)
+    ids = torch.searchsorted(cuts, torch.arange(s.q_len, device=device), right=True)
+    if both_ways:
+        return lambda b, h, i, j: ids[i] == ids[j], anymask.document(ids)
     return lambda b, h, i, j: (i >= j) & (ids[i] == ids[j]), anymask.causal() & anymask.document(ids)
-
-
-def _both_ways(s: Shape, device: str) -> Forms:
-    ids = _ids(s, device)
-    return lambda b, h, i, j: ids[i] == ids[j], anymask.document(ids)
 
 
 def _images(s: Shape, device: str) -> Forms:
@@ -174,10 +168,8 @@ def _images(s: Shape, device: str) -> Forms:
     inside = at % 1024 < 576
     start = torch.where(inside, at // 1024 * 1024, 0)
     end = torch.where(inside, (at // 1024 * 1024 + 576).clamp(max=s.q_len), 0)
-    return (
-        lambda b, h, i, j: (i >= j) | ((j >= start[i]) & (j < end[i])),
-        anymask.causal() | anymask.spans(start, end),
-    )
+    named = anymask.causal() | anymask.spans(start, end)
+    return lambda b, h, i, j: (i >= j) | ((j >= start[i]) & (j < end[i])), named
 
 
 def _answers(s: Shape, device: str) -> Forms:
@@ -265,7 +257,7 @@ KINDS = (
     CAUSAL,
     window(1024),
     PACKED_DOCUMENTS,
-    MaskKind("the same, both ways", _both_ways),
+    MaskKind("the same, both ways", partial(_packed, both_ways=True)),
     MaskKind("prefix-LM", _prefix),
     MaskKind("images in text", _images),
     MaskKind("answers to one question", _answers),

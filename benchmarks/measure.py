@@ -27,6 +27,10 @@ class Lost(Exception):
     """The GPU answers no more calls of this process; nothing that follows would say anything about who makes it."""
 
 
+class Wrong(Exception):
+    """A mask that was built is not the one that was asked for."""
+
+
 @dataclass(frozen=True)
 class Ready:
     """A provider whose result is right."""
@@ -44,7 +48,7 @@ class Judge:
 
     def errors(self, prepared: Prepared) -> check.Errors | None:
         """Errors of what it computes; None of a mask that is as it should be."""
-        p = self.problem
+        p, masked = self.problem, not prepared.unmasked
         if prepared.attend is None:
             built = prepared.builds[0]()
             if isinstance(built, anymask.BlockMask) and not check.mask_is(built, p):
@@ -52,16 +56,9 @@ class Judge:
             return None
         leaves = p.q, p.k, p.v
         if prepared.forward_only or not {"backward", "both"} & set(p.case.passes):
-            return check.errors(p, (prepared.attend(*(t.detach() for t in leaves)),), self._wanted(prepared))
+            return check.errors(p, (prepared.attend(*(t.detach() for t in leaves)),), self.expected(masked))
         out = prepared.attend(*leaves)
-        return check.errors(p, (out, *torch.autograd.grad(out, leaves, p.do)), self._wanted(prepared))
-
-    def _wanted(self, prepared: Prepared) -> dict[check.Plane, list[tuple[torch.Tensor, torch.Tensor]]]:
-        return self.expected(not prepared.unmasked)
-
-
-class Wrong(Exception):
-    """A mask that was built is not the one that was asked for."""
+        return check.errors(p, (out, *torch.autograd.grad(out, leaves, p.do)), self.expected(masked))
 
 
 def rows_of(suite: Suite, case: Case, device: str, names: list[str], earlier: str | None) -> Iterator[Row]:

@@ -64,7 +64,7 @@ class Results:
     def load(path: Path) -> Results:
         """The result in a file that `save` wrote."""
         found = json.loads(path.read_text())
-        return Results(found["environment"], [Row(**_named(row, "pass", "step")) for row in found["rows"]])
+        return Results(found["environment"], [Row(step=row.pop("pass"), **row) for row in found["rows"]])
 
     def save(self, path: Path) -> None:
         """Replace the file, so that a reader, or an interruption, sees the old or the new one and nothing between."""
@@ -77,12 +77,8 @@ class Results:
 
     def find(self, case: str, provider: str, step: str) -> Row | None:
         """The row with numbers, or None."""
-        keys = ((r, (r.case, r.provider, r.step)) for r in self.rows if r.status == OK)
-        return next((r for r, key in keys if key == (case, provider, step)), None)
-
-
-def _named(row: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    return {new if key == old else key: value for key, value in row.items()}
+        wanted = case, provider, step, OK
+        return next((r for r in self.rows if (r.case, r.provider, r.step, r.status) == wanted), None)
 
 
 def _compact(row: Row) -> dict[str, Any]:
@@ -93,8 +89,8 @@ def _compact(row: Row) -> dict[str, Any]:
             return {key: short(v) for key, v in value.items()}
         return (float(f"{value:.5g}") if math.isfinite(value) else None) if isinstance(value, float) else value
 
-    kept = {key: short(value) for key, value in asdict(row).items() if value is not None and value != {}}
-    return _named(kept, "step", "pass")
+    names = {"step": "pass"}
+    return {names.get(k, k): short(v) for k, v in asdict(row).items() if v is not None and v != {}}
 
 
 def reason(error: BaseException) -> str:
@@ -105,20 +101,17 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= MAX_REASON else text[: MAX_REASON - 1] + "…"
 
 
-def environment(device: str, command: str) -> dict[str, str]:
+def environment(device: str, command: str, commit: str | None = None) -> dict[str, str]:
     """What a reader needs to trust or repeat the numbers; nothing that names the machine or its folders."""
     found = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "card": torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
     }
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    found |= {name: installed[name] for name in PACKAGES if name in installed}
     if device == "cuda":
         found["cuda"], found["cudnn"] = str(torch.version.cuda), str(torch.backends.cudnn.version())
     else:

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--processes", type=int, default=min(PROCESSES, os.cpu_count() or 1), help="to compile ahead, 0: none"
     )
+    p.add_argument("--commit", help="commit to record where the code is no git checkout")
     p.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder of the JSON; default %(default)s")
     return p
 
@@ -69,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     cases = tuple(case for case in suite.cases if options.case in case.name)
     if not cases:
         parser().error(f"--case is {options.case!r}; allowed are parts of {', '.join(c.name for c in suite.cases)}")
-    return drive(replace(suite, cases=cases), options, Results(environment(options.device, _command(arguments))))
+    return drive(
+        replace(suite, cases=cases), options, Results(environment(options.device, _command(arguments), options.commit))
+    )
 
 
 def drive(suite: Suite, options: argparse.Namespace, results: Results) -> int:

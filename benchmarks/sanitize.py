@@ -35,18 +35,17 @@ F16, BF16 = torch.float16, torch.bfloat16
 # lengths of whole tiles and not, longer and shorter than one, with and without groups of heads
 CASES = (
     *(
-        Case(mask, q_len, kv_len, dim, dtype, batch=1, q_heads=q_heads, kv_heads=kv_heads)
+        Case(*sizes, batch=1, q_heads=heads, kv_heads=kv_heads)
         for dim in (128, 64)
-        for mask, q_len, kv_len, q_heads, kv_heads, dtype in (
-            ("none", 256, 256, 2, 2, F16),
-            ("random", 256, 384, 2, 2, F16),
-            ("causal", 300, 300, 4, 2, BF16),
-            ("random_1", 200, 500, 4, 1, F16),
-            ("none", 130, 70, 2, 2, BF16),
+        for heads, kv_heads, *sizes in (
+            (2, 2, "none", 256, 256, dim, F16),
+            (2, 2, "random", 256, 384, dim, F16),
+            (4, 2, "causal", 300, 300, dim, BF16),
+            (4, 1, "random_1", 200, 500, dim, F16),
+            (2, 2, "none", 130, 70, dim, BF16),
         )
     ),
-    Case("random", 256, 256, 96, F16, batch=1),
-    Case("random", 256, 256, 40, F16, batch=1),
+    *(Case("random", 256, 256, dim, F16, batch=1) for dim in (96, 40)),
 )
 
 

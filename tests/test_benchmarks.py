@@ -1,6 +1,7 @@
 """The benchmark driver must show what is wrong, and time nothing that is."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -360,3 +361,65 @@ def test_the_tuner_reaches_the_launchers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert hopper._multiprocessors(torch.device("cpu")) == sanitize.PROGRAMS
     assert tune.is_close((torch.ones(3),), (torch.ones(3),))
     assert not tune.is_close((torch.tensor([1.0, float("nan")]),), (torch.ones(2),))
+
+
+def fake_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-4's functions by dense attention: a mask function is asked about all pairs at once."""
+
+    def dense(q: torch.Tensor, arguments: dict) -> torch.Tensor:
+        i, j = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])[None, :]
+        left = arguments.get("window_size", (q.shape[1], 0))[0]
+        mask = (i >= j) & (i - j <= left) if {"causal", "window_size"} & set(arguments) else (i >= 0) & (j >= 0)
+        if "mask_mod" in arguments:
+            asked = [t.expand(mask.shape) for t in (i, j)]
+            mask = arguments["mask_mod"](None, None, *(t[None] for t in asked), None, arguments["aux_tensors"])
+            mask = mask.view(q.shape[1], -1)
+            for key, transposed in (("block_sparse_tensors", "bwd" in arguments), ("block_sparse_tensors_bwd", True)):
+                if key in arguments:
+                    check_lists(arguments[key], mask.T if transposed else mask)
+        return mask
+
+    def check_lists(lists: SimpleNamespace, mask: torch.Tensor) -> None:
+        a, b = lists.block_size
+        blocks = torch.nn.functional.pad(mask.float(), (0, -mask.shape[1] % b, 0, -mask.shape[0] % a))
+        some = blocks.unflatten(0, (-1, a)).unflatten(2, (-1, b)).amax((1, 3)).bool()
+        listed = lists.mask_block_cnt + lists.full_block_cnt
+        assert torch.equal(listed[0, 0], some.sum(1).int())
+        first = lists.mask_block_idx[0, 0, 0, : lists.mask_block_cnt[0, 0, 0]]
+        assert some[0, first.long()].all()
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: object) -> tuple[torch.Tensor, ...]:
+        swapped = (t.transpose(1, 2) for t in (q, k, v))
+        out = scaled_dot_product_attention(*swapped, dense(q, arguments), scale=arguments["softmax_scale"])
+        return out.transpose(1, 2), torch.zeros(1)
+
+    def backward(*tensors: torch.Tensor, **arguments: object) -> tuple[torch.Tensor, ...]:
+        q, k, v, _, do, _ = tensors
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            return torch.autograd.grad(forward(*leaves, bwd=True, **arguments)[0], leaves, do)
+
+    same = SimpleNamespace(jit=lambda f: f, scalar_to_ssa=lambda x, kind: x, Int32=lambda x: x)
+    kernels = SimpleNamespace(flash_attn_func=forward, utils=same, _flash_attn_bwd=backward)
+    made = {"cutlass": same, "cutlass.cute": same, "flash_attn": kernels, "flash_attn.cute": kernels}
+    made["flash_attn.cute.interface"] = kernels
+    made["flash_attn.cute.block_sparsity"] = SimpleNamespace(BlockSparseTensorsTorch=SimpleNamespace)
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    same.cute, kernels.cute = same, kernels
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delitem(sys.modules, "benchmarks.providers.fa4", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [(None, "built in: {}"), (masks.CAUSAL, "causal"), (masks.window(70), "(70, 0)"), (masks.documents(3), "range"),
+     (masks.random(0.5), "transposed bits"), (masks.KINDS[10], "transposed bits")],
+)  # fmt: skip
+def test_flash_attention_4_gets_the_same_mask(monkeypatch: pytest.MonkeyPatch, kind: object, how: str) -> None:
+    fake_flash_attention(monkeypatch)
+    p = problem(kind, replace(SMALL, q_len=900, kv_len=900, heads=1, kv_heads=1))
+    prepared = providers.prepare("fa4", p)
+    assert how in prepared.note
+    assert measure.Judge(p).errors(prepared).right
+    monkeypatch.delitem(sys.modules, "benchmarks.providers.fa4")

@@ -19,7 +19,7 @@ from flash_attn.cute.interface import _flash_attn_bwd
 from torch import Tensor
 
 from benchmarks.cases import Problem
-from benchmarks.providers import Prepared, Unsupported, plane_of
+from benchmarks.providers import Prepared, plane_of
 
 Call = Callable[..., tuple[Tensor, ...]]
 # its tiles on Hopper, (queries, keys): forward at head_dim up to 64, else; backward
@@ -65,39 +65,29 @@ def _bits(mask: Tensor) -> Tensor:
 
 def attention(problem: Problem, base: str, variant: str) -> Prepared:
     """`flash_attn_func`, whose own order is `[batch, length, heads, head_dim]`, with the mask in the best way."""
-    s, mask = problem.case.shape, plane_of(problem)
-    scale, arguments, how = s.head_dim**-0.5, {}, "no mask"
-    if mask is not None:
-        if s.q_len != s.kv_len:
-            raise Unsupported("its provider takes square masks only")
-        ranges = _ranges(mask)
+    s, mask, scale = problem.case.shape, plane_of(problem), problem.case.shape.head_dim**-0.5
+    kind, _, size = (problem.case.mask.name if problem.case.mask is not None else "none").partition(" ")
+    built_in: dict[str, dict[str, Any]] = {"none": {}, "causal": {"causal": True}}
+    arguments = {"window_size": (int(size), 0)} if size.isdigit() and kind == "window" else built_in.get(kind)
+    note = f"built in: {arguments}"
+    if arguments is None:
+        assert mask is not None
+        ranges, lists = _ranges(mask), _both_lists(mask, s.head_dim)
         if ranges is None:
-            return _reading(mask, _both_lists(mask, s.head_dim), scale)
-        arguments, how = _built_in(*ranges)
-        if not arguments:
-            aux = [torch.nn.functional.pad(r, (0, -len(r) % WHOLE_TILES)) for r in ranges]
-            arguments = {"mask_mod": in_range, "aux_tensors": aux, **_both_lists(mask, s.head_dim)}
+            return _reading(mask, lists, scale)
+        aux = [torch.nn.functional.pad(r, (0, -len(r) % WHOLE_TILES)) for r in ranges]
+        arguments = {"mask_mod": in_range, "aux_tensors": aux, **lists}
+        note = "mask_mod of a range of keys for each query, block lists"
 
-    def attend_built_in(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = flash_attn_func(*_swapped(q, k, v), softmax_scale=scale, **arguments)[0]
         return out.transpose(1, 2)
 
-    return Prepared(attend_built_in, how)
+    return Prepared(attend, note)
 
 
 def _swapped(*tensors: Tensor) -> list[Tensor]:
     return [t.transpose(1, 2) for t in tensors]
-
-
-def _built_in(first: Tensor, end: Tensor) -> tuple[dict[str, Any], str]:
-    """Arguments of `flash_attn_func` for ranges of keys that it knows, none for others; and how they are given."""
-    at = torch.arange(first.shape[0], device=first.device, dtype=torch.int32)
-    width = int((at - first).max())
-    if not torch.equal(end, at + 1) or not torch.equal(first, (at - width).clamp(min=0)):
-        return {}, "mask_mod of a range of keys for each query, block lists"
-    if width == first.shape[0] - 1:
-        return {"causal": True}, "causal=True"
-    return {"window_size": (width, 0)}, "window_size"
 
 
 def _ranges(mask: Tensor) -> list[Tensor] | None:
@@ -156,30 +146,22 @@ class _Attend(torch.autograd.Function):
 
 
 def _both_lists(mask: Tensor, head_dim: int) -> dict[str, BlockSparseTensorsTorch]:
-    forward = FORWARD_SMALL if head_dim <= 64 else FORWARD
-    return {
-        "block_sparse_tensors": _lists(mask, forward, False),
-        "block_sparse_tensors_bwd": _lists(mask, BACKWARD, True),
-    }
+    forward = _lists(mask, FORWARD_SMALL if head_dim <= 64 else FORWARD, False)
+    return {"block_sparse_tensors": forward, "block_sparse_tensors_bwd": _lists(mask, BACKWARD, True)}
 
 
 def _lists(mask: Tensor, block: tuple[int, int], transposed: bool) -> BlockSparseTensorsTorch:
     """For each block of queries (or of keys) the partial and the full blocks of the others."""
     sizes = [-(-n // size) for n, size in zip(mask.shape, block, strict=True)]
     some, every = (torch.empty(sizes, dtype=torch.bool, device=mask.device) for _ in range(2))
-    for line, rows in enumerate(mask.split(block[0])):
+    for row, part in enumerate(mask.split(block[0])):
         missing = (0, sizes[1] * block[1] - mask.shape[1])
-        some[line] = torch.nn.functional.pad(rows, missing).view(-1, sizes[1], block[1]).any(2).any(0)
-        every[line] = torch.nn.functional.pad(rows, missing, value=True).view(-1, sizes[1], block[1]).all(2).all(0)
+        some[row] = torch.nn.functional.pad(part, missing).view(-1, sizes[1], block[1]).any(2).any(0)
+        every[row] = torch.nn.functional.pad(part, missing, value=True).view(-1, sizes[1], block[1]).all(2).all(0)
     tensors = []
     for kind in (some & ~every, every):
         flags = (kind.T if transposed else kind)[None, None].contiguous()
         order = flags.byte().argsort(dim=-1, descending=True, stable=True)
         tensors += [flags.sum(-1, dtype=torch.int32), order.int()]
-    return BlockSparseTensorsTorch(
-        mask_block_cnt=tensors[0],
-        mask_block_idx=tensors[1],
-        full_block_cnt=tensors[2],
-        full_block_idx=tensors[3],
-        block_size=block,
-    )
+    names = "mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx"
+    return BlockSparseTensorsTorch(**dict(zip(names, tensors, strict=True)), block_size=block)
