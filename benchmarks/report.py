@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.cases import BOTH
 from benchmarks.providers import PROVIDERS, is_ours
-from benchmarks.results import OK, Results, Row
+from benchmarks.results import FAILED, OK, WRONG, Results, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,26 +98,29 @@ def _short(value: float) -> str:
 
 
 def _by_pass(rows: list[Row], metric: tuple[str, str, float]) -> str:
+    """A line for each pass of each case of ours, beside the fastest rival."""
+    head = f"case|shape|pass|anymask, {metric[1]}|rival, {metric[1]}|rival|ratio|error / eager's".split("|")
     lines = []
     for row in rows:
-        if not is_ours(row.provider) or row.ratio is None or row.rival is None or row.rival == row.provider:
-            continue
-        rival = next(r for r in rows if (r.case, r.step, r.provider) == (row.case, row.step, row.rival))
-        worst = f"{max(row.error_ratios.values()):.2f}" if row.error_ratios else ""
-        numbers = [_short(v) for r in (row, rival) if (v := _value(r, metric)) is not None]
-        mine = "" if row.provider == "anymask" else f" ({name(row.provider)})"
-        lines.append([row.case + mine, row.shape, row.step, *numbers, name(row.rival), f"{row.ratio:.3f}", worst])
-    head = [
-        "case",
-        "shape",
-        "pass",
-        f"anymask, {metric[1]}",
-        f"rival, {metric[1]}",
-        "rival",
-        "ratio",
-        "error / eager's",
-    ]
+        if is_ours(row.provider) and row.rival != row.provider:
+            rival = next((r for r in rows if (r.case, r.step, r.provider) == (row.case, row.step, row.rival)), None)
+            mine, theirs = ("" if r is None or (v := _value(r, metric)) is None else _short(v) for r in (row, rival))
+            case = row.case if row.provider == "anymask" else f"{row.case} ({name(row.provider)})"
+            beside = [name(row.rival), f"{row.ratio:.3f}"] if row.rival is not None and row.ratio else ["none ran", ""]
+            worst = f"{max(row.error_ratios.values()):.2f}" if row.error_ratios else ""
+            lines.append([case, row.shape, row.step, mine, theirs, *beside, worst])
     return _markdown(head, lines)
+
+
+def untimed(results: Results) -> str:
+    """Who was wrong or failed, and in how many cases; "" if nobody."""
+    bad = [
+        (name(row.provider), row.status, row.note.split(". ")[0])
+        for row in results.rows
+        if row.status in (WRONG, FAILED)
+    ]
+    said = [f"{who}, {bad.count((who, how, why))} cases {how}: {why}" for who, how, why in dict.fromkeys(bad)]
+    return f"Not timed: {'; '.join(said)}." if said else ""
 
 
 def page(text: str, folder: Path = RESULTS) -> str:
@@ -133,7 +136,7 @@ def page(text: str, folder: Path = RESULTS) -> str:
             shown = "This suite has no recorded run."
         else:
             results = Results.load(path)
-            shown = f"{table(results)}\n\n{source(results)}"
+            shown = "\n\n".join(filter(None, (table(results), untimed(results), source(results))))
         return f"<!-- table: {found[1]} -->\n{shown}\n<!-- end -->"
 
     missing = {path.stem for path in folder.glob("*.json")} - set(BLOCK.findall(text))

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cpu" and suite.name != "cpu" and not options.tiny:
         parser().error(f"--suite {suite.name} needs a GPU; a CPU has --suite cpu, and every suite with --tiny")
     suite = tiny(suite) if options.tiny else suite
-    cases = tuple(case for case in suite.cases if options.case in case.name)
+    cases = [case for case in suite.cases if options.case in case.name]
     if not cases:
         parser().error(f"--case is {options.case!r}; allowed are parts of {', '.join(c.name for c in suite.cases)}")
     return drive(
@@ -107,7 +107,8 @@ def drive(suite: Suite, options: argparse.Namespace, results: Results) -> int:
         code = 130
     results.environment["seconds"] = f"{time.monotonic() - started:.0f}"
     results.save(path)
-    print(f"\n{report.table(results)}\n\n{report.source(results)}; {results.environment['seconds']} s; wrote {path}")
+    print(f"\n{report.table(results)}\n\n{report.untimed(results)}\n{report.source(results)}")
+    print(f"{results.environment['seconds']} s; wrote {path}")
     failed = any(row.status in (FAILED, WRONG) and is_ours(row.provider) for row in results.rows)
     return code or int(failed)
 

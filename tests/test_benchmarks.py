@@ -16,6 +16,8 @@ from anymask import backends
 from benchmarks import cases, check, masks, measure, providers, report, results, run, sanitize, timing, tune
 from benchmarks.cases import BF16, F32, Case, Shape
 
+# threads that spin while they wait take the cores of other tests
+torch.set_num_threads(1)
 SMALL = Shape(2, 2, 256, 16, F32)
 EVERY_KIND = {
     kind.name: kind
@@ -23,14 +25,6 @@ EVERY_KIND = {
     for case in suite.cases
     if (kind := case.mask) is not None and kind.name != "256 documents"
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def problem(kind: masks.MaskKind | None = masks.CAUSAL, shape: Shape = SMALL, **changes: object) -> cases.Problem:
@@ -59,11 +53,9 @@ def test_masks_mean_what_their_names_say() -> None:
     assert 0.45 < problem(masks.random(0.5)).pairs / (4 * 256 * 256) < 0.55
     tiles = problem(masks.random_tiles(0.5), replace(SMALL, q_len=512, kv_len=512)).block_mask.tile_counts
     assert tiles == (8, 8, 0)
-    decode = problem(masks.DECODE, Shape(1, 1, 1, 16, F32, kv_len=300))
-    assert decode.mask.all()
+    assert problem(masks.DECODE, Shape(1, 1, 1, 16, F32, kv_len=300)).mask.all()
     lengths = problem(masks.padding("rows", 0.5), Shape(40, 1, 8, 16, F32)).mask[:, 0, 0].sum(-1)
-    assert lengths.min() == 4
-    assert lengths.max() == 8
+    assert (lengths.min(), lengths.max()) == (4, 8)
 
 
 def test_the_table_of_edges_is_complete() -> None:
@@ -231,12 +223,8 @@ def test_the_page_has_the_tables_of_the_results() -> None:
     text = report.PAGE.read_text()
     assert report.page(text) == text, "run python -m benchmarks.run --table"
     assert set(report.BLOCK.findall(text)) == set(cases.SUITES)
-
-
-def test_a_result_without_a_table_is_an_error(tmp_path: Path) -> None:
-    results.Results({"card": "x"}).save(tmp_path / "quick.json")
-    with pytest.raises(ValueError, match="no table for quick"):
-        report.page("<!-- table: cpu -->\n<!-- end -->", tmp_path)
+    with pytest.raises(ValueError, match="no table for build"):
+        report.page(text.replace("<!-- table: build -->", ""))
 
 
 def test_what_is_committed_is_small_and_says_where_it_comes_from() -> None:
@@ -294,8 +282,7 @@ def test_a_slow_host_is_not_in_the_time_of_the_device(monkeypatch: pytest.Monkey
     gpu = Gpu(monkeypatch)
     functions = {"a": lambda: gpu.queue(host_ms, 0.2), "b": lambda: gpu.queue(0.01, 3.0)}
     found = timing.cuda_ms(functions, rounds=2, block_ms=15.0)
-    assert found["a"].p20 == pytest.approx(0.2)
-    assert found["a"].p80 == pytest.approx(0.2)
+    assert (found["a"].p20, found["a"].p80) == (pytest.approx(0.2), pytest.approx(0.2))
     assert found["b"].median == pytest.approx(3.0)
     wall, host_us = timing.wall_ms(functions, 4, "cuda")["b"]
     assert (wall.median, host_us) == (pytest.approx(3.01), pytest.approx(10))
@@ -309,9 +296,8 @@ def test_providers_take_turns() -> None:
 
 
 def test_the_clock_is_read_while_the_call_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nsleep 0.1\necho 1755\n")
-    smi.chmod(0o755)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nsleep 0.1\necho 1755\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     calls: list[int] = []
@@ -332,9 +318,7 @@ RACE = (
     ("output", "code", "expected"),
     [
         ("x\n========= ERROR SUMMARY: 0 errors\n", 0, "clean"),
-        ("========= ERROR SUMMARY: 3 errors", 0, "3 errors"),
         ("AssertionError: dq\n========= ERROR SUMMARY: 0 errors", 1, "exit code 1: AssertionError: dq"),
-        ("Device not supported", 1, "no summary: Device not supported"),
         (RACE.format(*list(sanitize.handshake())[:2]), 0, "clean, but for Triton's handshake"),
         (RACE.format(*list(sanitize.handshake())[:2]), 1, "1 hazards displayed"),
         (RACE.format("forward_kernel.py:1", "x.py:2"), 0, "1 hazards displayed (1 errors, 0 warnings) forwa"),
@@ -360,7 +344,7 @@ def test_the_tuner_reaches_the_launchers(monkeypatch: pytest.MonkeyPatch) -> Non
     sanitize.use_few_programs()
     assert hopper._multiprocessors(torch.device("cpu")) == sanitize.PROGRAMS
     assert tune.is_close((torch.ones(3),), (torch.ones(3),))
-    assert not tune.is_close((torch.tensor([1.0, float("nan")]),), (torch.ones(2),))
+    assert not tune.is_close((torch.full((2,), float("nan")),), (torch.ones(2),))
 
 
 def fake_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
