@@ -39,12 +39,35 @@ def test_it_times_every_way_there_is(tmp_path: Path) -> None:
     assert "ratio: to SDPA with the mask" in result.output
 
 
+def test_a_nan_in_a_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = bench._run
+    monkeypatch.setattr(
+        bench, "_run", lambda *a: [t * (1 if i else float("nan")) for i, t in enumerate(honest(*a)[::-1])][::-1]
+    )
+    rows = list(bench.measure(*make_qkv(1, 1, 1, 20, 20, 8), None, None))
+    assert all("WRONG: error nan" in row.note for row in rows if row.error is not None)
+    assert not any(row.forward_ms for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_reads_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    q, k, v = make_qkv(2, 4, 2, 150, 140, 16)
+    for shape in ((150, 140), (2, 1, 150, 140), (1, 4, 150, 140)):
+        dense = torch.rand(shape) < 0.5
+        found = bench._flex(q, k, dense)(q, k, v)
+        torch.testing.assert_close(found, anymask.attention(q, k, v, dense))
+
+
 def test_a_wrong_result_shows_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = anymask.attention
     monkeypatch.setattr(anymask, "attention", lambda *a, **k: 1.01 * honest(*a, **k))
     q, k, v = make_qkv(1, 2, 2, 40, 40, 8)
     rows = {row.name: row for row in bench.measure(q, k, v, None, None)}
-    assert rows["anymask, cpu (chosen)"].error == pytest.approx(0.01, rel=1e-2)
+    mine = rows["anymask, cpu (chosen)"]
+    assert mine.error == pytest.approx(0.01, rel=1e-2)
+    assert "WRONG" in mine.note
+    assert mine.forward_ms is None
     assert bench.SDPA not in rows
     assert "ratio: to SDPA, mask left out" in bench.table(list(rows.values()), True)
 
