@@ -33,7 +33,8 @@ def problem(kind: masks.MaskKind | None = masks.CAUSAL, shape: Shape = SMALL, **
 
 def main(tmp_path: Path, *arguments: str) -> tuple[int, dict[tuple[str, str, str], dict]]:
     code = run.main(["--device", "cpu", "--tiny", "--out", str(tmp_path), *arguments])
-    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    # NaN is no JSON
+    found = json.loads(next(tmp_path.glob("*.json")).read_text(), parse_constant=pytest.fail)
     return code, {(row["case"], row["provider"], row["pass"]): row for row in found["rows"]}
 
 
@@ -56,6 +57,9 @@ def test_masks_mean_what_their_names_say() -> None:
     assert problem(masks.DECODE, Shape(1, 1, 1, 16, F32, kv_len=300)).mask.all()
     lengths = problem(masks.padding("rows", 0.5), Shape(40, 1, 8, 16, F32)).mask[:, 0, 0].sum(-1)
     assert (lengths.min(), lengths.max()) == (4, 8)
+    # whole windows, those at the right, at the bottom, and in the corner of an image
+    swin = problem(masks.SHIFTED_WINDOWS, Shape(64, 1, 64, 16, F32)).mask.sum((1, 2, 3))
+    assert swin[[0, 7, 56, 63]].tolist() == [4096, 2048, 2048, 1024]
 
 
 def test_the_table_of_edges_is_complete() -> None:
