@@ -165,12 +165,24 @@ def test_gradients_of_a_rival_that_are_wrong_are_not_timed(monkeypatch: pytest.M
     assert "gradients WRONG" in rows[0].note
 
 
-def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it() -> None:
-    p = problem(masks.random(0.5))
-    judge = measure.Judge(p)
-    honest = providers.Prepared(scaled_dot_product_attention, "", unmasked=True)
-    assert judge.errors(honest).right
-    assert not judge.errors(replace(honest, unmasked=False)).right
+@pytest.mark.parametrize("name", ["cudnn", "cudnn:unmasked", "cudnn:bias", "cudnn:causal", "flex", "flex:dense"])
+@pytest.mark.parametrize("kind", [masks.CAUSAL, masks.padding("rows", 0.1)], ids=["causal", "rows"])
+def test_rivals_get_the_mask_or_say_that_they_do_not(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: masks.MaskKind
+) -> None:
+    # the kernel that a CPU has
+    monkeypatch.setattr("benchmarks.providers.sdpa.KERNELS", {})
+    p = problem(kind)
+    if name == "cudnn:causal" and kind is not masks.CAUSAL:
+        with pytest.raises(providers.Unsupported):
+            providers.prepare(name, p)
+        return
+    prepared, judge = providers.prepare(name, p), measure.Judge(p)
+    assert judge.errors(prepared).right
+    assert not judge.errors(replace(prepared, unmasked=not prepared.unmasked)).right
+    if name.startswith("flex"):
+        # a CPU does not read the lists of blocks
+        assert prepared.attend.keywords["block_mask"].shape[0] == len(p.mask)
 
 
 @pytest.mark.parametrize("shape", [SMALL, Shape(2, 4, 200, 16, F32, 2, 300, 8), Shape(1, 2, 64, 16, BF16)], ids=str)
