@@ -16,8 +16,6 @@ from anymask import backends
 from benchmarks import cases, check, masks, measure, providers, report, results, run, sanitize, timing, tune
 from benchmarks.cases import BF16, F32, Case, Shape
 
-# threads that spin while they wait take the cores of other tests
-torch.set_num_threads(1)
 SMALL = Shape(2, 2, 256, 16, F32)
 EVERY_KIND = {
     kind.name: kind
@@ -25,6 +23,15 @@ EVERY_KIND = {
     for case in suite.cases
     if (kind := case.mask) is not None and kind.name != "256 documents"
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # threads that spin while they wait take the cores of other tests
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def problem(kind: masks.MaskKind | None = masks.CAUSAL, shape: Shape = SMALL, **changes: object) -> cases.Problem:
