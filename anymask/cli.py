@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import anymask
+from anymask import bench, gallery, mask_argument, viz
 from anymask import demo as work
-from anymask import gallery, mask_argument, viz
 from anymask.block_mask.files import check_target
 from anymask.collect_env import collect_env
 from anymask.mask_argument import MOST_TOKENS
@@ -239,16 +239,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="For a machine to r
         print(f"{name:9} {'can run' if reason == 'yes' else 'not here: ' + reason}")
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Benchmarks, in a checkout: the same as python -m benchmarks.run, whose --help has the options."""
-    try:
-        from benchmarks import run
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "benchmarks":
-            raise
-        _fail("benchmarks are not installed; run this in a checkout of the project")
-    raise typer.Exit(run.main(context.args))
+app.command("bench")(bench.command)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 COLOURS = {EMPTY: "#f2f2f2", PARTIAL: "#f0a030", FULL: "#1f4e79"}
 
+# most tiles whose borders are drawn: more would be a grey veil
+MAX_BORDERED = 24 * 24
+BORDER = "#b0b0b0"
 # pixels along the longer side of a plotted mask
 MAX_PIXELS = 1024
 # partial tiles unpacked at a time: 16 MiB of booleans
@@ -86,6 +89,14 @@ def plot(
     tokens.imshow(
         shares.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(0, kv_len, q_len, 0), aspect=aspect, interpolation="none"
     )
+    if kinds.numel() <= MAX_BORDERED:
+        for axes in (tokens, tiles):
+            axes.set_xticks(range(0, kv_len, TILE), minor=True)
+            axes.set_yticks(range(0, q_len, TILE), minor=True)
+            # a border under a tick is a border too
+            axes.xaxis.remove_overlapping_locs = axes.yaxis.remove_overlapping_locs = False
+            axes.grid(which="minor", color=BORDER, linewidth=0.6)
+            axes.tick_params(which="minor", length=0)
     tokens.set(title=f"tokens: {density:.1%} of pairs attend", xlabel="key", ylabel="query")
     shape = (0, kinds.shape[1] * TILE, kinds.shape[0] * TILE, 0)
     palette = ListedColormap([COLOURS[kind] for kind in (EMPTY, PARTIAL, FULL)])
@@ -96,8 +107,12 @@ def plot(
         Patch(facecolor=COLOURS[kind], edgecolor="#808080", label=f"{NAMES[kind]}: {count:,} tiles")
         for kind, count in counts.items()
     ]
+    pairs = (
+        Patch(facecolor="#08306b", edgecolor="#808080", label="tokens: attends"),
+        Patch(facecolor="#f7fbff", edgecolor="#808080", label="tokens: does not"),
+    )
     # outside of the axes: a legend over the data would hide tiles
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=[*pairs, *handles], loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     if title is not None:
         # dollars of a file's name are no formula
         figure.suptitle(title, parse_math=False)

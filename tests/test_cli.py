@@ -416,23 +416,6 @@ def test_no_command_prints_the_help() -> None:
         assert name in result.output
 
 
-def test_bench_is_the_benchmark_driver(tmp_path: Path) -> None:
-    arguments = ["bench", "--quick", "--device", "cpu", "--length", "128", "--only", "pack/", "--out", str(tmp_path)]
-    result = run(app, arguments)
-    assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
-    assert {(row["group"], row["provider"], row["status"]) for row in rows} == {("pack", "anymask", "ok")}
-    assert "--compare" in run(app, ["bench", "--help"]).output
-    assert run(app, ["bench", "--suite", "nonsense"]).exit_code == 2
-
-
-def test_bench_outside_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "benchmarks", None)
-    result = run(app, ["bench", "--quick"])
-    assert result.exit_code == 1
-    assert "in a checkout" in result.output
-
-
 def test_show_as_json() -> None:
     found = json.loads(run(app, ["show", "causal", "--len", "512", "--json"]).output)
     assert (found["q_len"], found["partial"], found["full"], found["empty"]) == (512, 4, 6, 6)

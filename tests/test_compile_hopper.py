@@ -119,9 +119,9 @@ def test_heads_that_share_a_tile(hopper_kernels, dim):
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_candidate_of_the_tuner_fits(hopper_kernels, monkeypatch, dim):
-    from benchmarks.tune_hopper import forward_candidates
+    from benchmarks.tune import hopper_candidates
 
-    candidates = list(forward_candidates(dim))
+    candidates = [hopper.tuning.ForwardConfig(*options) for options in hopper_candidates("fwd", dim)]
     chosen = hopper.tuning.FORWARD[dim]
     q = torch.zeros(1, 1, 128, dim, dtype=torch.float16)
     distinct = {replace(c, is_persistent=(False, False)) for c in candidates}

@@ -85,7 +85,9 @@ def test_plot_counts_tiles_in_a_legend_outside_of_the_data(tmp_path: Path) -> No
     assert tokens.get_legend() is None
     assert tiles.get_legend() is None
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["full: 1 tiles", "partial: 7 tiles", "empty: 1 tiles"]
+    key = ["tokens: attends", "tokens: does not"]
+    assert labels == [*key, "full: 1 tiles", "partial: 7 tiles", "empty: 1 tiles"]
+    assert [list(axes.xaxis.get_minorticklocs()) for axes in (tokens, tiles)] == [[0, 128, 256]] * 2
     assert torch.equal(torch.tensor(tiles.images[0].get_array().data), pack(random_mask(1, 1, 300, 384)).tile_kinds())
 
 

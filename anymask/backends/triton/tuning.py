@@ -1,10 +1,10 @@
 """Launch options of the Triton kernels: a literal table and a pure lookup.
 
 Rows of "hopper" for head_dim 64 and 128 are the fastest without register spills of those that
-`python -m benchmarks.tune [--head-dim 64] [--pointers]` timed on an NVIDIA H200 (Triton 3.6, fp16, B2 H16 L8192) on
-2026-11-22. Its rows for 256 and for 192 with a v_dim of 128, and fp32 at head_dim 64, are the fastest of a few on an
-H100 (Triton 3.6) on 2026-11-27. All others are chosen to fit the shared memory and the registers of their family, and
-wait for a measurement.
+`python -m benchmarks.tune --kernels triton [--head-dim 64] [--pointers]` timed on an NVIDIA H200 (Triton 3.6, fp16,
+B2 H16 L8192) on 2026-11-22. Its rows for 256 and for 192 with a v_dim of 128, and fp32 at head_dim 64, are the fastest
+of a few on an H100 (Triton 3.6) on 2026-11-27. All others are chosen to fit the shared memory and the registers of
+their family, and wait for a measurement.
 
 fp32 products. A tensor core of an NVIDIA GPU takes fp32 numbers only cut to TF32. "bf16x6" writes each as a sum of
 three bf16 numbers (8 + 8 + 8 bits of the 24) and adds the six products that fp32 can hold, so results are as close to
