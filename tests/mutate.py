@@ -1,6 +1,6 @@
 """Plants bugs, one at a time, and says which tests see them: `python -m tests.mutate`, on a GPU `--gpu`.
 
-Each bug of `tests/helpers/mutants.py` is planted in a copy of the checkout, whose tests named beside it must fail there.
+Each bug of `tests/helpers/mutants.py` is planted in a copy of the checkout, where the tests named beside it must fail.
 A bug that they do not see is a survivor: a test is missing. The exit code is the number of survivors and of bugs whose
 tests could not run.
 """
@@ -130,8 +130,9 @@ def table(found: list[Found], gpu: bool) -> str:
     machine = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
     killed = sum(one.verdict in ("killed", "timeout") for one in found)
     lines = [
-        f"{killed} of {len(found)} planted bugs were seen: {date.today()}, {machine}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, `python -m tests.mutate{' --gpu' if gpu else ''}`.",
+        f"{killed} of {len(found)} planted bugs were seen: {date.today()}, {machine}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"`python -m tests.mutate{' --gpu' if gpu else ''}`.",
         "",
         "| planted | in | verdict | by |",
         "|---|---|---|---|",

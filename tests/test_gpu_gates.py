@@ -1,4 +1,4 @@
-"""What a release must show on a GPU beside right numbers: 64-bit offsets, equal bits, threads, streams, devices, leaks."""
+"""What a release shows on a GPU beside right numbers: 64-bit offsets, equal bits, threads, streams, devices, leaks."""
 
 from __future__ import annotations
 
@@ -176,8 +176,10 @@ jobs = []
 for i in range(100):
     dim, dtype = (64, 128, 72, 32)[i % 4], (torch.float16, torch.bfloat16, torch.float32)[i % 3]
     length = 100 + 7 * i
-    q, k, v = (torch.randn(1, 2, length, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
-    mask = (None, causal(), torch.rand(length, length, device="cuda") < 0.5, causal() & document(torch.arange(length, device="cuda") // 60))[i // 4 % 4]
+    shape = 1, 2, length, dim
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+    documents = causal() & document(torch.arange(length, device="cuda") // 60)
+    mask = (None, causal(), torch.rand(length, length, device="cuda") < 0.5, documents)[i // 4 % 4]
     jobs.append((q, k, v, mask))
 def work(found):
     for q, k, v, mask in jobs:
