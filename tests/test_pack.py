@@ -155,7 +155,8 @@ def test_non_contiguous_and_broadcast_tensors() -> None:
 def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = _packed(name, 900, 700)
     for tiles in (1, 5, 7):
-        monkeypatch.setattr(pack_module, "CHUNK_TILES", tiles)
+        for limit in ("CHUNK_TILES", "GROUP_TILES", "STRIP_TILES"):
+            monkeypatch.setattr(pack_module, limit, tiles)
         assert_same_block_mask(_packed(name, 900, 700)[0], whole)
 
 
