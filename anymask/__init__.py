@@ -14,6 +14,7 @@ from anymask.mask import causal_lower_right as causal_lower_right
 from anymask.mask import chunked as chunked
 from anymask.mask import dilated as dilated
 from anymask.mask import document as document
+from anymask.mask import document_window as document_window
 from anymask.mask import from_dense as from_dense
 from anymask.mask import from_function as from_function
 from anymask.mask import global_tokens as global_tokens
@@ -46,6 +47,7 @@ __all__ = [
     "chunked",
     "dilated",
     "document",
+    "document_window",
     "explain",
     "extend",
     "flash_attention_custom_mask",

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from anymask import backends, ops
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask, causal
-from anymask.mask.builders import dense, from_dense
+from anymask.mask.parts import as_mask, dense
 from anymask.packing import pack
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE
@@ -345,7 +345,7 @@ def _block_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Blo
         _check_planes((mask.batch, mask.heads), q)
         _check_device(mask.device, q)
         return mask
-    lazy = mask if isinstance(mask, Mask) else dense(mask) if any_dtype else from_dense(mask)
+    lazy = dense(mask) if any_dtype else as_mask(mask, "None, a bool tensor, a Mask, a BlockMask")
     lazy.check(q_len, kv_len)
     _check_planes(lazy.planes, q)
     if isinstance(mask, Tensor):

@@ -2,32 +2,77 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
+import typer.core
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import anymask
+from anymask import bench, gallery, mask_argument, viz
 from anymask import demo as work
-from anymask import gallery, machine, viz
-from anymask.block_mask.block_mask import read_safetensors
-from anymask.check import command
+from anymask.block_mask.files import check_target
+from anymask.check import command as check_command
+from anymask.collect_env import collect_env
+from anymask.mask_argument import MOST_TOKENS
 
 # the table of masks needs this many columns; a narrower terminal, or a file, wraps lines instead of cutting cells
 TABLE_WIDTH = 102
 # longest plane whose tokens `show` draws one by one
 SHOW_TOKENS = 64
 
+# of click, or of typer's own copy of it: the command line was wrong
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """Commands that end with 0, with 1 if they fail, with 2 if they were called wrongly; and say why in one line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line, and exit unless standalone_mode is False."""
+        standalone = kwargs.pop("standalone_mode", True)
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except UsageError as error:
+            code = _show_usage_error(error)
+        except typer.Abort:
+            code = _show_error("interrupted")
+        except OSError as error:
+            code = _show_error(str(error))
+        if standalone:
+            sys.exit(code)
+        return code
+
+
+def _show_usage_error(error: Any) -> int:
+    """Print an error of the parser."""
+    message = error.format_message()
+    # without arguments it is the help, or empty as that was printed
+    if not message or "\n" in message:
+        typer.echo(message, err=True)
+        return 2
+    command = f"anymask {error.ctx.info_name}" if error.ctx is not None and error.ctx.parent else "anymask"
+    return _show_error(f"{message} ({command} --help)", 2)
+
+
+def _show_error(message: str, code: int = 1) -> int:
+    # not through rich, which would read the brackets of 'anymask[viz]' as markup
+    typer.secho(f"anymask: {' '.join(message.split())}", fg="red", err=True)
+    return code
+
+
 app = typer.Typer(
+    cls=OneLineErrors,
     help="FlashAttention, forward and backward, under any mask.",
     no_args_is_help=True,
     add_completion=False,
@@ -51,7 +96,7 @@ def _options(
 def demo(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of text, weights and masks.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of text, weights and masks.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few seconds: small sizes, timings mean nothing.")] = False,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("anymask-demo.png"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every number there.")] = None,
@@ -61,6 +106,12 @@ def demo(
         viz.require_matplotlib()
     except ImportError as error:
         _fail(str(error))
+    try:
+        for target in (out, json_file):
+            if target is not None:
+                viz.picture_target(target) if target is out else check_target(target)
+    except ValueError as error:
+        _fail(str(error), 2)
     where = _device(device)
     sizes = work.Sizes.choose(where, quick, steps)
     console = Console()
@@ -68,7 +119,40 @@ def demo(
     console.width = max(console.width, TABLE_WIDTH)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"anymask {anymask.__version__} on {where} ({name}), torch {torch.__version__}")
+    losses, comparison, packed, rows = _run_demo(console, where, sizes, seed)
 
+    proven = comparison.equal and comparison.leaks
+    console.print(_comparison_table(comparison))
+    console.print(f"{packed!r}\n", highlight=False)
+    console.print(_mask_table(rows, sizes, where))
+    if any(row.busy for row in rows):
+        most = max(row.others for row in rows)
+        console.print(f"Other programs used up to {most:.1f} cores; times of those rows would mean nothing.\n")
+    viz.plot(packed, out, title=f"{comparison.documents} documents in {sizes.rows} rows: the first row")
+    console.print(f"Picture of the document mask and its tiles: {out.resolve()}", soft_wrap=True)
+    if json_file is not None:
+        numbers = {
+            "anymask": anymask.__version__,
+            "torch": torch.__version__,
+            "device": f"{where} ({name})",
+            "seed": seed,
+            "sizes": asdict(sizes) | {"dtype": str(sizes.dtype)},
+            "losses": losses,
+            "comparison": asdict(comparison) | {"ok": proven, "tolerance": work.TOLERANCE},
+            "table": [asdict(row) for row in rows],
+        }
+        json_file.write_text(json.dumps(numbers, indent=2) + "\n")
+        console.print(f"Numbers: {json_file.resolve()}", soft_wrap=True)
+    wrong = [row.mask for row in rows if not row.ok]
+    if wrong or not proven:
+        found = [*wrong, *([] if proven else ["the comparison of packed and separate documents"])]
+        _fail(f"check failed: {', '.join(found)}")
+
+
+def _run_demo(
+    console: Console, where: torch.device, sizes: work.Sizes, seed: int
+) -> tuple[list[float], work.Comparison, anymask.BlockMask, list[work.Row]]:
+    """Losses, the comparison of the last batch, its mask, and the rows of the table, with progress."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     texts = work.documents(longest=600 if sizes.row_len > 600 else 200)
@@ -97,30 +181,7 @@ def demo(
             progress.update(measuring, description=f"measuring: {mask[0]}")
             rows.append(work.measure(*mask, sizes, seed))
             progress.advance(measuring)
-
-    proven = comparison.equal and comparison.leaks
-    console.print(_comparison_table(comparison))
-    console.print(f"{packed!r}\n", highlight=False)
-    console.print(_mask_table(rows, sizes, where))
-    viz.plot(packed, out, title=f"{comparison.documents} documents in {sizes.rows} rows: the first row")
-    console.print(f"Picture of the document mask and its tiles: {out.resolve()}", soft_wrap=True)
-    if json_file is not None:
-        numbers = {
-            "anymask": anymask.__version__,
-            "torch": torch.__version__,
-            "device": f"{where} ({name})",
-            "seed": seed,
-            "sizes": asdict(sizes) | {"dtype": str(sizes.dtype)},
-            "losses": losses,
-            "comparison": asdict(comparison) | {"ok": proven, "tolerance": work.TOLERANCE},
-            "table": [asdict(row) for row in rows],
-        }
-        json_file.write_text(json.dumps(numbers, indent=2) + "\n")
-        console.print(f"Numbers: {json_file.resolve()}", soft_wrap=True)
-    wrong = [row.mask for row in rows if not row.ok]
-    if wrong or not proven:
-        found = [*wrong, *([] if proven else ["the comparison of packed and separate documents"])]
-        _fail(f"check failed: {', '.join(found)}")
+    return losses, comparison, packed, rows
 
 
 def _comparison_table(found: work.Comparison) -> Table:
@@ -157,7 +218,8 @@ def _mask_table(rows: list[work.Row], sizes: work.Sizes, device: torch.device) -
     for row in rows:
         errors = [f"{error:.0e}" for error in row.errors.values()]
         sizes_kib = [f"{n / 1024:,.0f}" for n in (row.dense_bytes, row.packed_bytes)]
-        times = f"{row.forward_ratio:.2f}", f"{row.both_ratio:.2f}"
+        ratios = row.forward_ratio, row.both_ratio
+        times = ["busy" if row.busy else f"{ratio:.2f}" for ratio in ratios]
         tiles = "/".join(map(str, row.tiles))
         table.add_row(row.mask, f"{row.density:.1%}", tiles, *errors, *sizes_kib, *times, style="" if row.ok else "red")
     return table
@@ -166,7 +228,7 @@ def _mask_table(rows: list[work.Row], sizes: work.Sizes, device: torch.device) -
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="For a machine to read.")] = False) -> None:
     """Versions, GPUs, and the backends that can run here, with the reasons of those that cannot."""
-    found = machine.report()
+    found = collect_env()
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -178,22 +240,13 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="For a machine to r
         print(f"{name:9} {'can run' if reason == 'yes' else 'not here: ' + reason}")
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Benchmarks, in a checkout: the same as python -m benchmarks.run, whose --help has the options."""
-    try:
-        from benchmarks import run
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "benchmarks":
-            raise
-        _fail("benchmarks are not installed; run this in a checkout of the project")
-    raise typer.Exit(run.main(context.args))
+app.command("bench")(bench.command)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def check(context: typer.Context) -> None:
     """Is attention on this machine correct? --quick, about a minute, or --full; --help has the options."""
-    raise typer.Exit(command.main(context.args))
+    raise typer.Exit(check_command.main(context.args))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -201,26 +254,27 @@ def show(
     context: typer.Context,
     mask: Annotated[
         str,
-        typer.Argument(
-            help="A mask of the gallery; a .pt, .npy or .safetensors file of a bool tensor; a saved BlockMask."
-        ),
+        typer.Argument(help="A mask of the gallery; a .pt, .npy or .safetensors file of a bool tensor or a BlockMask."),
     ],
-    length: Annotated[int | None, typer.Option("--len", min=1, help="Queries; 1024 unless a file says.")] = None,
-    kv_len: Annotated[int | None, typer.Option(min=1, help="Keys; as many as queries.")] = None,
+    length: Annotated[
+        int | None, typer.Option("--len", min=1, max=MOST_TOKENS, help="Queries; 1024 unless the mask says.")
+    ] = None,
+    kv_len: Annotated[int | None, typer.Option(min=1, max=MOST_TOKENS, help="Keys; as many as queries.")] = None,
     plane: Annotated[tuple[int, int], typer.Option(help="Batch and head to draw.")] = (0, 0),
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a picture there too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what it costs, for a machine to read.")] = False,
 ) -> None:
     """Draw the tiles of a mask, and its tokens if they are few.
 
-    Numbers of a mask by name are options: sliding_window --window 64, neighbourhood_2d --shape 16,64 --kernel 5.
+    Numbers of a mask by name are options: sliding_window --window 64, neighbourhood_2d --shape 16,64 --kernel 5,
+    document --lens 300,250,474, tree --parents -1,0,0,1.
     """
     try:
-        lazy = _mask(mask, _numbers(context.args))
-        if isinstance(lazy, anymask.Mask):
-            length = length or gallery.LENGTH
-            kv_len = kv_len or length
-        packed = lazy if isinstance(lazy, anymask.BlockMask) else anymask.pack(lazy, q_len=length, kv_len=kv_len)
+        if out is not None:
+            viz.picture_target(out)
+        packed = _packed(mask_argument.find(mask, context.args), length, kv_len)
+        # before anything is written
+        text = viz.to_text(packed, plane)
         if out is not None:
             viz.plot(packed, out, plane, title=mask)
         if as_json:
@@ -232,86 +286,44 @@ def show(
             shares, _ = viz.token_shares(packed, plane)
             print("\n".join(" ".join("█" if share else "·" for share in row) for row in shares.tolist()))
         scale = viz.scale(packed)
-        print(f"tiles of 128 x 128, {scale} x {scale} to a character: {viz.LEGEND}\n{viz.to_text(packed, plane)}")
+        print(f"tiles of 128 x 128, {scale} x {scale} to a character: {viz.LEGEND}\n{text}")
         if out is not None:
             print(out.resolve())
-    except (ValueError, ImportError) as error:
+    except (mask_argument.UnreadableFile, ImportError, OSError, MemoryError) as error:
         _fail(str(error))
+    except (ValueError, TypeError) as error:
+        _fail(str(error), 2)
 
 
-def _numbers(arguments: list[str]) -> dict[str, Any]:
-    """`--name 3`, `--name 0.5` and `--name 3,4`, as arguments of a builder."""
-    found: dict[str, Any] = {}
-    for option, value in zip(arguments[::2], [*arguments[1::2], ""], strict=False):
-        if not option.startswith("--") or not re.fullmatch(r"-?\d+(\.\d+|(,-?\d+)*)", value):
-            raise ValueError(
-                f"{option} {value}".strip() + " is no option; allowed are --NAME 3, --NAME 0.5, --NAME 3,4"
-            )
-        parts = tuple(float(part) if "." in part else int(part) for part in value.split(","))
-        found[option[2:].replace("-", "_")] = parts if len(parts) > 1 else parts[0]
-    return found
-
-
-def _by_name(name: str, numbers: dict[str, Any]) -> anymask.Mask:
-    """A builder called with numbers."""
-    builder = getattr(anymask, name)
-    # the name that people use
-    if name == "sliding_window" and "window" in numbers:
-        numbers = {("left" if key == "window" else key): value for key, value in numbers.items()}
-    parameters = inspect.signature(builder).parameters
-    # the others are tensors and functions
-    allowed = [key for key, p in parameters.items() if re.search("int|float", str(p.annotation))]
-    unknown = [key for key in numbers if key not in allowed]
-    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in numbers]
-    if unknown or missing:
-        what = f"has no number {', '.join(unknown)}" if unknown else f"also needs {', '.join(missing)}"
-        raise ValueError(f"{name} {what}; allowed are {', '.join(allowed) or 'none'}")
-    made: anymask.Mask = builder(**numbers)
-    return made
-
-
-def _mask(name: str, numbers: dict[str, int | tuple[int, ...]]) -> anymask.Mask | anymask.BlockMask | torch.Tensor:
-    if numbers and name in gallery.EXAMPLES:
-        return _by_name(name, numbers)
-    if numbers:
-        raise ValueError(f"--{next(iter(numbers))} is for a mask by name, not for {name}")
-    if name in gallery.EXAMPLES:
-        return gallery.example(name)
-    if not Path(name).is_file():
-        raise ValueError(f"{name} is no file and no mask; allowed are {', '.join(gallery.EXAMPLES)}, FILE")
-    if name.endswith(".safetensors"):
-        _, tensors = read_safetensors(name)
-        return next(iter(tensors.values())) if len(tensors) == 1 else anymask.BlockMask.load(name)
-    if name.endswith(".npy"):
-        return _from_numpy(name)
-    loaded = torch.load(name, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, torch.Tensor):
-        raise ValueError(f"{name} holds a {type(loaded).__name__}; allowed is one bool tensor")
-    return loaded
-
-
-def _from_numpy(name: str) -> torch.Tensor:
-    try:
-        import numpy as np
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{name} needs numpy: pip install numpy") from error
-    array = np.load(name, allow_pickle=False)
-    if array.dtype != np.bool_:
-        raise ValueError(f"{name} has dtype {array.dtype}; allowed is bool (True = attend)")
-    return torch.from_numpy(array)
+def _packed(found: mask_argument.Found, length: int | None, kv_len: int | None) -> anymask.BlockMask:
+    """The mask at the lengths that were asked for, or that it says, or of the gallery."""
+    if isinstance(found.mask, anymask.BlockMask):
+        for name, asked, is_ in (("--len", length, found.mask.q_len), ("--kv-len", kv_len, found.mask.kv_len)):
+            if asked not in (None, is_):
+                raise ValueError(f"{name} is {asked} but the mask was packed for {is_}; allowed is {is_}, or none")
+        return found.mask
+    length, kv_len = length or found.q_len, kv_len or found.kv_len
+    if isinstance(found.mask, anymask.Mask):
+        length = length or gallery.LENGTH
+        kv_len = kv_len or length
+    for name, n in (("q_len", length or 0), ("kv_len", kv_len or 0)):
+        if n > MOST_TOKENS:
+            raise ValueError(f"{name} is {n:,} tokens; allowed are {MOST_TOKENS:,}")
+    return anymask.pack(found.mask, q_len=length, kv_len=kv_len)
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        _fail(f"--device is {name}; allowed are auto, cpu, cuda and cuda:N")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name, re.ASCII):
+        _fail(f"--device is {name}; allowed are auto, cpu, cuda and cuda:N", 2)
     if name.startswith("cuda") and not torch.cuda.is_available():
         _fail(f"--device is {name}, but torch finds no GPU")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        _fail(f"--device is {name}, but torch finds {torch.cuda.device_count()} GPUs")
+    return device
 
 
-def _fail(message: str) -> None:
-    # not through rich, which would read the brackets of 'anymask[viz]' as markup
-    typer.secho(f"anymask: {message}", fg="red", err=True)
-    raise typer.Exit(1)
+def _fail(message: str, code: int = 1) -> NoReturn:
+    raise typer.Exit(_show_error(message, code))

@@ -5,6 +5,7 @@ Plain functions; `anymask.cli` prints what they return.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -270,6 +271,9 @@ class Row:
     forward_ratio: float
     both_ratio: float
     pack_ms: float
+    # cores that other programs used while it was timed, and whether they were cores that these threads wanted
+    others: float
+    busy: bool
     ok: bool
 
 
@@ -333,8 +337,10 @@ def measure(name: str, mask: Mask | Tensor, dense: Tensor, sizes: Sizes, seed: i
         return lambda: torch.autograd.grad(attend(x, y, z), (x, y, z), do)
 
     ours = under(block_mask)
+    start, others = time.perf_counter(), _others_s()
     forward = _milliseconds([lambda: ours(q, k, v), lambda: theirs(q, k, v)], device, sizes.repeats)
     forward_backward = _milliseconds([both(ours), both(theirs)], device, sizes.repeats)
+    wall, others = time.perf_counter() - start, _others_s() - others
     return Row(
         mask=name,
         density=dense.double().mean().item(),
@@ -345,6 +351,8 @@ def measure(name: str, mask: Mask | Tensor, dense: Tensor, sizes: Sizes, seed: i
         forward_ratio=forward[0] / forward[1],
         both_ratio=forward_backward[0] / forward_backward[1],
         pack_ms=pack_ms,
+        others=others / wall,
+        busy=is_busy(wall, others),
         ok=max(errors.values()) <= TABLE_TOLERANCE[sizes.dtype],
     )
 
@@ -372,3 +380,22 @@ def _milliseconds(calls: list[Callable[[], object]], device: torch.device, repea
             if turn:
                 found.append(elapsed)
     return [median(found) for found in times]
+
+
+def is_busy(wall: float, others: float) -> bool:
+    """Whether other programs, which used `others` core seconds in `wall` seconds, took cores from torch's threads."""
+    free = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
+    # a quarter of a core is a system that does nothing; the second term is a few ticks of its clock
+    return others > (free + 0.25) * wall + 0.05
+
+
+def _others_s() -> float:
+    """Core seconds of other programs since the system started; minus our own where it does not say."""
+    own = time.process_time()
+    try:
+        with open("/proc/stat") as file:
+            ticks = [int(field) for field in file.readline().split()[1:9]]
+    except OSError:
+        return -own
+    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own

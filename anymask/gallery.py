@@ -23,6 +23,9 @@ EXAMPLES = {
     "strided": "strided(128)",
     "chunked": "causal() & chunked(256)",
     "document": "causal() & document(cu_seqlens=torch.tensor([0, 300, 550, 1024]))",
+    "document_window": (
+        "document_window(torch.tensor([0, 300, 550, 1024]), 200, kv_cu_seqlens=torch.tensor([0, 500, 750, 1024]))"
+    ),
     "key_padding": "key_padding(torch.tensor([700]))",
     "prefix_lm": "prefix_lm(300)",
     "spans": "causal() | spans(torch.arange(1024) // 256 * 256, torch.arange(1024) // 256 * 256 + 200)",

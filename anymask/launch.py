@@ -1,6 +1,6 @@
-"""Launches of Triton kernels: after the first time without Triton's look at every argument.
+"""Launches of Triton kernels that skip Triton's inspection of the arguments after the first call.
 
-That look takes as long as a launch does, and small calls are bound by their launches.
+The inspection takes as long as the launch, and small calls are bound by their launches.
 """
 
 from collections.abc import Callable
@@ -98,8 +98,12 @@ _KEYS: dict[type, Callable[[Any], Any]] = {
 }
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+# what packing calls it
+on = device_guard

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anymask.block_mask import BlockMask, text
 from anymask.block_mask.bits import unpack_bits
+from anymask.block_mask.files import check_target
 from anymask.block_mask.text import LEGEND as LEGEND
 from anymask.block_mask.text import NAMES, draw
 from anymask.tiles import EMPTY, FULL, PARTIAL, TILE, tiles_over
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 COLOURS = {EMPTY: "#f2f2f2", PARTIAL: "#f0a030", FULL: "#1f4e79"}
 
+# most tiles whose borders are drawn: more would be a grey veil
+MAX_BORDERED = 24 * 24
+BORDER = "#b0b0b0"
 # pixels along the longer side of a plotted mask
 MAX_PIXELS = 1024
 # partial tiles unpacked at a time: 16 MiB of booleans
@@ -41,12 +45,12 @@ def to_text(block_mask: BlockMask, plane: tuple[int, int] = (0, 0), width: int =
     █ ░ ·
     █ █ ░
     """
-    return draw(block_mask.tile_kinds(plane), width)
+    return draw(_checked(block_mask).tile_kinds(plane), width)
 
 
 def scale(block_mask: BlockMask, width: int = 64) -> int:
     """Tiles along each side of one character of `to_text`."""
-    return text.scale(block_mask.tile_kinds(), width)
+    return text.scale(_checked(block_mask).tile_kinds(), width)
 
 
 def plot(
@@ -56,19 +60,23 @@ def plot(
 
     Args:
         block_mask: the mask to draw; its lengths are 1 or more tokens.
-        path: where to write the figure too, in the format of the file's suffix.
+        path: where to write the figure too, in the format of the file's suffix, PNG if it has none.
         plane: batch and head, counted among the planes the mask stores.
         title: line above both panels.
 
     Raises:
-        ImportError: matplotlib is not installed. ValueError: no such plane, or one without tokens.
+        ImportError: matplotlib is not installed. ValueError: no such plane, one without tokens, or a suffix of no known
+        format. OSError: no file can be written at path. TypeError: an argument of another type.
     """
     require_matplotlib()
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title is a {type(title).__name__}; allowed are None and a str")
+    target = None if path is None else picture_target(path)
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    q_len, kv_len = block_mask.q_len, block_mask.kv_len
+    q_len, kv_len = _checked(block_mask).q_len, block_mask.kv_len
     if not (q_len and kv_len):
         raise ValueError(f"block_mask has q_len={q_len}, kv_len={kv_len}; allowed are lengths of 1 and more tokens")
     kinds = block_mask.tile_kinds(plane)
@@ -81,6 +89,14 @@ def plot(
     tokens.imshow(
         shares.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(0, kv_len, q_len, 0), aspect=aspect, interpolation="none"
     )
+    if kinds.numel() <= MAX_BORDERED:
+        for axes in (tokens, tiles):
+            axes.set_xticks(range(0, kv_len, TILE), minor=True)
+            axes.set_yticks(range(0, q_len, TILE), minor=True)
+            # a border under a tick is a border too
+            axes.xaxis.remove_overlapping_locs = axes.yaxis.remove_overlapping_locs = False
+            axes.grid(which="minor", color=BORDER, linewidth=0.6)
+            axes.tick_params(which="minor", length=0)
     tokens.set(title=f"tokens: {density:.1%} of pairs attend", xlabel="key", ylabel="query")
     shape = (0, kinds.shape[1] * TILE, kinds.shape[0] * TILE, 0)
     palette = ListedColormap([COLOURS[kind] for kind in (EMPTY, PARTIAL, FULL)])
@@ -91,18 +107,23 @@ def plot(
         Patch(facecolor=COLOURS[kind], edgecolor="#808080", label=f"{NAMES[kind]}: {count:,} tiles")
         for kind, count in counts.items()
     ]
+    pairs = (
+        Patch(facecolor="#08306b", edgecolor="#808080", label="tokens: attends"),
+        Patch(facecolor="#f7fbff", edgecolor="#808080", label="tokens: does not"),
+    )
     # outside of the axes: a legend over the data would hide tiles
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=[*pairs, *handles], loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     if title is not None:
-        figure.suptitle(title)
-    if path is not None:
-        figure.savefig(path)
+        # dollars of a file's name are no formula
+        figure.suptitle(title, parse_math=False)
+    if target is not None:
+        figure.savefig(target, format=target.suffix[1:].lower() or "png")
     return figure
 
 
 def token_shares(block_mask: BlockMask, plane: tuple[int, int] = (0, 0)) -> tuple[Tensor, float]:
     """fp32 `[rows, columns]` of at most 1024 a side, share of attended pairs in each cell, and the plane's density."""
-    q_len, kv_len = block_mask.q_len, block_mask.kv_len
+    q_len, kv_len = _checked(block_mask).q_len, block_mask.kv_len
     q_tiles, kv_tiles = tiles_over(q_len), tiles_over(kv_len)
     # a cell is `cell` tokens a side: a part of a tile, or several whole tiles
     cell = 1
@@ -124,6 +145,28 @@ def token_shares(block_mask: BlockMask, plane: tuple[int, int] = (0, 0)) -> tupl
     grid = pairs.transpose(1, 2).flatten(2, 3).flatten(0, 1)[: math.ceil(q_len / cell), : math.ceil(kv_len / cell)]
     q_size, kv_size = (torch.arange(0, n, cell).neg().add(n).clamp(max=cell) for n in (q_len, kv_len))
     return grid / (q_size[:, None] * kv_size), float(grid.sum(dtype=torch.float64)) / max(1, q_len * kv_len)
+
+
+def picture_target(path: str | Path) -> Path:
+    """`path`, if `plot` can write there.
+
+    Raises:
+        ValueError: its suffix is of no format that matplotlib writes. OSError: no file can be written there.
+        TypeError: no path. ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    target, formats = check_target(path), sorted(FigureCanvasBase.get_supported_filetypes())
+    if target.suffix and target.suffix[1:].lower() not in formats:
+        raise ValueError(f"path {target} has the suffix {target.suffix}; allowed are none and .{', .'.join(formats)}")
+    return target
+
+
+def _checked(block_mask: BlockMask) -> BlockMask:
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask is a {type(block_mask).__name__}; allowed is a BlockMask, which pack makes")
+    return block_mask
 
 
 def require_matplotlib() -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks of anymask: correctness beside speed, rivals beside ours. Start: `python -m benchmarks.run --quick`."""
+"""Benchmarks of a checkout: `python -m benchmarks.run --list` names the suites."""

@@ -1,255 +1,210 @@
-"""From one problem to its rows: check every provider against fp64, then time those that are right, in turns."""
+"""From one case to its rows: check every provider against fp64, then time those that are right, in turns."""
 
 from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 import anymask
 from benchmarks import check, timing
-from benchmarks.masks import MaskMod
-from benchmarks.providers import OURS, Prepared, Unsupported, captured, failures, find, flex_mask_builder
+from benchmarks.cases import SUITES, Case, Problem, Suite, make_problem
+from benchmarks.providers import Prepared, Unsupported, failures, is_ours, prepare
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Row, reason
-from benchmarks.suites import DENSE_LENGTH, Case, Problem, Suite
 
-# floating-point operations per attended pair and dimension: two products forward, five backward
-FLOPS = {"forward": 4, "backward": 10, "both": 14}
-# copies of the mask that packing cycles through, so that none is still in the L2 cache when its turn comes
-COPIES = 4
+# floating-point operations per attended pair and dimension: products of head_dim, and of v_dim
+FLOPS = {"inference": (2, 2), "forward": (2, 2), "backward": (6, 4), "both": (8, 6)}
+# unmeasured calls on the wall clock: torch records a CUDA graph in the second
+WARM_UP = 3
 
-References = dict[tuple[int, int], tuple[Tensor, ...]]
+
+class Lost(Exception):
+    """The GPU answers no more calls of this process; nothing that follows would say anything about who makes it."""
+
+
+class Wrong(Exception):
+    """A mask that was built is not the one that was asked for."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A provider whose result is right, prepared and warm."""
+    """A provider whose result is right."""
 
     prepared: Prepared
-    # output with its graph: what the backward pass is timed on
-    out: Tensor
-    errors: check.Errors
+    errors: check.Errors | None
 
 
-def prepare(problem: Problem, provider: str, expected: References) -> Ready | Row:
-    """The provider ready to be timed, or the row that says why not."""
+class Judge:
+    """The fp64 results of a problem, with and without its mask, each computed when it is first asked for."""
 
-    def row(status: str, note: str, values: dict[str, float] | None = None) -> Row:
-        return Row("attention", problem.case.name, provider, status, note, values or {})
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.expected = functools.cache(functools.partial(check.expected, problem))
 
-    try:
-        prepared = find(provider)(problem)
-        leaves = (problem.q, problem.k, problem.v)
-        if prepared.forward_only:
-            leaves = tuple(t.detach() for t in leaves)
+    def errors(self, prepared: Prepared) -> check.Errors | None:
+        """Errors of what it computes; None of a mask that is as it should be."""
+        p, masked = self.problem, not prepared.unmasked
+        if prepared.attend is None:
+            built = prepared.builds[0]()
+            if isinstance(built, anymask.BlockMask) and not check.mask_is(built, p):
+                raise Wrong("it packs another mask")
+            return None
+        leaves = p.q, p.k, p.v
+        if prepared.forward_only or not {"backward", "both"} & set(p.case.passes):
+            return check.errors(p, (prepared.attend(*(t.detach() for t in leaves)),), self.expected(masked))
         out = prepared.attend(*leaves)
-        grads = () if prepared.forward_only else torch.autograd.grad(out, leaves, problem.do, retain_graph=True)
-        if prepared.unmasked:
-            expected = check.references(replace(problem, mask=None))
-        errors = check.errors(problem, (out, *grads), expected)
-    except Unsupported as why:
-        return row(SKIPPED, str(why))
-    except failures() as error:
-        if provider.startswith(OURS):
-            traceback.print_exception(error)
-        return row(FAILED, reason(error))
-    if errors.right:
-        return Ready(prepared, out, errors)
-    of_output = replace(errors, total={"o": errors.total["o"]}, worst_row={"o": errors.worst_row["o"]})
-    if of_output.right and not provider.startswith(OURS):
-        # the output of a rival may still be measured; its gradients have no speed
-        note = f"{prepared.note}; gradients WRONG, error in all/in a row: {errors}"
-        return Ready(replace(prepared, forward_only=True, note=note), out.detach(), of_output)
-    limits = f"more than {errors.tolerance:.0e}/{errors.tolerance * check.ROW_FACTOR:.0e}"
-    return row(WRONG, f"error in all/in a row: {errors}, {limits}; {prepared.note}", error_values(errors))
+        return check.errors(p, (out, *torch.autograd.grad(out, leaves, p.do)), self.expected(masked))
 
 
-def error_values(errors: check.Errors) -> dict[str, float]:
-    """The errors as numbers of a row."""
-    values = {f"error_{name}": e for name, e in errors.total.items()}
-    return values | {f"worst_row_{name}": e for name, e in errors.worst_row.items()}
+def rows_of(suite: Suite, case: Case, device: str, names: list[str], earlier: str | None) -> Iterator[Row]:
+    """The rows of a case, those without numbers first."""
+    problem = make_problem(case, device, earlier=earlier)
+    judge, ready = Judge(problem), {}
+    for name in names:
+        found = _ready(suite, judge, name)
+        if isinstance(found, Ready):
+            ready[name] = found
+        else:
+            yield found
+            if found.status == FAILED and _is_lost(device):
+                raise Lost(f"stopped, as the GPU answers no more calls after {case.name}, {name}: {found.note}")
+    for step in case.passes:
+        functions = {n: call for n, r in ready.items() if (call := _call(problem, r.prepared, step)) is not None}
+        if functions:
+            yield from _timed(suite, problem, step, functions, ready)
 
 
-def attention_rows(suite: Suite, problem: Problem, ready: dict[str, Ready]) -> Iterator[Row]:
-    """The timed rows of the providers that are ready."""
-    case = problem.case.name
-    if suite.baseline is not None and suite.baseline not in ready:
-        for name in ready:
-            yield Row("attention", case, name, SKIPPED, f"{suite.baseline} is not there to compare with")
-        return
-    all_pairs, masked_pairs = replace(problem, mask=None).pairs, problem.pairs
-    pairs = {name: all_pairs if r.prepared.unmasked else masked_pairs for name, r in ready.items()}
-    values = {name: error_values(r.errors) | {"pairs": float(pairs[name])} for name, r in ready.items()}
-    calls = {name: _calls(suite, problem, r) for name, r in ready.items()}
-    if suite.baseline is None:
-        for name, r in ready.items():
-            values[name] |= _memory(problem, calls[name])
-            if not suite.host:
-                continue
-            values[name] |= {f"{step}_host_us": timing.host_us(call) for step, call in calls[name].items()}
-            detached = [t.detach() for t in (problem.q, problem.k, problem.v)]
-            values[name]["inference_host_us"] = timing.host_us(functools.partial(r.prepared.attend, *detached))
-    for step in suite.passes:
-        functions = {name: c[step] for name, c in calls.items() if step in c}
-        if suite.baseline is not None:
-            ratios = timing.cpu_ratios(functions, suite.baseline)
-            for name, found in ratios.of.items():
-                values[name] |= _quantiles(f"{step}_ratio", found)
-                values[name] |= {f"{step}_rounds": float(ratios.rounds), f"{step}_quiet_rounds": float(ratios.quiet)}
-            continue
-        for name, found in timing.cuda_ms(functions, suite.rounds, suite.block_ms).items():
-            flop = FLOPS[step] * problem.shape.head_dim
-            values[name] |= _quantiles(f"{step}_ms", found)
-            values[name][f"{step}_tflops"] = flop * pairs[name] / found.median / 1e9
-            if name.startswith(OURS):
-                values[name][f"{step}_tile_tflops"] = flop * problem.tile_pairs / found.median / 1e9
-    for name, r in ready.items():
-        yield Row("attention", case, name, OK, r.prepared.note, values[name])
-
-
-def _calls(suite: Suite, problem: Problem, ready: Ready) -> dict[str, timing.Function]:
-    """The passes of a suite that the provider has."""
-    leaves, do, attend = (problem.q, problem.k, problem.v), problem.do, ready.prepared.attend
-    if ready.prepared.forward_only:
-        detached = [t.detach() for t in leaves]
-        return {"forward": lambda: attend(*detached)}
-    every = {
-        "forward": lambda: attend(*leaves),
-        "backward": lambda: torch.autograd.grad(ready.out, leaves, do, retain_graph=True),
-        "both": lambda: torch.autograd.grad(attend(*leaves), leaves, do),
-    }
-    return {step: every[step] for step in suite.passes}
-
-
-def _memory(problem: Problem, calls: dict[str, timing.Function]) -> dict[str, float]:
-    """Peak extra bytes of a forward and of a backward call, beside the bytes of their results."""
-    rows = problem.q.numel() // problem.q.shape[-1]
-    values = {
-        # lse is fp32
-        "result_bytes": float(problem.q.nbytes + 4 * rows),
-        "gradient_bytes": float(problem.q.nbytes + problem.k.nbytes + problem.v.nbytes),
-    }
-    for step, call in calls.items():
-        requested, allocated = timing.extra_bytes(call)
-        values[f"{step}_extra_bytes"] = float(requested)
-        values[f"{step}_extra_allocated_bytes"] = float(allocated)
-    return values
-
-
-def _quantiles(key: str, found: timing.Quantiles) -> dict[str, float]:
-    return {key: found.median, f"{key}_p20": found.p20, f"{key}_p80": found.p80}
-
-
-def pack_providers(suite: Suite, case: Case) -> tuple[str, ...]:
-    """Who builds the mask of a case: ours from what it can be given, and on a GPU FlexAttention's ways and a copy."""
-    assert case.mask is not None
-    if suite.baseline is not None:
-        return ("anymask",)
-    if case.shape.length > DENSE_LENGTH:
-        return ("anymask:symbolic",)
-    ours = ("anymask",) if case.mask.symbolic is None else ("anymask", "anymask:symbolic")
-    if case.mask.rule is not None:
-        return (*ours, "anymask:function", "flex-build", "flex-build-eager")
-    return (*ours, "flex-build-dense", "flex-build-dense-eager", "copy")
-
-
-def pack_row(suite: Suite, problem: Problem, provider: str) -> Row:
-    """Time on the host's clock, and bytes, of building one plane's mask."""
-    case, values = problem.case.name, {}
+def _ready(suite: Suite, judge: Judge, name: str) -> Ready | Row:
+    """The provider ready to be timed, or the row that says why not."""
+    case = judge.problem.case
+    row = Row(suite.name, case.name, str(case.shape), name, "", FAILED, "")
     try:
-        builds, note = _builds(problem, provider)
-        if provider.startswith("anymask"):
-            found = builds[0]()
-            assert isinstance(found, anymask.BlockMask)
-            right, how = _is_right(problem, found)
-            note = f"{note}{how}"
-            if not right:
-                return Row("pack", case, provider, WRONG, f"to_dense() is not the mask that was packed; {note}")
-            values = {
-                "words_bytes": float(found.rows.words.nbytes + found.cols.words.nbytes),
-                "held_bytes": float(found.nbytes),
-                "dense_bytes": float(problem.shape.length**2),
-            }
-            del found
-        if suite.baseline is None:
-            for build in builds:
-                build()
-            values |= _quantiles("wall_ms", timing.wall_ms(builds))
-            values["extra_bytes"] = float(timing.extra_bytes(builds[0])[0])
+        prepared = prepare(name, judge.problem)
+        errors = judge.errors(prepared)
+    except Unsupported as why:
+        return replace(row, status=SKIPPED, note=str(why))
+    except Wrong as why:
+        return replace(row, status=WRONG, note=str(why))
     except failures() as error:
-        if provider.startswith("anymask"):
+        if is_ours(name):
             traceback.print_exception(error)
-        return Row("pack", case, provider, FAILED, reason(error))
-    return Row("pack", case, provider, OK, note, values)
+        return replace(row, note=reason(error))
+    if errors is None or errors.right:
+        return Ready(prepared, errors)
+    if errors.excess["o"] <= 1 and not is_ours(name):
+        # the output of a rival may still be timed; its gradients have no speed
+        note = f"{prepared.note}; gradients WRONG: {errors}"
+        return Ready(replace(prepared, forward_only=True, note=note), errors)
+    note = f"{prepared.note}; errors: {errors}"
+    return replace(row, status=WRONG, note=note, errors=errors.total, error_ratios=errors.ratio)
 
 
-def with_device_time(problem: Problem, row: Row) -> Row:
-    """The row with the work of the device. Once the profiler has run, launches of this process take longer."""
-    builds, _ = _builds(problem, row.provider)
-    return replace(row, values=row.values | {"device_ms": timing.device_work_ms(builds * 2)})
+def _call(problem: Problem, prepared: Prepared, step: str) -> Callable[[], object] | None:
+    """The call that is timed, None if the provider has no such pass."""
+    if step == "build":
+        turns = itertools.cycle(prepared.builds)
+        return lambda: next(turns)()
+    attend, leaves, do = prepared.attend, (problem.q, problem.k, problem.v), problem.do
+    assert attend is not None
+    if step == "inference" or (step == "forward" and prepared.forward_only):
+        detached = [t.detach() for t in leaves]
+        return lambda: attend(*detached)
+    if prepared.forward_only:
+        return None
+    if step == "forward":
+        return lambda: attend(*leaves)
+    if step == "backward":
+        out = attend(*leaves)
+        return lambda: torch.autograd.grad(out, leaves, do, retain_graph=True)
+
+    def both() -> object:
+        if problem.case.mode == "reduce-overhead":
+            # torch's CUDA graph writes over the results of the step before
+            torch.compiler.cudagraph_mark_step_begin()
+        return torch.autograd.grad(attend(*leaves), leaves, do)
+
+    return both
 
 
-def _builds(problem: Problem, provider: str) -> tuple[list[Callable[[], object]], str]:
-    """Calls that build the mask, each from memory of its own where it is read, and what they do."""
-    if provider == "copy":
-        return _copies(problem)
-    if not provider.startswith("anymask"):
-        return _flex_builds(problem, provider)
-    mask, kind, length, device = problem.mask, problem.case.mask, problem.shape.length, problem.q.device.type
-    assert kind is not None
-    if provider == "anymask":
-        assert mask is not None
-        sources = [mask] if device == "cpu" else [mask.clone() for _ in range(COPIES)]
-        builds: list[Callable[[], object]] = [functools.partial(anymask.pack, source) for source in sources]
-        return builds, "pack of a dense tensor: tiles and bits, both views"
-    if provider == "anymask:symbolic":
-        assert kind.symbolic is not None
-        lazy, note = kind.symbolic(length, device), "pack of the mask by name"
+def _timed(
+    suite: Suite, problem: Problem, step: str, functions: dict[str, Callable[[], object]], ready: dict[str, Ready]
+) -> Iterator[Row]:
+    case, on_gpu = problem.case, problem.device == "cuda"
+    rows = {}
+    for name in functions:
+        row = Row(suite.name, case.name, str(case.shape), name, step, OK, ready[name].prepared.note)
+        if (errors := ready[name].errors) is not None:
+            row.errors, row.error_ratios = errors.total, errors.ratio
+        rows[name] = row
+    for name, function in functions.items():
+        for _ in range(WARM_UP):
+            function()
+        if on_gpu and suite.memory:
+            rows[name].extra_bytes = timing.extra_bytes(function)
+        if on_gpu and suite.host and suite.clock == "device":
+            rows[name].host_us = timing.host_us(function)
+    if on_gpu and suite.clock == "device":
+        times = timing.cuda_ms(functions, suite.rounds, suite.block_ms)
     else:
-        lazy, note = anymask.from_function(_rule(problem)), "pack of from_function(the closed form)"
-    return [functools.partial(anymask.pack, lazy, q_len=length, kv_len=length, device=device)], note
+        found = timing.wall_ms(functions, suite.rounds, problem.device)
+        times = {name: wall for name, (wall, _) in found.items()}
+        for name, (_, us) in found.items():
+            rows[name].host_us = us if suite.host else None
+    s, pairs = case.shape, problem.pairs
+    for name, row in rows.items():
+        row.ms, row.p20, row.p80 = times[name].median, times[name].p20, times[name].p80
+        if on_gpu:
+            row.sm_clock_mhz = timing.sm_clock_mhz(functions[name])
+        if step in FLOPS:
+            seen = s.batch * s.heads * s.q_len * s.kv_len if ready[name].prepared.unmasked else pairs
+            row.tflops = seen * (FLOPS[step][0] * s.head_dim + FLOPS[step][1] * s.v_dim) / row.ms / 1e9
+    set_ratios(case, list(rows.values()), {n: ready[n].prepared.unmasked for n in rows})
+    yield from rows.values()
 
 
-def _is_right(problem: Problem, found: anymask.BlockMask) -> tuple[bool, str]:
-    """Whether the mask is that of the problem, and how much of it was compared if not all."""
-    if problem.mask is None:
-        return check.lines_match(found, _rule(problem)), f", checked on {check.LINES} lines of tiles"
-    return torch.equal(found.to_dense()[0, 0], problem.mask), ""
+def set_ratios(case: Case, rows: list[Row], unmasked: dict[str, bool]) -> None:
+    """Each row's time over that of the fastest rival that minds the mask, or of the fastest if none does."""
+    rivals = [row for row in rows if row.provider in case.rivals]
+    rivals = [row for row in rivals if not unmasked[row.provider]] or rivals
+    if not rivals:
+        return
+    best = min(rivals, key=lambda row: row.ms or 0.0)
+    for row in rows:
+        if row.ms and best.ms:
+            row.ratio, row.rival = row.ms / best.ms, best.provider
 
 
-def _rule(problem: Problem) -> MaskMod:
-    """The closed form of the mask, where the plan says that it has one."""
-    rule = problem.rule
-    assert rule is not None
-    return rule
+def warm(suite: str, name: str, providers: list[str]) -> list[str]:
+    """Compile what ours and FlexAttention need for a case into the caches on disk; what failed, to be tried again."""
+    case, failed = next(case for case in SUITES[suite].cases if case.name == name), []
+    try:
+        judge = Judge(make_problem(case, "cuda"))
+    except failures() as error:
+        return [f"{name}: {reason(error)}"]
+    # nothing is compared
+    judge.expected = lambda with_mask: {}  # type: ignore[assignment]
+    for provider in (p for p in providers if p.partition(":")[0] in ("anymask", "pack", "flex")):
+        row = _ready(SUITES[suite], judge, provider)
+        if isinstance(row, Row) and row.status == FAILED:
+            failed.append(f"{name}, {provider}: {row.note}")
+    release()
+    return failed
 
 
-def _copies(problem: Problem) -> tuple[list[Callable[[], object]], str]:
-    """A copy of the dense mask: one read and one write of its bytes."""
-    assert problem.mask is not None
-    sources, target = [problem.mask.clone() for _ in range(COPIES)], torch.empty_like(problem.mask)
-    return [functools.partial(target.copy_, source) for source in sources], "a copy of the dense tensor, for scale"
+def release() -> None:
+    """Forget compiled code and freed memory before the next case."""
+    if torch.cuda.is_available():
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def _flex_builds(problem: Problem, provider: str) -> tuple[list[Callable[[], object]], str]:
-    """Calls that build FlexAttention's block mask, which lists tiles and holds no bits."""
-    compiled = problem.compiled and not provider.endswith("-eager")
-    if provider.startswith("flex-build-dense"):
-        assert problem.mask is not None
-        mods, source = [captured(problem.mask.clone()) for _ in range(COPIES)], "a function that reads the dense tensor"
-    else:
-        mods, source = [_rule(problem)] * COPIES, "the closed form"
-    build = flex_mask_builder(problem, compiled)
-    note = f"create_block_mask of {source}, {'compiled' if compiled else 'eager'}: tiles without bits"
-    return [functools.partial(build, mod) for mod in mods], note
-
-
-def is_lost(device: str) -> bool:
+def _is_lost(device: str) -> bool:
     """Whether an error has ended this process's work on the GPU: after an illegal access every call fails."""
     if device != "cuda":
         return False
@@ -258,11 +213,3 @@ def is_lost(device: str) -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def release() -> None:
-    """Forget compiled code and freed memory before the next case."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,199 +1,234 @@
-"""Rows as a Markdown report and a CSV file, with pictures."""
+"""Rows as lines, tables and pictures. docs/performance.md has a table of every suite, written from its JSON."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable
-from dataclasses import astuple
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks import pictures
-from benchmarks.check import NAMES
-from benchmarks.figures import MISSED, NOT_MEASURED, REACHED, Verdict
-from benchmarks.results import OK, Results, Row, write_atomic
-from benchmarks.suites import Suite
+from benchmarks.cases import BOTH
+from benchmarks.providers import PROVIDERS, is_ours
+from benchmarks.results import FAILED, OK, WRONG, Results, Row
 
-METHOD = """\
-Times: CUDA events, every call after a flush of the L2 cache, median (20 % to 80 %), providers of a mask taking turns.
-Host: a call while the device lags behind, so that nothing waits.
-Backward: `torch.autograd.grad(out, (q, k, v), do, retain_graph=True)` on a prepared output.
-TFLOP/s count attended pairs only: 4 · batch · heads · pairs · head_dim forward, 2.5 times that backward; "tile" counts
-all pairs of the tiles that are not empty. Preparing a mask (packing, block masks, compilation) is not in a call's time.
-Memory: peak of requested bytes above what is held before the call, its result included."""
-METHOD_CPU = """\
-CPU times are given only as parts of the time of SDPA with the same bool mask in the same round, because they depend on
-what else the machine does: median (20 % to 80 %) over rounds in which all take turns, in alternating order. Rounds in
-which other processes used the cores are left out if at least three others remain, else "machine busy" says so and no
-figure is judged."""
-CHECK = """\
-Error: the Frobenius norm of the difference to fp64, in parts of the reference, on the first and the last head of k and
-v and the query heads that read them. A provider whose error is too large is shown as wrong and has no speed; a rival of
-which only the gradients are wrong has none backward, and its row says so."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE, PICTURES = ROOT / "benchmarks/results", ROOT / "docs/performance.md", ROOT / "docs/pictures"
+BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+# what a table shows where it is not ms: the number, its unit, and a factor
+METRIC = {"memory": ("extra_bytes", "MiB", 2**-20), "cpu": ("ratio", "parts of the fastest rival's time", 1.0)}
+HOST = ("host_us", "host us", 1.0)
+# a table with a column for each provider that would have fewer of its cells filled has a line for each pass instead
+SPARSE = 0.4
+# a bar this many times another needs a logarithmic axis
+FAR = 20.0
+# of the curves
+LENGTHS = tuple(2**n for n in range(8, 15))
 
 
-def to_csv(results: Results) -> str:
-    """One line per row; columns are the union of all values, and where they come from."""
-    rows, env = results.rows, results.environment
-    keys = list(dict.fromkeys(key for row in rows for key in row.values))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["group", "case", "provider", "status", "note", *keys, *env])
+def name(provider: str) -> str:
+    """What a reader calls it."""
+    return PROVIDERS[provider][1]
+
+
+def row_line(row: Row) -> str:
+    """One line of progress."""
+    head = f"{row.case}, {row.step}: {name(row.provider)}" if row.step else f"{row.case}: {name(row.provider)}"
+    if row.status != OK:
+        return f"{head} {row.status.upper()}: {row.note}"
+    ratio = f", {row.ratio:.3f} of {name(row.rival)}" if row.ratio is not None and row.rival is not None else ""
+    errors = ", ".join(f"{k} {v:.2f}" for k, v in row.error_ratios.items())
+    clock = f", {row.sm_clock_mhz:.0f} MHz" if row.sm_clock_mhz else ""
+    return f"{head} {row.ms:.4f} ms{ratio}{clock}" + (f"; errors over eager's: {errors}" if errors else "")
+
+
+def source(results: Results) -> str:
+    """Where the numbers come from, in a line."""
+    e = results.environment
+    versions = [f"{k} {e[k]}" for k in ("torch", "triton", "cudnn", "flash-attn-4") if k in e]
+    return f"{e['card']}, {e['date']}, {', '.join(versions)}, commit {e['commit']}, `{e['command']}`"
+
+
+def table(results: Results) -> str:
+    """Markdown: a column for each provider, or, where few have all cases, a line for each pass of each case."""
+    rows = [row for row in results.rows if row.status == OK]
+    if not rows:
+        return "No row has numbers."
+    metric = METRIC.get(rows[0].suite, ("ms", "ms", 1.0) if any(row.ms for row in rows) else HOST)
+    cases, providers = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("case", "provider"))
+    filled = len({(row.case, row.provider) for row in rows})
+    if filled < SPARSE * len(cases) * len(providers):
+        return _by_pass(rows, metric)
+    providers.sort(key=list(PROVIDERS).index)
+    cells = {(c, p): _cell(rows, c, p, metric) for c in cases for p in providers}
+    steps = " / ".join(dict.fromkeys(row.step for row in rows))
+    corner = f"{metric[1]}, {steps}"
+    if len(cases) < len(providers):
+        return _markdown([corner, *cases], [[name(p), *(cells[c, p] for c in cases)] for p in providers])
+    return _markdown([corner, *map(name, providers)], [[c, *(cells[c, p] for p in providers)] for c in cases])
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def _value(row: Row, metric: tuple[str, str, float]) -> float | None:
+    value = getattr(row, metric[0])
+    return None if value is None else value * metric[2]
+
+
+def _cell(rows: list[Row], case: str, provider: str, metric: tuple[str, str, float]) -> str:
+    """Its numbers for all passes, bold where nobody with the same mask is as fast."""
+    shown = []
+    for step in dict.fromkeys(row.step for row in rows if row.case == case):
+        beside = {
+            r.provider: v for r in rows if (r.case, r.step) == (case, step) if (v := _value(r, metric)) is not None
+        }
+        value = beside.get(provider)
+        least = min((v for p, v in beside.items() if not p.endswith(":unmasked")), default=None)
+        text = "-" if value is None else _short(value)
+        shown.append(f"**{text}**" if value is not None and value == least and len(beside) > 1 else text)
+    return "" if set(shown) <= {"-"} else " / ".join(shown)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+
+
+def _by_pass(rows: list[Row], metric: tuple[str, str, float]) -> str:
+    """A line for each pass of each case of ours, beside the fastest rival."""
+    head = f"case|shape|pass|anymask, {metric[1]}|rival, {metric[1]}|rival|ratio|error / eager's".split("|")
+    lines = []
     for row in rows:
-        numbers = [row.values.get(key, "") for key in keys]
-        writer.writerow([row.group, row.case, row.provider, row.status, row.note, *numbers, *env.values()])
-    return out.getvalue()
+        if is_ours(row.provider) and row.rival != row.provider:
+            rival = next((r for r in rows if (r.case, r.step, r.provider) == (row.case, row.step, row.rival)), None)
+            mine, theirs = ("" if r is None or (v := _value(r, metric)) is None else _short(v) for r in (row, rival))
+            case = row.case if row.provider == "anymask" else f"{row.case} ({name(row.provider)})"
+            beside = [name(row.rival), f"{row.ratio:.3f}"] if row.rival is not None and row.ratio else ["none ran", ""]
+            worst = f"{max(row.error_ratios.values()):.2f}" if row.error_ratios else ""
+            lines.append([case, row.shape, row.step, mine, theirs, *beside, worst])
+    return _markdown(head, lines)
 
 
-def to_markdown(results: Results, verdicts: list[Verdict], drawn: Iterable[Path] = ()) -> str:
-    """The report: figures first, then every row, then where they come from."""
-    rows, env = results.rows, results.environment
-    on_cpu = any("forward_ratio" in row.values for row in rows) or env["device"].startswith("CPU")
-    parts = [f"# Benchmark: {env['device']}", f"{env['shape']}, {env['date']}. `{env['command']}`"]
-    counts = {kind: sum(v.reached == kind for v in verdicts) for kind in (REACHED, MISSED, NOT_MEASURED)}
-    if verdicts:
-        summary = f"{counts[REACHED]} reached, {counts[MISSED]} missed, {counts[NOT_MEASURED]} not measured."
-        parts += ["## Figures to reach", summary, verdict_table(verdicts)]
-    parts += [f"![{picture.stem}]({picture.name})" for picture in drawn]
-    for case in rows.cases("attention"):
-        found = [r for r in rows if (r.group, r.case) == ("attention", case)]
-        parts += [f"## {case}", _cpu_table(found) if on_cpu else _gpu_table(found)]
-    if any(r.group == "pack" for r in rows):
-        parts += ["## Building the mask", _pack_table([r for r in rows if r.group == "pack"])]
-    parts += ["## How it was measured", METHOD_CPU if on_cpu else METHOD, CHECK]
-    parts.append(_table(("", ""), [(key, f"`{value}`") for key, value in env.items()]))
-    return "\n\n".join(parts) + "\n"
+def untimed(results: Results) -> str:
+    """Who was wrong or failed, and in how many cases; "" if nobody."""
+    bad = [
+        (name(row.provider), row.status, row.note.split(". ")[0])
+        for row in results.rows
+        if row.status in (WRONG, FAILED)
+    ]
+    said = [f"{who}, {bad.count((who, how, why))} cases {how}: {why}" for who, how, why in dict.fromkeys(bad)]
+    return f"Not timed: {'; '.join(said)}." if said else ""
 
 
-def _table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
-    rows = [head, ("---",) * len(head), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+def page(text: str, folder: Path = RESULTS) -> str:
+    """The page with its tables as the results have them.
+
+    Raises:
+        ValueError: a result has no table, or a table no end.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        path = folder / f"{found[1]}.json"
+        if not path.exists():
+            shown = "This suite has no recorded run."
+        else:
+            results = Results.load(path)
+            shown = "\n\n".join(filter(None, (table(results), untimed(results), source(results))))
+        return f"<!-- table: {found[1]} -->\n{shown}\n<!-- end -->"
+
+    missing = {path.stem for path in folder.glob("*.json")} - set(BLOCK.findall(text))
+    if missing:
+        raise ValueError(f"docs/performance.md has no table for {', '.join(sorted(missing))}")
+    return BLOCK.sub(block, text)
 
 
-def _gpu_table(rows: list[Row]) -> str:
-    head = (
-        "provider",
-        "forward ms",
-        "TFLOP/s",
-        "backward ms",
-        "TFLOP/s",
-        "error o, dq, dk, dv",
-        "memory MiB",
-        "host us",
-        "how",
-    )
-    lines = []
-    for r in rows:
-        speed = [cell for step in ("forward", "backward") for cell in (_spread(r, f"{step}_ms", 3), _flops(r, step))]
-        memory = [_mib(r, f"{step}_extra_bytes") for step in ("forward", "backward")]
-        host = [_us(r, f"{step}_host_us") for step in ("forward", "backward")]
-        lines.append((_name(r), *speed, _errors(r), " / ".join(memory), " / ".join(host), _how(r)))
-    return _table(head, lines)
+def write_page() -> list[Path]:
+    """Write docs/performance.md's tables again."""
+    PAGE.write_text(page(PAGE.read_text()))
+    return [PAGE]
 
 
-def _cpu_table(rows: list[Row]) -> str:
-    head = ("provider", "forward", "backward", "forward + backward", "error o, dq, dk, dv", "how")
-    steps = ("forward", "backward", "both")
-    return _table(head, [(_name(r), *(_ratio(r, s) for s in steps), _errors(r), _how(r)) for r in rows])
+def draw_all() -> list[Path]:
+    """Draw the pictures of the README and of docs/performance.md again."""
+    PICTURES.mkdir(exist_ok=True)
+    drawn = {"headline": headline, "classic": classic}
+    for stem, suite in (("headline", "quick"), ("classic", "classic")):
+        drawn[stem](Results.load(RESULTS / f"{suite}.json")).savefig(PICTURES / f"{stem}.png", dpi=110)
+    return [PICTURES / f"{stem}.png" for stem in drawn]
 
 
-def _pack_table(rows: list[Row]) -> str:
-    head = (
-        "mask",
-        "provider",
-        "device ms",
-        "host ms",
-        "peak MiB",
-        "bytes of bits",
-        "bytes held",
-        "bytes as bool",
-        "how",
-    )
-    lines = []
-    for r in rows:
-        device = "-" if r.get("device_ms") is None else f"{r.values['device_ms']:.3f}"
-        sizes = [
-            "-" if r.get(k) is None else f"{r.values[k]:,.0f}" for k in ("words_bytes", "held_bytes", "dense_bytes")
-        ]
-        peak = "-" if r.get("extra_bytes") is None else f"{r.values['extra_bytes'] / 2**20:.1f}"
-        lines.append((r.case, _name(r), device, _spread(r, "wall_ms", 3), peak, *sizes, _how(r)))
-    return _table(head, lines)
+def _figure(height: float, rows: int, results: Results) -> tuple[Figure, list[Axes]]:
+    """Two panels a row, with where the numbers come from below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, 2, sharey="row" if rows == 1 else "none", squeeze=False).flat)
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(labelsize=9)
+    e = results.environment
+    figure.supxlabel(f"{e['card']}, torch {e['torch'].partition('+')[0]}, {e['date'][:10]}", fontsize=8.5)
+    return figure, axes
 
 
-def _name(row: Row) -> str:
-    return f"**{row.provider}**" if row.provider.startswith("anymask") else row.provider
+def headline(results: Results) -> Figure:
+    """A random mask: a bar for each provider, forward and backward, and cuDNN without any mask as a line."""
+    case, wanted = "random 50%", ("efficient", "flex:dense", "cudnn", "fa4", "anymask")
+    found = {(p, step): results.find(case, p, step) for p in wanted for step in BOTH}
+    wanted = tuple(p for p in wanted if found[p, "forward"] is not None)
+    figure, axes = _figure(2.9, 1, results)
+    for one, step in zip(axes, BOTH, strict=True):
+        times = [row.ms or 0.0 if (row := found[p, step]) is not None else 0.0 for p in wanted]
+        bars = one.barh(
+            [name(p).removesuffix(", reads the tensor") for p in wanted], times, color=[PROVIDERS[p][2] for p in wanted]
+        )
+        one.bar_label(bars, [f"{ms:.2f}" if ms else "no such pass" for ms in times], padding=5, fontsize=9, zorder=4,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+        if max(times) > FAR * min(ms for ms in times if ms):
+            one.set_xscale("log")
+        plain = results.find("none", "cudnn", step)
+        assert plain is not None
+        assert plain.ms is not None
+        one.axvline(plain.ms, color="#222222", linestyle="--", linewidth=1.2)
+        text = f"cuDNN without any mask: {plain.ms:.2f}"
+        one.annotate(text, (plain.ms, 1), (3, 2), fontsize=8.5, textcoords="offset points",
+                     xycoords=("data", "axes fraction"))  # fmt: skip
+        one.set_title(f"{step}, ms", fontsize=10.5, pad=16)
+        one.margins(x=0.17)
+    figure.suptitle(f"A random mask, half of all pairs: {results.rows[0].shape}", fontsize=10.5)
+    return figure
 
 
-def _how(row: Row) -> str:
-    return row.note if row.status == OK else f"**{row.status}**: {row.note}"
+def classic(results: Results) -> Figure:
+    """TFLOP/s of attended pairs by length: a causal mask as a tensor and none, forward and backward, 32 heads."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-
-def _spread(row: Row, key: str, digits: int) -> str:
-    if row.status != OK or row.get(key) is None:
-        return "-"
-    median, low, high = (row.values[k] for k in (key, f"{key}_p20", f"{key}_p80"))
-    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def _ratio(row: Row, step: str) -> str:
-    return _spread(row, f"{step}_ratio", 2) + ("" if row.quiet(step) else ", machine busy")
-
-
-def _flops(row: Row, step: str) -> str:
-    if row.status != OK or row.get(f"{step}_tflops") is None:
-        return "-"
-    tile = row.get(f"{step}_tile_tflops")
-    return f"{row.values[f'{step}_tflops']:.0f}" + ("" if tile is None else f" (tile {tile:.0f})")
-
-
-def _errors(row: Row) -> str:
-    found = [e for name in NAMES if (e := row.get(f"error_{name}")) is not None]
-    return ", ".join(f"{e:.1e}" for e in found) or "-"
-
-
-def _mib(row: Row, key: str) -> str:
-    value = row.get(key)
-    return "-" if row.status != OK or value is None else f"{value / 2**20:.1f}"
-
-
-def _us(row: Row, key: str) -> str:
-    value = row.get(key)
-    return "-" if row.status != OK or value is None else f"{value:.0f}"
-
-
-def summary_line(row: Row) -> str:
-    """One line for the terminal."""
-    parts = [f"{row.name:<42}", f"{row.status:<7}"]
-    for step in ("forward", "backward", "both"):
-        if row.get(f"{step}_ms") is not None:
-            parts.append(f"{step} {row.values[f'{step}_ms']:8.3f} ms {_flops(row, step):>16} TFLOP/s ")
-        if row.get(f"{step}_ratio") is not None:
-            parts.append(f"{step} {row.values[f'{step}_ratio']:.2f}x{'' if row.quiet(step) else ' (machine busy)'} ")
-    if row.get("device_ms") is not None:
-        parts.append(f"device {row.values['device_ms']:.3f} ms, host {row.values['wall_ms']:.3f} ms ")
-    parts.append(row.note if row.status != OK else f"[{row.note}]")
-    return " ".join(parts)
-
-
-def verdict_table(verdicts: list[Verdict]) -> str:
-    """The figures for the terminal, as Markdown."""
-    return _table(("figure", "target", "measured", "reached", "note"), [astuple(v) for v in verdicts])
-
-
-def write(suite: Suite, results: Results, verdicts: list[Verdict], with_plots: bool) -> list[Path]:
-    """CSV, Markdown and, with `with_plots`, PNG files beside the JSON; returns what was written."""
-    folder, stem = results.path.parent, results.path.stem
-    drawn: list[Path] = []
-    if with_plots:
-        drawn = pictures.draw(suite, results, folder, stem)
-        for group in ("attention", "pack"):
-            # a picture of an earlier run would show other numbers than the report
-            for old in set(folder.glob(f"{stem}-{group}-*.png")) - set(drawn):
-                old.unlink()
-    files = {
-        folder / f"{stem}.csv": to_csv(results),
-        folder / f"{stem}.md": to_markdown(results, verdicts, drawn),
-    }
-    for path, text in files.items():
-        write_atomic(path, text)
-    return [results.path, *files, *drawn]
+    providers = sorted({row.provider for row in results.rows}, key=list(PROVIDERS).index)
+    figure, axes = _figure(7.2, 2, results)
+    panels = [(case, step) for case in ("causal", "none") for step in BOTH]
+    for one, (case, step) in zip(axes, panels, strict=True):
+        for n, provider in enumerate(providers):
+            found = {length: results.find(f"{case}, H32 L{length}", provider, step) for length in LENGTHS}
+            points = [(length, row.tflops) for length, row in found.items() if row is not None]
+            if points:
+                # large marks under small ones, lines and dashes: equal curves show both
+                one.plot(*zip(*points, strict=True), label=name(provider), color=PROVIDERS[provider][2],
+                         marker="osD^vP*Xp<"[n % 10], markersize=9 - 6 * n / len(providers),
+                         linewidth=2.4 if is_ours(provider) else 1.3, linestyle=("-", "--")[n % 2])  # fmt: skip
+        one.set_title("no mask" if case == "none" else "causal mask", fontsize=10)
+        one.set_ylabel(f"{step}, TFLOP/s", fontsize=9)
+        one.set(xscale="log", yscale="log")
+        one.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS], fontsize=8)
+        one.xaxis.set_minor_locator(NullLocator())
+        one.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        one.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        one.yaxis.set_minor_formatter(NullFormatter())
+        one.grid(alpha=0.25)
+    handles = {label: h for one in axes for h, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize=8.5, frameon=False)
+    return figure

@@ -1,4 +1,4 @@
-"""Rows, where they come from, and the JSON file that holds them after every single one."""
+"""Rows, where they come from, and the JSON file of a suite: one line a row, whole after every case."""
 
 from __future__ import annotations
 
@@ -10,128 +10,87 @@ import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from anymask.machine import nvidia_smi, version_of
-
 OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
-# what two runs must share for their rows to stand in one file
-SAME = ("suite", "shape", "device", "driver", "torch", "triton", "cudnn", "python", "commit", "seed")
-MAX_REASON = 200
 # packages whose versions matter if they are there
-RIVALS = ("flash-attn-4", "flashinfer-python", "xformers")
+PACKAGES = ("torch", "triton", "flash-attn-4")
+MAX_REASON = 200
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One provider on one case. Numbers are there only if `status` is "ok"; errors also if it is "wrong"."""
+    """One provider in one pass of one case. Numbers are there only if `status` is "ok"; errors also if "wrong"."""
 
-    # "attention" or "pack"
-    group: str
+    suite: str
     case: str
+    shape: str
     provider: str
+    # "inference", "forward", "backward", "both", "build"; "" if the provider did not come so far
+    step: str
     status: str
     # how the provider was set up, or why there are no numbers
     note: str
-    # names carry their units: forward_ms, forward_tflops, forward_extra_bytes, error_dq ...
-    values: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """`group/case/provider`."""
-        return f"{self.group}/{self.case}/{self.provider}"
-
-    def get(self, key: str) -> float | None:
-        """The value, or None if this row has no such number."""
-        return self.values.get(key)
-
-    def quiet(self, step: str) -> bool:
-        """Whether the ratio of a pass comes from rounds that other processes did not disturb."""
-        return self.values.get(f"{step}_quiet_rounds") == self.values.get(f"{step}_rounds")
-
-
-class Rows(list[Row]):
-    """Rows in the order they were measured."""
-
-    def find(self, group: str, case: str, provider: str) -> Row | None:
-        """The row of a provider on a case, or None."""
-        return next((r for r in self if (r.group, r.case, r.provider) == (group, case, provider)), None)
-
-    def cases(self, group: str) -> list[str]:
-        """Cases of a group, in order."""
-        return list(dict.fromkeys(r.case for r in self if r.group == group))
-
-    def providers(self, group: str) -> list[str]:
-        """Providers of a group, in order."""
-        return list(dict.fromkeys(r.provider for r in self if r.group == group))
+    # median, 20 % and 80 %
+    ms: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    # its time over that of the fastest rival, and the rival's name
+    ratio: float | None = None
+    rival: str | None = None
+    # of attended pairs
+    tflops: float | None = None
+    host_us: float | None = None
+    # peak above what is held before the call, result included
+    extra_bytes: int | None = None
+    sm_clock_mhz: float | None = None
+    # relative to fp64, and over the error of eager torch
+    errors: dict[str, float] = field(default_factory=dict)
+    error_ratios: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Results:
-    """Everything a run has found so far. `save` is atomic: the file is whole whenever it is read."""
+    """What a run of a suite has found so far."""
 
-    path: Path
     environment: dict[str, str]
-    rows: Rows = field(default_factory=Rows)
-
-    @staticmethod
-    def start(path: Path, environment: dict[str, str], resume: bool = False) -> Results:
-        """An empty result, or with `resume` the one in the file.
-
-        Raises:
-            ValueError: the file's rows were measured elsewhere or with other code.
-        """
-        results = Results(path, environment)
-        if resume and path.exists():
-            old = Results.load(path)
-            changed = [key for key in SAME if old.environment.get(key) != environment.get(key)]
-            if changed:
-                raise ValueError(f"cannot resume {path.name}: it differs from this run in {', '.join(changed)}")
-            results.environment["resumed"] = f"rows of {old.environment['date']} are kept"
-            results.environment["command"] = f"{old.environment['command']}; {environment['command']}"
-            results.rows = old.rows
-        return results
+    rows: list[Row] = field(default_factory=list)
 
     @staticmethod
     def load(path: Path) -> Results:
-        """The result in a file that `save` wrote.
+        """The result in a file that `save` wrote."""
+        found = json.loads(path.read_text())
+        return Results(found["environment"], [Row(step=row.pop("pass"), **row) for row in found["rows"]])
 
-        Raises:
-            ValueError: the file holds something else, or is not there.
-        """
-        try:
-            found = json.loads(path.read_text())
-            results = Results(path, found["environment"])
-            for row in found["rows"]:
-                row["values"] = {k: math.nan if v is None else v for k, v in row["values"].items()}
-                results.rows.append(Row(**row))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no result of this benchmark: {type(error).__name__}: {error}") from error
-        return results
+    def save(self, path: Path) -> None:
+        """Replace the file, so that a reader, or an interruption, sees the old or the new one and nothing between."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(_compact(row)) for row in self.rows]
+        text = f'{{"environment": {json.dumps(self.environment)},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n"
+        part = path.with_name(path.name + ".part")
+        part.write_text(text)
+        os.replace(part, path)
 
-    def add(self, row: Row) -> None:
-        """Put the row in, replacing an older one of the same name, and save."""
-        self.rows[:] = [r for r in self.rows if r.name != row.name]
-        self.rows.append(row)
-        self.save()
-
-    def save(self) -> None:
-        """Replace the JSON file by the present rows."""
-        # NaN is no JSON: an error that is not a number is null
-        rows = [asdict(row) for row in self.rows]
-        for row in rows:
-            row["values"] = {k: v if math.isfinite(v) else None for k, v in row["values"].items()}
-        write_atomic(self.path, json.dumps({"environment": self.environment, "rows": rows}, indent=1) + "\n")
+    def find(self, case: str, provider: str, step: str) -> Row | None:
+        """The row with numbers, or None."""
+        wanted = case, provider, step, OK
+        return next((r for r in self.rows if (r.case, r.provider, r.step, r.status) == wanted), None)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or an interruption, sees the old or the new one and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+def _compact(row: Row) -> dict[str, Any]:
+    """What a row has, numbers to 5 digits. NaN is no JSON: an error that is not a number is null."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(v) for key, v in value.items()}
+        return (float(f"{value:.5g}") if math.isfinite(value) else None) if isinstance(value, float) else value
+
+    names = {"step": "pass"}
+    return {names.get(k, k): short(v) for k, v in asdict(row).items() if v is not None and v != {}}
 
 
 def reason(error: BaseException) -> str:
@@ -142,50 +101,32 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= MAX_REASON else text[: MAX_REASON - 1] + "…"
 
 
-def environment(device: str, suite: str, shape: str, seed: int, command: str, commit: str | None) -> dict[str, str]:
+def environment(device: str, command: str, commit: str | None = None) -> dict[str, str]:
     """What a reader needs to trust or repeat the numbers; nothing that names the machine or its folders."""
     found = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
-        "suite": suite,
-        "shape": shape,
-        "seed": str(seed),
-        "commit": commit or git_commit(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})",
+        "commit": commit or _commit(),
+        "card": torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version_of("triton"),
     }
-    found |= {name: version for name in RIVALS if (version := version_of(name)) != "not installed"}
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    found |= {name: installed[name] for name in PACKAGES if name in installed}
     if device == "cuda":
-        found["cuda"] = str(torch.version.cuda)
-        found["cudnn"] = str(torch.backends.cudnn.version())
-        asked = "driver_version", "power.limit", "clocks.max.sm"
-        found |= dict(zip(("driver", "power limit", "max SM clock"), nvidia_smi(*asked), strict=True))
+        found["cuda"], found["cudnn"] = str(torch.version.cuda), str(torch.backends.cudnn.version())
     else:
-        found["threads"] = str(torch.get_num_threads())
-        # ratios of a busy machine say little: threads wait for each other
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-        found["load before"] = f"{load:.1f} on {os.cpu_count()} cores"
+        found["threads"], found["load before"] = str(torch.get_num_threads()), f"{os.getloadavg()[0]:.1f}"
     return found
 
 
-def slug(device: str) -> str:
-    """Name of the folder of a device's results: `nvidia-h200`, `cpu`."""
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def git_commit() -> str:
+def _commit() -> str:
     """Commit of this checkout, with "+changes" if tracked files differ from it; "unknown" without git."""
-    here = Path(__file__).parent
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = _output(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"])
-        changes = _output(["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"])
+        head, changes = (
+            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+            for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+changes" if changes else "")
-
-
-def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

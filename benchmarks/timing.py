@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 Function = Callable[[], object]
 
@@ -22,12 +20,6 @@ FLUSH_BYTES = 256 * 2**20
 AHEAD = 16
 # the same before the calls by which the others are planned
 FAR_AHEAD = 64
-# a round on the CPU counts as quiet if other processes used less than this share of one core
-BUSY_SHARE = 0.15
-# resolution of the system's account
-TICK_S = 0.02
-# quiet rounds that suffice to leave the others out
-MIN_QUIET = 3
 
 
 @dataclass(frozen=True)
@@ -87,98 +79,30 @@ def _cuda_block(function: Function, repeats: int, flush: Tensor, ahead: int) -> 
     return [start.elapsed_time(end) for start, end in events], host_ms
 
 
-@dataclass(frozen=True)
-class Ratios:
-    """Times in parts of a baseline's, per function."""
-
-    of: dict[str, Quantiles]
-    # rounds counted, and how many of them other processes did not disturb
-    rounds: int
-    quiet: int
-
-
-def cpu_ratios(functions: Mapping[str, Function], baseline: str, rounds: int = 9, limit_s: float = 40.0) -> Ratios:
-    """Time of each function in parts of the time of `baseline`, both taken from the same round.
-
-    Each round runs all functions once, every other round in reverse. Rounds in which other processes had the cores are
-    left out while enough quiet ones are found: threads that wait for each other suffer far more than in proportion.
-    """
-    quiet: list[dict[str, float]] = []
-    noisy: list[dict[str, float]] = []
-    begin = time.perf_counter()
-    # a few rounds at least, however slow
-    while len(quiet) < rounds and len(quiet) + len(noisy) < 4 * rounds:
-        if len(quiet) + len(noisy) >= MIN_QUIET and time.perf_counter() - begin > limit_s:
-            break
-        others, start = _others_s(), time.perf_counter()
-        seconds = _round(functions, backwards=(len(quiet) + len(noisy)) % 2 == 1)
-        wall, others = time.perf_counter() - start, _others_s() - others
-        (noisy if others > BUSY_SHARE * wall + TICK_S else quiet).append(seconds)
-    counted = quiet if len(quiet) >= MIN_QUIET else quiet + noisy
-    ratios = {name: Quantiles.of([s[name] / s[baseline] for s in counted]) for name in functions}
-    return Ratios(ratios, len(counted), len(quiet))
-
-
-def _round(functions: Mapping[str, Function], backwards: bool) -> dict[str, float]:
-    """Seconds of each function, called once."""
-    seconds = {}
-    for name in reversed(list(functions)) if backwards else functions:
-        start = time.perf_counter()
-        functions[name]()
-        seconds[name] = time.perf_counter() - start
-    return seconds
-
-
-def _others_s() -> float:
-    """Core seconds spent so far by other processes; 0 where the system does not say."""
-    try:
-        with open("/proc/stat") as file:
-            ticks = [int(field) for field in file.readline().split()[1:9]]
-    except OSError:
-        return 0.0
-    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-
-def device_work_ms(functions: list[Function]) -> float:
-    """Mean ms of kernels, copies and fills per call, from the profiler: idle gaps and the host are not in it.
-
-    Pass several functions that read different memory, more than fits into the L2 cache, and each reads cold memory.
-
-    Raises:
-        RuntimeError: the profiler saw no work on the device.
-    """
-    for function in functions:
-        function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        for function in functions:
-            function()
-        torch.cuda.synchronize()
-    events = [e for e in found.events() or [] if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    if not events:
-        raise RuntimeError("the profiler saw no work on the device")
-    return float(sum(e.time_range.elapsed_us() for e in events)) / 1e3 / len(functions)
-
-
-def wall_ms(functions: list[Function], rounds: int = 25) -> Quantiles:
-    """Host ms from an idle device to an idle device, the synchronisation included."""
-    samples = []
-    for _ in range(rounds):
-        for function in functions:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            torch.cuda.synchronize()
-            samples.append((time.perf_counter() - start) * 1e3)
-    return Quantiles.of(samples)
-
-
-def host_us(function: Function, calls: int = 20, rounds: int = 3) -> float:
-    """Median us of host time a call takes while the device lags behind; `calls` fit into its queue.
+def wall_ms(functions: Mapping[str, Function], calls: int, device: str) -> dict[str, tuple[Quantiles, float]]:
+    """Ms from an idle device to an idle device, and the median us until a call returned to the host; in turns.
 
     Each call is timed by itself: one that other processes interrupt would spoil a mean.
     """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for n in range(calls):
+        # whoever follows a slow call finds the caches as that left them
+        for name in reversed(list(functions)) if n % 2 else functions:
+            wait()
+            start = time.perf_counter()
+            functions[name]()
+            returned = time.perf_counter() - start
+            wait()
+            samples[name].append(((time.perf_counter() - start) * 1e3, returned * 1e6))
+    return {
+        name: (Quantiles.of([wall for wall, _ in found]), statistics.median(us for _, us in found))
+        for name, found in samples.items()
+    }
+
+
+def host_us(function: Function, calls: int = 20, rounds: int = 3) -> float:
+    """Median us of host time a call takes while the device lags behind; `calls` fit into its queue."""
     samples = []
     for _ in range(rounds):
         torch.cuda.synchronize()
@@ -190,16 +114,28 @@ def host_us(function: Function, calls: int = 20, rounds: int = 3) -> float:
     return statistics.median(samples)
 
 
-def extra_bytes(function: Function) -> tuple[int, int]:
-    """Peak of the bytes a call adds, its result included: as requested, and with the allocator's rounding."""
+def extra_bytes(function: Function) -> int:
+    """Peak of the bytes a call asks the allocator for, its result included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     # the result lives until the peak is read
     result = function()
     torch.cuda.synchronize()
-    after = torch.cuda.memory_stats()
+    peak: int = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     del result
-    kinds = ("requested_bytes", "allocated_bytes")
-    requested, allocated = (after[f"{kind}.all.peak"] - before[f"{kind}.all.current"] for kind in kinds)
-    return requested, allocated
+    return peak
+
+
+def sm_clock_mhz(function: Function) -> float | None:
+    """Clock of the multiprocessors while `function` runs, by nvidia-smi; None where it does not say."""
+    command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+    while asked.poll() is None:
+        function()
+        torch.cuda.synchronize()
+    answer = asked.communicate()[0].strip()
+    return float(answer) if answer.isdigit() else None

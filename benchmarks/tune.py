@@ -1,158 +1,161 @@
-"""Times candidate launch options of the Triton kernels and prints them fastest first: the source of tuning.py's rows.
+"""Times launch options of the kernels and prints them fastest first: the source of the `tuning.py` tables.
 
-    python -m benchmarks.tune --head-dim 128 --pass fwd
+    python -m benchmarks.tune --kernels triton --pass fwd --head-dim 128
+    python -m benchmarks.tune --kernels hopper --head-dim 128
 
-Each candidate is first checked against the default options on the same inputs. Compilation runs in parallel processes,
-so that the timed process finds every kernel compiled.
+Each candidate is first checked against the table's own options on the same inputs. Candidates of the portable kernels
+are compiled in parallel processes, so that the timed process finds them in Triton's cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import anymask
-from anymask.backends import triton as backend
-from anymask.backends.triton import tuning
-from anymask.backends.triton.tuning import TileConfig
+from anymask import backends
+from anymask.backends.gpu.arguments import TileConfig
+from anymask.backends.gpu.target import current_target
+from benchmarks import masks, timing
+from benchmarks.cases import Case, Problem, make_problem
+from benchmarks.masks import Shape
+from benchmarks.providers import failures
 
-PASSES = ("fwd", "dq", "dkdv")
 # norm of an error, in parts of that of the result
 TOLERANCE = 2e-3
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# shared memory that a program may have, without its barriers
+SHARED_BYTES = 226 * 1024
+Options = tuple[Any, ...]
 
 
-def candidates(which: str) -> Iterator[TileConfig]:
-    """Configs worth a try: queries and keys of a step, warps, stages."""
-    held, stepped = (32, 64, 128), (32, 64, 128)
-    for outer, inner, warps, stages in itertools.product(held, stepped, (4, 8), (2, 3, 4)):
-        if outer * inner < 64 * 32 or outer == 32 or (warps == 8 and outer * inner < 64 * 64):
-            continue
-        # dkdv holds keys and steps over queries
-        block_m, block_n = (inner, outer) if which == "dkdv" else (outer, inner)
-        yield TileConfig(block_m, block_n, warps, stages)
+def use_triton(which: str, head_dim: int, options: Options | None, pointers: bool) -> None:
+    """Make the portable kernels launch pass `which` with `TileConfig(*options)`; None leaves the table as it is."""
+    triton = backends.load("triton")
+    if pointers:
+        # the path of inputs that the copy engine cannot read
+        triton.can_use_tma = lambda *_: False  # type: ignore[attr-defined]
+    if options is not None:
+        family = triton.tuning.family(*current_target(), not pointers)
+        triton.tuning.TABLE[family][which][max(64, head_dim)] = TileConfig(*options)
+    triton._options.cache_clear()
 
 
-def row(which: str, use_tma: bool) -> dict[int, TileConfig]:
-    """The table's row of a pass on the current device, by padded head_dim."""
-    return tuning.TABLE[tuning.family(*backend._target(), use_tma)][which]
+def use_hopper(which: str, head_dim: int, options: Options | None) -> None:
+    """Make the Hopper kernels launch a pass with these options; None leaves the table as it is."""
+    tuning = backends.load("hopper").tuning
+    if options is not None and which == "fwd":
+        tuning.FORWARD[head_dim] = tuning.ForwardConfig(*options)
+    elif options is not None:
+        tuning.BLOCK_M[head_dim] = options[0]
 
 
-def make_inputs(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """q, k, v, do of normal noise."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = (batch, heads, length, head_dim)
-    return tuple(torch.randn(shape, device="cuda", dtype=dtype, generator=generator) for _ in range(4))
+def triton_candidates(which: str) -> Iterator[Options]:
+    """Queries and keys of a step, warps, stages."""
+    for outer, inner, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        if warps == 4 or outer * inner >= 64 * 64:
+            # dkdv holds keys and steps over queries
+            yield (inner, outer, warps, stages) if which == "dkdv" else (outer, inner, warps, stages)
 
 
-def run_pass(which: str, inputs: Inputs, mask: anymask.BlockMask | None) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of the pass. dq and dkdv come together: only one of them changes its config at a time."""
-    q, k, v, do, o, lse = inputs
-    scale = q.shape[3] ** -0.5
+def hopper_candidates(which: str, head_dim: int) -> Iterator[Options]:
+    """What fits: keys of a step, pairs of groups, stages of k and v, and of q, persistence; or queries of a step."""
+    if which != "fwd":
+        # 128 queries of 128 dimensions do not fit the registers
+        yield from ((m,) for m in ((64, 128) if head_dim == 64 else (64,)))
+        return
+    # two pairs have registers for 64 keys a step and 64 columns of o
+    shapes = ((64, 2), (128, 1)) if head_dim == 64 else ((64, 1), (128, 1))
+    for (block_n, pairs), stages, q_stages, persistent in itertools.product(shapes, (2, 3, 4), (1, 2), (False, True)):
+        if pairs * head_dim * 2 * (2 * stages * block_n + (q_stages + 1) * 128) <= SHARED_BYTES:
+            yield block_n, pairs, stages, q_stages, (persistent, persistent)
+
+
+def run_pass(kernels: str, which: str, p: Problem) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of the pass by the backend itself. dq and dkdv come together: one of them changes its options."""
+    backend, scale = backends.load(kernels), p.case.shape.head_dim**-0.5
+    q, k, v, mask = p.q.detach(), p.k.detach(), p.v.detach(), p.block_mask
     if which == "fwd":
         return lambda: backend.forward(q, k, v, mask, scale)
-    return lambda: backend.backward(q, k, v, o, lse, do, None, mask, scale, True)
+    o, lse = anymask.attention(q, k, v, mask, return_lse=True)
+    return lambda: backend.backward(q, k, v, o, lse, p.do, None, mask, scale, kernels == "triton")
 
 
-def read_through_pointers() -> None:
-    """Make the launchers take the path of inputs that the copy engine cannot read."""
-    backend._tma = lambda *_: False
+def problems(head_dim: int, dtype: torch.dtype, shape: Sequence[int]) -> dict[str, Problem]:
+    """What is timed: no mask, random bits, causal, documents."""
+    sizes = Shape(*shape, head_dim, dtype)
+    kinds = {"none": None} | {kind.name: kind for kind in (masks.random(0.5), masks.CAUSAL, masks.documents(8))}
+    return {name: make_problem(Case(name, sizes, kind, ()), "cuda") for name, kind in kinds.items()}
 
 
-def compile_one(which: str, head_dim: int, dtype: torch.dtype, use_tma: bool, config: TileConfig) -> str | None:
-    """Compile the kernels of `config` into Triton's cache; the reason if it does not fit the machine."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
-
-    if not use_tma:
-        read_through_pointers()
-    configs = row(which, use_tma)
-    before, configs[max(64, head_dim)] = configs[max(64, head_dim)], config
-    backend._options.cache_clear()
-    q, k, v, do = make_inputs(2, 2, 256, head_dim, dtype)
-    o, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
+def compile_one(a: argparse.Namespace, options: Options) -> str | None:
+    """Compile the portable kernels of these options into Triton's cache; the reason if they do not fit the machine."""
+    use_triton(a.which, a.head_dim, options, a.pointers)
     try:
-        for mask in (None, anymask.pack(torch.ones(256, 256, dtype=torch.bool, device="cuda"))):
-            run_pass(which, (q, k, v, do, o, lse), mask)()
-    except (OutOfResources, CompilationError) as error:
-        return str(error).splitlines()[0]
-    finally:
-        # the next candidate may be one of another pass
-        configs[max(64, head_dim)] = before
+        for p in list(problems(a.head_dim, getattr(torch, a.dtype), (2, 2, 256)).values())[:2]:
+            run_pass("triton", a.which, p)()
+    except failures() as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 
 
 def is_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """Whether a candidate's tensors are those of kernels that are known to be right; a NaN is not."""
-    return all(
-        float((a.float() - e.float()).norm()) <= TOLERANCE * float(e.float().norm())
-        for a, e in zip(found, expected, strict=True)
-    )
+    """Whether a candidate's tensors are those of options that are known to be right; a NaN is not."""
+    pairs = zip(found, expected, strict=True)
+    return all(float((a.float() - e.float()).norm()) <= TOLERANCE * float(e.float().norm()) for a, e in pairs)
 
 
-def masks(length: int) -> dict[str, Tensor | None]:
-    """The masks timed: none, random 50 %, causal, causal documents of length / 8."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    causal = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()
-    ids = torch.arange(length, device="cuda") // (length // 8)
-    return {
-        "none": None,
-        "random50": torch.rand(length, length, device="cuda", generator=generator) < 0.5,
-        "causal": causal,
-        "documents": causal & (ids[:, None] == ids[None, :]),
-    }
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("python -m benchmarks.tune", description=__doc__.splitlines()[0])
+    p.add_argument("--kernels", choices=("triton", "hopper"), required=True)
+    p.add_argument("--pass", dest="which", choices=("fwd", "dq", "dkdv", "bwd"), default="fwd", help="bwd is hopper's")
+    p.add_argument("--head-dim", type=int, default=128)
+    p.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    p.add_argument("--shape", type=int, nargs=3, default=(2, 16, 8192), metavar=("BATCH", "HEADS", "LENGTH"))
+    p.add_argument("--pointers", action="store_true", help="for inputs that the copy engine cannot read")
+    p.add_argument("--processes", type=int, default=8)
+    p.add_argument("--top", type=int, default=12)
+    return p
 
 
 def main() -> None:
-    """Parse the options, compile, check, time, print."""
-    from triton.testing import do_bench
+    """Compile, check against the table's own options, time in turns with them, print."""
+    a = parser().parse_args()
+    if a.kernels == "triton":
+        use, every = partial(use_triton, a.which, a.head_dim, pointers=a.pointers), list(triton_candidates(a.which))
+        use(options=None)
+        with ProcessPoolExecutor(a.processes, mp_context=get_context("spawn")) as pool:
+            reasons = dict(zip(every, pool.map(partial(compile_one, a), every), strict=True))
+        print("\n".join(f"does not fit: {options}: {why}" for options, why in reasons.items() if why), flush=True)
+        fits = [options for options in every if reasons[options] is None]
+    else:
+        use, fits = partial(use_hopper, a.which, a.head_dim), list(hopper_candidates(a.which, a.head_dim))
+    print(f"{torch.cuda.get_device_name()}, D{a.head_dim} {a.dtype}, {a.which}: {len(fits)} candidates", flush=True)
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    parser.add_argument("--shape", type=int, nargs=3, default=(2, 16, 8192), metavar=("BATCH", "HEADS", "LENGTH"))
-    parser.add_argument("--pointers", action="store_true", help="tune for inputs that the copy engine cannot read")
-    parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--top", type=int, default=12)
-    args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    passes = args.passes or list(PASSES)
-    jobs = [(which, config) for which in passes for config in candidates(which)]
-    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
-        work = [(which, args.head_dim, dtype, not args.pointers, config) for which, config in jobs]
-        reasons = list(pool.map(compile_one, *zip(*work, strict=True)))
-    if args.pointers:
-        read_through_pointers()
-    fits = [job for job, reason in zip(jobs, reasons, strict=True) if reason is None]
-    print(f"{torch.cuda.get_device_name()}: {len(fits)} of {len(jobs)} candidates fit", flush=True)
-    q, k, v, do = make_inputs(*args.shape, args.head_dim, dtype)
-    packed = {n: None if m is None else anymask.pack(m) for n, m in masks(args.shape[2]).items()}
-    for which in passes:
-        configs = row(which, not args.pointers)
-        default = configs[max(64, args.head_dim)]
-        rows: list[tuple[list[float], TileConfig]] = []
-        inputs = {n: (q, k, v, do, *backend.forward(q, k, v, m, args.head_dim**-0.5)) for n, m in packed.items()}
-        expected = run_pass(which, inputs["random50"], packed["random50"])()
-        for config in (c for w, c in fits if w == which):
-            configs[max(64, args.head_dim)] = config
-            backend._options.cache_clear()
-            actual = run_pass(which, inputs["random50"], packed["random50"])()
-            times = [do_bench(run_pass(which, inputs[n], m), 10, 50, return_mode="median") for n, m in packed.items()]
-            rows.append((times if is_close(actual, expected) else [math.nan] * len(times), config))
-        configs[max(64, args.head_dim)] = default
-        backend._options.cache_clear()
-        rows.sort(key=lambda entry: entry[0][1])
-        print(f"{which} D{args.head_dim} {args.dtype} ms for {list(packed)}; default {default}")
-        for times, config in rows[: args.top]:
-            print("  ", *(f"{t:7.3f}" for t in times), config, flush=True)
+    def with_options(options: Options, call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        use(options=options)
+        return call()
+
+    every_problem = problems(a.head_dim, getattr(torch, a.dtype), a.shape)
+    calls = {name: run_pass(a.kernels, a.which, p) for name, p in every_problem.items()}
+    # before a candidate has replaced the table's own options
+    expected = {name: call() for name, call in calls.items()}
+    for name, call in calls.items():
+        tried = {str(options): partial(with_options, options, call) for options in fits}
+        right = {n: c for n, c in tried.items() if is_close(c(), expected[name])}
+        times = timing.cuda_ms(right, 3, 30.0)
+        print(f"{name}, ms:")
+        for n in sorted(right, key=lambda n: times[n].median)[: a.top]:
+            print(f"  {times[n].median:8.3f} {n}")
+        print("".join(f"  wrong: {n}\n" for n in tried if n not in right), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 
 from anymask.testing import Case, Results, make_inputs, reference, run
 from anymask.testing.properties import assert_nearly as assert_nearly
+from anymask.testing.properties import check_a_first_tile_of_zero_scores as check_a_first_tile_of_zero_scores
 from anymask.testing.properties import check_dead_keys_reach_nothing as check_dead_keys_reach_nothing
 from anymask.testing.properties import check_dead_queries_reach_nothing as check_dead_queries_reach_nothing
 from anymask.testing.properties import check_emptied_rows_leave_the_others as check_emptied_rows_leave_the_others
@@ -15,6 +16,7 @@ from anymask.testing.properties import check_forms_of_a_mask_agree as check_form
 from anymask.testing.properties import check_growing_scores as check_growing_scores
 from anymask.testing.properties import check_high_hidden_scores as check_high_hidden_scores
 from anymask.testing.properties import check_repeats as check_repeats
+from anymask.testing.properties import check_unused_rows_that_differ_by_head as check_unused_rows_that_differ_by_head
 from anymask.testing.properties import same as same
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -128,6 +128,22 @@ def test_growing_scores(backend: str, case: Case) -> None:
     grid.check_growing_scores(case, backend, "cpu")
 
 
+@cases(("cpu",), [Case(m, 30, 2500, 32, F32) for m in ("random", "none")])
+def test_growing_scores_of_many_keys(backend: str, case: Case) -> None:
+    grid.check_growing_scores(case, backend, "cpu")
+
+
+@cases(BACKENDS, [Case(m, 100, 400, 32, F32) for m in ("random", "none")])
+def test_a_first_tile_of_zero_scores(backend: str, case: Case) -> None:
+    grid.check_a_first_tile_of_zero_scores(case, backend, "cpu")
+
+
+@pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
+@cases(BACKENDS, [Case("random", 150, 200, 16, F32, q_heads=h, kv_heads=2) for h in (2, 4)])
+def test_unused_rows_that_differ_by_head(backend: str, case: Case, value: float) -> None:
+    grid.check_unused_rows_that_differ_by_head(case, backend, "cpu", value)
+
+
 @cases(BACKENDS, [Case(m, 100, 300, 32, t) for m in ("causal_lower_right", "random", "none") for t in (F32, BF16)])
 def test_high_hidden_scores(backend: str, case: Case) -> None:
     grid.check_high_hidden_scores(case, backend, "cpu")

@@ -1,8 +1,7 @@
-"""The benchmark driver must show what is wrong, missing or missed, and lose nothing when interrupted."""
+"""The benchmark driver must show what is wrong, and time nothing that is."""
 
-import csv
-import functools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,243 +9,267 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_benchmark_rivals import SMALL, case_of, one_thread, problem  # noqa: F401  (one_thread is a fixture)
+from torch.nn.functional import scaled_dot_product_attention
 
 import anymask
-from benchmarks import masks, measure, providers, run, sanitize, suites, timing
-from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Row
+from anymask import backends
+from anymask.backends.gpu.arguments import TileConfig
+from benchmarks import cases, check, masks, measure, providers, report, results, run, sanitize, timing, tune
+from benchmarks.cases import BF16, F32, Case, Shape
+
+SMALL = Shape(2, 2, 256, 16, F32)
+EVERY_KIND = {
+    kind.name: kind
+    for suite in cases.SUITES.values()
+    for case in suite.cases
+    if (kind := case.mask) is not None and kind.name != "256 documents"
+}
 
 
-def shrunk(suite: suites.Suite, **changes: object) -> suites.Suite:
-    """The suite at a small shape."""
-    return replace(suite, cases=tuple(replace(c, shape=SMALL) for c in suite.cases), **changes)
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # threads that spin while they wait take the cores of other tests
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = timing.Quantiles(1.0, 0.9, 1.1)
-    monkeypatch.setattr(timing, "cuda_ms", lambda functions, rounds, block_ms: dict.fromkeys(functions, one))
-    monkeypatch.setattr(timing, "extra_bytes", lambda function: (1024, 2048))
-    monkeypatch.setattr(timing, "host_us", lambda function: 50.0)
-    monkeypatch.setattr(timing, "device_work_ms", lambda functions: 0.05)
-    monkeypatch.setattr(timing, "wall_ms", lambda functions: one)
+def problem(kind: masks.MaskKind | None = masks.CAUSAL, shape: Shape = SMALL, **changes: object) -> cases.Problem:
+    return cases.make_problem(Case("case", shape, kind, ("sdpa",), **changes), "cpu")
 
 
-@pytest.fixture
-def gpu_suite_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU's suite, tiny, on the CPU, with invented times: everything but the clock is real."""
-    fake_clock(monkeypatch)
-    monkeypatch.setattr(run, "quick_cpu", lambda: shrunk(suites.quick_gpu(), ours=("cpu",)))
+def main(tmp_path: Path, *arguments: str) -> tuple[int, dict[tuple[str, str, str], dict]]:
+    code = run.main(["--device", "cpu", "--tiny", "--out", str(tmp_path), *arguments])
+    # NaN is no JSON
+    found = json.loads(next(tmp_path.glob("*.json")).read_text(), parse_constant=pytest.fail)
+    return code, {(row["case"], row["provider"], row["pass"]): row for row in found["rows"]}
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_gpu_suite_with_failing_rivals(gpu_suite_on_cpu: None, tmp_path: Path) -> None:
-    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    data = json.loads((tmp_path / "quick.json").read_text())
-    rows = {(r["group"], r["case"], r["provider"]): r for r in data["rows"]}
-    assert rows["attention", "random50", "flex"]["status"] == SKIPPED
-    assert rows["attention", "causal", "cudnn"]["status"] == FAILED
-    assert rows["attention", "causal", "cudnn"]["note"].startswith("RuntimeError")
-    mine = rows["attention", "causal", "anymask:cpu"]
-    assert mine["status"] == OK
-    flop = 4 * SMALL.batch * SMALL.heads * SMALL.head_dim * (256 * 257 // 2)
-    assert mine["values"]["forward_tflops"] == pytest.approx(flop / 1e-3 / 1e12)
-    assert mine["values"]["backward_tflops"] == pytest.approx(2.5 * flop / 1e-3 / 1e12)
-    assert mine["values"]["forward_tile_tflops"] > mine["values"]["forward_tflops"]
-    assert rows["pack", "random50", "flex-build-dense"]["status"] == OK
-    for provider in ("anymask", "anymask:symbolic", "anymask:function", "flex-build", "flex-build-eager"):
-        assert rows["pack", "causal", provider]["status"] == OK, provider
-    assert rows["pack", "random50", "copy"]["values"]["extra_bytes"] == 1024
-    text = (tmp_path / "quick.md").read_text()
-    assert "not measured" in text
-    assert "the mask has no closed form" in text
-    assert str(tmp_path) not in text + json.dumps(data)
-    assert (tmp_path / "quick-attention-forward.png").stat().st_size > 1000
-    lines = list(csv.DictReader((tmp_path / "quick.csv").open()))
-    assert len(lines) == len(rows)
-    # every file says where it comes from
-    assert {line["command"] for line in lines} == {"python -m benchmarks.run --quick --device cpu"}
-    assert b"python -m benchmarks.run" in (tmp_path / "quick-attention-forward.png").read_bytes()
+@pytest.mark.parametrize("kind", EVERY_KIND.values(), ids=EVERY_KIND)
+def test_both_ways_to_write_a_mask_say_the_same(kind: masks.MaskKind) -> None:
+    shape = Shape(64, 1, 64, 16, F32) if kind.name == "shifted windows" else Shape(2, 1, 1024, 16, F32)
+    p = problem(kind, shape)
+    assert 0 < p.mask.sum() < p.mask.numel() or kind.name in ("decode", "0% of tiles", "window 1024")
+    assert torch.equal(p.block_mask.to_dense(), p.mask)
+    assert len(p.mask) == (shape.batch if kind.per_sample else 1)
+    if kind.per_sample:
+        assert not torch.equal(p.mask[0], p.mask[-1])
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_call_that_crashes_the_gpu_ends_the_run(
-    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # the rivals that fail here leave it alone in the first case
-    answers = iter([False] * 4)
-    monkeypatch.setattr(measure, "is_lost", lambda device: next(answers, True))
-    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
-    # nobody else is blamed, and what was measured before is there
-    assert [r["status"] for r in rows].count(FAILED) == 5
-    assert rows[-1]["status"] == FAILED
-    assert any(r["status"] == OK for r in rows)
-    last = f"stopped, as the GPU answers no more calls after {rows[-1]['case']}/{rows[-1]['provider']}: RuntimeError"
-    assert last in capsys.readouterr().out
-    assert (tmp_path / "quick-attention-forward.png").stat().st_size > 1000
+def test_masks_mean_what_their_names_say() -> None:
+    assert problem(masks.documents(8)).mask.sum() == 8 * (32 * 33 // 2)
+    assert 0.45 < problem(masks.random(0.5)).pairs / (4 * 256 * 256) < 0.55
+    tiles = problem(masks.random_tiles(0.5), replace(SMALL, q_len=512, kv_len=512)).block_mask.tile_counts
+    assert tiles == (8, 8, 0)
+    assert problem(masks.DECODE, Shape(1, 1, 1, 16, F32, kv_len=300)).mask.all()
+    lengths = problem(masks.padding("rows", 0.5), Shape(40, 1, 8, 16, F32)).mask[:, 0, 0].sum(-1)
+    assert (lengths.min(), lengths.max()) == (4, 8)
+    # whole windows, those at the right, at the bottom, and in the corner of an image
+    swin = problem(masks.SHIFTED_WINDOWS, Shape(64, 1, 64, 16, F32)).mask.sum((1, 2, 3))
+    assert swin[[0, 7, 56, 63]].tolist() == [4096, 2048, 2048, 1024]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_build_suite_builds_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_clock(monkeypatch)
-    monkeypatch.setattr(suites, "DENSE_LENGTH", 512)
-    monkeypatch.setattr(measure, "DENSE_LENGTH", 512)
-    small = shrunk(suites.build())
-    million = replace(small.cases[-1], shape=replace(SMALL, length=1024))
-    monkeypatch.setattr(run, "quick_cpu", lambda: replace(small, cases=(*small.cases[:-1], million)))
-    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    data = json.loads((tmp_path / "build.json").read_text())
-    assert {r["group"] for r in data["rows"]} == {"pack"}
-    assert {r["status"] for r in data["rows"]} == {OK}
-    assert "0 not measured" in (tmp_path / "build.md").read_text()
+def test_the_table_of_edges_is_complete() -> None:
+    shapes = {case.name: (str(case.shape), *case.rivals) for case in cases.SUITES["trades"].cases}
+    assert len(shapes) == 23
+    assert shapes["fp32, random"] == ("float32 B2 H16 L2048 D64", "efficient", "math")
+    assert shapes["D192/128, causal"] == ("bfloat16 B1 H16 L8192 D192/128", "cudnn:causal")
+    assert shapes["decoding B4 131072"] == ("bfloat16 B4 H32:8 L1x131072 D128", "cudnn:unmasked")
+    assert shapes["FA4, causal L32768"] == ("float16 B1 H16:4 L32768 D128", "fa4")
+
+
+def test_every_edge_is_built_checked_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, rows = main(tmp_path, "--suite", "trades", "--provider", "anymask")
+    assert code == 0
+    assert len(rows) == 2 * 23 - 3
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    row = rows["D256, random", "anymask", "backward"]
+    assert row["ms"] > 0
+    assert set(row["errors"]) == set(row["error_ratios"]) == {"o", "dq", "dk", "dv"}
+    assert 0 < max(row["error_ratios"].values()) < 2
+    text = capsys.readouterr().out
+    assert "| D256, random |" in text
+    assert str(tmp_path) not in (tmp_path / "trades.json").read_text()
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_mask_by_name_that_is_another_is_wrong(
-    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wrong = replace(masks.causal(), symbolic=lambda length, device: anymask.causal(offset=1))
-    monkeypatch.setattr(run, "quick_cpu", lambda: replace(suites.build(), cases=(case_of(wrong),)))
-    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    rows = {r["provider"]: r["status"] for r in json.loads((tmp_path / "build.json").read_text())["rows"]}
-    assert rows["anymask:symbolic"] == WRONG
-    assert rows["anymask"] == rows["anymask:function"] == OK
+def test_rivals_that_cannot_say_why(tmp_path: Path) -> None:
+    code, rows = main(tmp_path, "--suite", "quick", "--case", "random")
+    assert code == 0
+    assert rows["random 50%", "flex", ""]["note"] == "the mask has no closed form"
+    assert rows["random 50%", "cudnn", ""]["status"] == "failed"
+    assert rows["random 50%", "earlier", ""]["status"] == "skipped"
+    assert set(rows["random 50%", "flex:dense", "forward"]["errors"]) == {"o"}
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_yardstick_leaves_the_mask_out_and_is_checked_without_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fake_clock(monkeypatch)
-    suite = shrunk(suites.hopper("hopper-d64", replace(SMALL, length=8192)), ours=("cpu",))
-    one_case = replace(suite, cases=tuple(c for c in suite.cases if c.name == "random50"))
-    monkeypatch.setattr(run, "quick_cpu", lambda: one_case)
-    plain = providers._sdpa
-    monkeypatch.setattr(providers, "_sdpa", lambda problem, kernel, *rest: plain(problem, None, *rest))
-    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    rows = {r["provider"]: r for r in json.loads((tmp_path / "hopper-d64.json").read_text())["rows"]}
-    assert rows["cudnn-unmasked"]["status"] == OK
-    pairs = {name: row["values"]["pairs"] for name, row in rows.items()}
-    assert pairs["cudnn-unmasked"] == SMALL.batch * SMALL.heads * 256 * 256 > pairs["anymask:cpu"]
-    # a yardstick that minds the mask, and a result of ours that is wrong
-    masked = replace(providers.find("cudnn")(problem(masks.random(0.5))), unmasked=True)
-    monkeypatch.setitem(providers.PROVIDERS, "cudnn-unmasked", lambda problem: masked)
-    monkeypatch.setattr(providers.anymask, "attention", lambda q, k, v, *a, **o: q * k * v)
-    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    rows = {r["provider"]: r for r in json.loads((tmp_path / "hopper-d64.json").read_text())["rows"]}
-    assert rows["cudnn-unmasked"]["status"] == WRONG
+def test_builders_are_timed_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["--suite", "build", "--provider", "pack", "--provider", "pack:named", "--provider", "copy"]
+    code, rows = main(tmp_path, *wanted)
+    assert code == 0
+    assert {row["pass"] for row in rows.values()} == {"build"}
+    assert rows["random 50%, 32768 tokens", "pack", "build"]["rival"] == "copy"
+    honest, other = anymask.pack, anymask.sliding_window(3)
+    monkeypatch.setattr(anymask, "pack", lambda mask, **sizes: honest(other, q_len=256, kv_len=256))
+    code, rows = main(tmp_path, *wanted)
+    assert code == 1
+    assert rows["causal, 32768 tokens", "pack:named", ""]["status"] == "wrong"
 
 
-RACE = (
-    "========= Error: Race reported between Read access at _fwd_kernel+0x140 in {}\n"
-    "=========     and Write access at _fwd_kernel+0x77e0 in {} [12 hazards]\n"
-    "========= RACECHECK SUMMARY: 1 hazards displayed (1 errors, 0 warnings)"
-)
-
-
-@pytest.mark.parametrize(
-    ("output", "code", "expected"),
-    [
-        ("x\n========= ERROR SUMMARY: 0 errors\n", 0, "clean"),
-        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "clean"),
-        ("========= ERROR SUMMARY: 3 errors", 0, "3 errors"),
-        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors)", 1, "2 hazards displayed (2 errors)"),
-        ("AssertionError: dq\n========= ERROR SUMMARY: 0 errors", 1, "exit code 1: AssertionError: dq"),
-        ("Device not supported", 1, "no summary: Device not supported"),
-        (RACE.format(*sanitize.handshake()), 0, "clean, but for Triton's handshake"),
-        (RACE.format(*sanitize.handshake()), 1, "1 hazards displayed"),
-        (
-            RACE.format("forward_kernel.py:1", *sanitize.handshake()),
-            0,
-            "1 hazards displayed (1 errors, 0 warnings) forwa",
-        ),
-    ],
-)
-def test_what_a_sanitizer_says(output: str, code: int, expected: str) -> None:
-    assert sanitize.verdict(output, code).startswith(expected)
-    assert len(set(sanitize.CASES)) >= 10
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_our_wrong_result_fails_the_run(
-    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_our_wrong_result_fails_the_run_and_has_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     honest = anymask.attention
-    monkeypatch.setattr(providers.anymask, "attention", lambda *a, **k: honest(*a, **k) * 1.001)
-    assert run.main(["--quick", "--device", "cpu", "--only", "causal/anymask:cpu", "--out", str(tmp_path)]) == 1
-    rows = [r for r in json.loads((tmp_path / "quick.json").read_text())["rows"] if r["case"] == "causal"]
-    assert rows[0]["status"] == WRONG
-    assert "forward_ms" not in rows[0]["values"]
+    monkeypatch.setattr(anymask, "attention", lambda *a, **k: honest(*a, **k) * factor)
+    code, rows = main(tmp_path, "--suite", "cpu", "--case", "random", "--provider", "anymask")
+    assert code == 1
+    assert [row["status"] for row in rows.values()] == ["wrong"]
+    assert "ms" not in rows["random 50%", "anymask", ""]
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("error", [RuntimeError, ValueError])
-def test_our_failure_fails_the_run(
-    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:
+def test_our_failure_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*a: object, **k: object) -> None:
-        raise error("a kernel in /some/folder/kernel.py broke\nmore")
+        raise RuntimeError("a kernel in /some/folder/kernel.py broke\nmore")
 
-    monkeypatch.setattr(providers.anymask, "attention", broken)
-    assert run.main(["--quick", "--device", "cpu", "--only", "causal/anymask:cpu", "--out", str(tmp_path)]) == 1
-    row = json.loads((tmp_path / "quick.json").read_text())["rows"][0]
-    assert row["note"] == f"{error.__name__}: a kernel in kernel.py broke"
-
-
-def test_cpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "cpu_ratios", functools.partial(timing.cpu_ratios, rounds=1))
-    arguments = ["--quick", "--device", "cpu", "--length", "128", "--only", "random50", "--out", str(tmp_path)]
-    assert run.main(arguments) == 0
-    data = json.loads((tmp_path / "quick.json").read_text())
-    mine, rival, flex, pack = data["rows"]
-    assert flex["status"] == OK
-    assert {key for key in flex["values"] if key.startswith(("error", "backward"))} == {"error_o"}
-    assert mine["values"]["both_ratio"] > 0
-    assert rival["values"]["both_ratio"] == 1
-    assert not any("_ms" in key for row in data["rows"] for key in row["values"])
-    # one partial tile of 128 x 128: a bit per pair in each view
-    assert pack["values"]["words_bytes"] * 4 == pack["values"]["dense_bytes"]
-    assert "stated for other lengths" in (tmp_path / "quick.md").read_text()
+    monkeypatch.setattr(anymask, "attention", broken)
+    code, rows = main(tmp_path, "--suite", "cpu", "--case", "random", "--provider", "anymask", "--provider", "sdpa")
+    assert code == 1
+    assert rows["random 50%", "anymask", ""]["note"] == "RuntimeError: a kernel in kernel.py broke"
+    assert rows["random 50%", "sdpa", "both"]["ratio"] == 1.0
 
 
-def test_interrupted_run_keeps_its_rows_and_resumes(
-    gpu_suite_on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["--quick", "--device", "cpu", "--only", "/anymask", "--out", str(tmp_path), "--commit", "abc"]
-    original = measure.attention_rows
-    seen: list[str] = []
+def test_a_call_that_crashes_the_gpu_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_is_lost", lambda device: True)
+    code, rows = main(tmp_path, "--suite", "trades", "--provider", "anymask", "--provider", "cudnn:causal")
+    assert code == 1
+    # the first call that fails is the last
+    assert {case for case, _, _ in rows} == {"fp32, random", "D256, causal"}
 
-    def interrupted(suite: suites.Suite, p: suites.Problem, ready: dict[str, measure.Ready]) -> Iterator[Row]:
-        seen.append(p.case.name)
-        if len(seen) == 2:
+
+def test_an_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = measure.rows_of
+
+    def interrupted(suite: cases.Suite, case: Case, *rest: object) -> Iterator[results.Row]:
+        if case.name == "8 documents":
             raise KeyboardInterrupt
-        return original(suite, p, ready)
+        return honest(suite, case, *rest)
 
-    monkeypatch.setattr(measure, "attention_rows", interrupted)
-    assert run.main(arguments) == 130
-    assert [r["case"] for r in json.loads((tmp_path / "quick.json").read_text())["rows"]] == ["random50", "random50"]
-    assert run.main([*arguments, "--resume"]) == 0
-    # random50 is not run again, causal is
-    assert seen[:3] == ["random50", "causal", "causal"]
-    data = json.loads((tmp_path / "quick.json").read_text())
-    assert len(data["rows"]) == 15
-    assert "resumed" in data["environment"]
-    with pytest.raises(SystemExit):
-        run.main([*arguments[:-1], "another", "--resume"])
+    monkeypatch.setattr(measure, "rows_of", interrupted)
+    code, rows = main(tmp_path, "--suite", "cpu", "--provider", "anymask")
+    assert code == 130
+    assert {case for case, _, _ in rows} == {"random 50%"}
 
 
-def test_budget_leaves_rows_that_say_so(gpu_suite_on_cpu: None, tmp_path: Path) -> None:
-    assert run.main(["--quick", "--device", "cpu", "--budget", "0", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
-    assert {(r["status"], r["note"]) for r in rows} == {(SKIPPED, run.BUDGET)}
+def test_gradients_of_a_rival_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(p: cases.Problem, base: str, variant: str) -> providers.Prepared:
+        return providers.Prepared(lambda q, k, v: scaled_dot_product_attention(q.detach(), k, v, p.mask) + 0 * q, "")
+
+    monkeypatch.setattr("benchmarks.providers.sdpa.attention", wrong)
+    suite = cases.SUITES["cpu"]
+    case = replace(suite.cases[0], shape=SMALL, passes=("forward", "backward"))
+    rows = list(measure.rows_of(replace(suite, rounds=1), case, "cpu", ["sdpa"], None))
+    assert [row.step for row in rows] == ["forward"]
+    assert "gradients WRONG" in rows[0].note
 
 
-def test_quantiles_and_turns() -> None:
-    assert timing.Quantiles.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == timing.Quantiles(3.5, 2.0, 5.0)
-    order: list[str] = []
-    found = timing.cpu_ratios({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "a", rounds=2)
-    assert order[:4] == ["a", "b", "b", "a"]
-    assert found.of["a"] == timing.Quantiles(1.0, 1.0, 1.0)
+@pytest.mark.parametrize("name", ["cudnn", "cudnn:unmasked", "cudnn:bias", "cudnn:causal", "flex", "flex:dense"])
+@pytest.mark.parametrize("kind", [masks.CAUSAL, masks.padding("rows", 0.1)], ids=["causal", "rows"])
+def test_rivals_get_the_mask_or_say_that_they_do_not(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: masks.MaskKind
+) -> None:
+    # the kernel that a CPU has
+    monkeypatch.setattr("benchmarks.providers.sdpa.KERNELS", {})
+    p = problem(kind)
+    if name == "cudnn:causal" and kind is not masks.CAUSAL:
+        with pytest.raises(providers.Unsupported):
+            providers.prepare(name, p)
+        return
+    prepared, judge = providers.prepare(name, p), measure.Judge(p)
+    assert judge.errors(prepared).right
+    assert not judge.errors(replace(prepared, unmasked=not prepared.unmasked)).right
+    if name.startswith("flex"):
+        # a CPU does not read the lists of blocks
+        assert prepared.attend.keywords["block_mask"].shape[0] == len(p.mask)
+
+
+@pytest.mark.parametrize("shape", [SMALL, Shape(2, 4, 200, 16, F32, 2, 300, 8), Shape(1, 2, 64, 16, BF16)], ids=str)
+@pytest.mark.parametrize("scores", [2**26, 300 * 100])
+def test_every_result_is_compared(shape: Shape, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "SCORES", scores)
+    p = problem(masks.random(0.5), shape)
+    out = anymask.attention(p.q, p.k, p.v, p.block_mask)
+    found = out, *torch.autograd.grad(out, (p.q, p.k, p.v), p.do)
+    wanted = check.expected(p)
+    assert check.errors(p, found, wanted).right
+    for n in range(4):
+        damaged = [t.detach().clone() for t in found]
+        damaged[n][-1, -1, 50] *= 1.2
+        assert not check.errors(p, tuple(damaged), wanted).right
+
+
+def test_an_empty_mask_is_right_if_all_is_zero() -> None:
+    p = problem(masks.random_tiles(0.0))
+    zeros = [torch.zeros_like(t) for t in (p.q, p.q, p.k, p.v)]
+    wanted = check.expected(p)
+    assert check.errors(p, tuple(zeros), wanted).right
+    zeros[1][0, 0, 3, 0] = 1.0
+    assert not check.errors(p, tuple(zeros), wanted).right
+
+
+def test_a_mask_too_long_for_a_tensor_is_checked_on_rows_of_tiles() -> None:
+    p = replace(problem(masks.documents(16), replace(SMALL, q_len=4000, kv_len=4000)), mask=None)
+    assert check.mask_is(p.block_mask, p)
+    wrong = anymask.pack(anymask.causal(offset=-1), q_len=4000, kv_len=4000)
+    assert not check.mask_is(wrong, p)
+
+
+def test_the_ratio_is_to_the_fastest_rival_with_the_mask() -> None:
+    case = Case("case", SMALL, masks.CAUSAL, ("cudnn", "cudnn:unmasked", "flex"))
+    times = {"anymask": 3.0, "cudnn": 6.0, "flex": 4.0, "cudnn:unmasked": 1.0}
+    rows = [results.Row("s", "case", "", n, "forward", "ok", "", ms=ms) for n, ms in times.items()]
+    measure.set_ratios(case, rows, {n: n == "cudnn:unmasked" for n in times})
+    assert [(row.ratio, row.rival) for row in rows] == [(0.75, "flex"), (1.5, "flex"), (1.0, "flex"), (0.25, "flex")]
+    measure.set_ratios(case, rows[::3], dict.fromkeys(times, True))
+    assert (rows[0].ratio, rows[0].rival) == (3.0, "cudnn:unmasked")
+
+
+def test_compiled_calls_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(options) or f)
+    for name in ("anymask", "sdpa"):
+        providers.prepare(name, problem(mode="reduce-overhead"))
+        providers.prepare(name, problem())
+    assert asked == [{"dynamic": False, "fullgraph": True, "mode": "reduce-overhead"}] * 2
+
+
+def test_the_page_has_the_tables_of_the_results() -> None:
+    text = report.PAGE.read_text()
+    assert report.page(text) == text, "run python -m benchmarks.run --table"
+    assert set(report.BLOCK.findall(text)) == set(cases.SUITES)
+    with pytest.raises(ValueError, match="no table for build"):
+        report.page(text.replace("<!-- table: build -->", ""))
+
+
+def test_what_is_committed_is_small_and_says_where_it_comes_from() -> None:
+    files = [*report.RESULTS.iterdir(), *report.PICTURES.iterdir(), report.ROOT / "docs/mask.png"]
+    assert len(files) <= 25
+    assert sum(file.stat().st_size for file in files) <= 1.5e6
+    for path in report.RESULTS.iterdir():
+        found = results.Results.load(path)
+        assert {"card", "date", "torch", "triton", "command"} <= set(found.environment)
+        known = {case.name for case in cases.SUITES[path.stem].cases}
+        assert all(row.case in known and row.provider in providers.PROVIDERS for row in found.rows)
+
+
+def test_pictures_name_every_bar_and_curve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    quick = results.Results.load(report.RESULTS / "quick.json")
+    forward, _ = report.headline(quick).axes
+    assert [label.get_text() for label in forward.get_yticklabels()][-1] == "anymask"
+    assert "1.67" in [text.get_text() for text in forward.texts]
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "pictures")
+    assert all(path.stat().st_size > 10_000 for path in report.draw_all())
 
 
 class Gpu:
@@ -283,86 +306,128 @@ def test_a_slow_host_is_not_in_the_time_of_the_device(monkeypatch: pytest.Monkey
     gpu = Gpu(monkeypatch)
     functions = {"a": lambda: gpu.queue(host_ms, 0.2), "b": lambda: gpu.queue(0.01, 3.0)}
     found = timing.cuda_ms(functions, rounds=2, block_ms=15.0)
-    assert found["a"].p20 == pytest.approx(0.2)
-    assert found["a"].p80 == pytest.approx(0.2)
+    assert (found["a"].p20, found["a"].p80) == (pytest.approx(0.2), pytest.approx(0.2))
     assert found["b"].median == pytest.approx(3.0)
+    wall, host_us = timing.wall_ms(functions, 4, "cuda")["b"]
+    assert (wall.median, host_us) == (pytest.approx(3.01), pytest.approx(10))
 
 
-def test_a_call_that_others_interrupt_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    # begin and end of each call, in seconds: the second takes 1000 times as long
-    clock = iter([0.0, 1e-5, 0.0, 1e-2, 0.0, 1e-5])
+def test_providers_take_turns() -> None:
+    order: list[str] = []
+    timing.wall_ms({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, "cpu")
+    assert order == ["a", "b", "b", "a"]
+    assert timing.Quantiles.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == timing.Quantiles(3.5, 2.0, 5.0)
+
+
+def test_the_clock_is_read_while_the_call_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nsleep 0.1\necho 1755\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    assert timing.host_us(lambda: None, calls=3, rounds=1) == pytest.approx(10.0)
+    calls: list[int] = []
+    assert timing.sm_clock_mhz(lambda: calls.append(1)) == 1755
+    assert calls
+    monkeypatch.setenv("PATH", "")
+    assert timing.sm_clock_mhz(lambda: None) is None
 
 
-def test_disturbed_rounds_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = iter([0, 9, 9, 9, 9, 18, 18, 18, 18, 18])
-    monkeypatch.setattr(timing, "_others_s", lambda: float(next(used)))
-    found = timing.cpu_ratios({"a": lambda: None}, "a", rounds=3)
-    assert (found.rounds, found.quiet) == (3, 3)
+RACE = (
+    "========= Error: Race reported between Read access at _fwd_kernel+0x140 in {}\n"
+    "=========     and Write access at _fwd_kernel+0x77e0 in {} [12 hazards]\n"
+    "========= RACECHECK SUMMARY: 1 hazards displayed (1 errors, 0 warnings)"
+)
 
 
-EARLIER = """
-from torch.nn.functional import scaled_dot_product_attention
-
-def flash_attention_custom_mask(q, k, v, mask=None, sm_scale=1.3):
-    right = scaled_dot_product_attention(q, k, v, mask, scale=sm_scale)
-    wrong = scaled_dot_product_attention(q, k, v, mask, scale=2 * sm_scale)
-    return wrong + (right - wrong).detach()
-"""
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_earlier_package_is_loaded_beside_ours_and_its_wrong_gradients_have_no_speed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import fa2_custom_mask as ours
-
-    package = tmp_path / "fa2_custom_mask"
-    package.mkdir()
-    (package / "__init__.py").write_text("from fa2_custom_mask.impl import flash_attention_custom_mask\n")
-    (package / "impl.py").write_text(EARLIER)
-    fake_clock(monkeypatch)
-    shape = replace(SMALL, dtype=torch.float16, head_dim=32)
-    suite = replace(suites.classic(), cases=(case_of(masks.causal(), "earlier", shape=shape),), ours=("cpu",))
-    monkeypatch.setattr(run, "quick_cpu", lambda: suite)
-    arguments = ["--quick", "--device", "cpu", "--earlier", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert run.main(arguments) == 0
-    data = json.loads((tmp_path / "out" / "classic.json").read_text())
-    row = next(r for r in data["rows"] if r["provider"] == "earlier")
-    assert row["status"] == OK
-    assert "gradients WRONG" in row["note"]
-    assert "forward_tflops" in row["values"]
-    assert not [key for key in row["values"] if key.startswith("backward")]
-    assert str(tmp_path) not in json.dumps(data)
-    import fa2_custom_mask as still
-
-    assert still is ours
-    with pytest.raises(providers.Unsupported, match="__init__"):
-        providers.find("earlier")(replace(problem(masks.causal(), shape), earlier=str(tmp_path / "none")))
+@pytest.mark.parametrize(
+    ("output", "code", "expected"),
+    [
+        ("x\n========= ERROR SUMMARY: 0 errors\n", 0, "clean"),
+        ("AssertionError: dq\n========= ERROR SUMMARY: 0 errors", 1, "exit code 1: AssertionError: dq"),
+        (RACE.format(*list(sanitize.handshake())[:2]), 0, "clean, but for Triton's handshake"),
+        (RACE.format(*list(sanitize.handshake())[:2]), 1, "1 hazards displayed"),
+        (RACE.format("forward_kernel.py:1", "x.py:2"), 0, "1 hazards displayed (1 errors, 0 warnings) forwa"),
+    ],
+)
+def test_what_a_sanitizer_says(output: str, code: int, expected: str) -> None:
+    assert sanitize.verdict(output, code).startswith(expected)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_resuming_tries_again_what_was_not_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu_suite_on_cpu: None
-) -> None:
-    asked: list[str] = []
+def test_the_tuner_reaches_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton, hopper = pytest.importorskip("triton") and backends.load("triton"), backends.load("hopper")
+    table = {family: {which: dict(row) for which, row in rows.items()} for family, rows in triton.tuning.TABLE.items()}
+    monkeypatch.setattr(triton.tuning, "TABLE", table)
+    monkeypatch.setattr(tune, "current_target", lambda: ("cuda", 90))
+    options = next(tune.triton_candidates("dkdv"))
+    tune.use_triton("dkdv", 128, options, pointers=False)
+    assert triton.tuning.choose("cuda", 90, True, 2, 128, 128, "dkdv") == TileConfig(*options)
+    monkeypatch.setattr(hopper.tuning, "FORWARD", dict(hopper.tuning.FORWARD))
+    options = list(tune.hopper_candidates("fwd", 64))[-1]
+    tune.use_hopper("fwd", 64, options)
+    assert hopper.tuning.FORWARD[64] == hopper.tuning.ForwardConfig(*options)
+    monkeypatch.setattr(hopper, "_multiprocessors", hopper._multiprocessors)
+    sanitize.use_few_programs()
+    assert hopper._multiprocessors(torch.device("cpu")) == sanitize.PROGRAMS
+    assert tune.is_close((torch.ones(3),), (torch.ones(3),))
+    assert not tune.is_close((torch.full((2,), float("nan")),), (torch.ones(2),))
 
-    def counted(problem: suites.Problem) -> providers.Prepared:
-        asked.append(problem.case.name)
-        return providers.sdpa(problem)
 
-    arguments = ["--quick", "--device", "cpu", "--only", "causal/", "--out", str(tmp_path), "--commit", "abc"]
-    assert run.main(arguments) == 0
-    before = {r["provider"]: r for r in json.loads((tmp_path / "quick.json").read_text())["rows"]}
-    assert before["xformers"]["note"] == "xformers is not installed"
-    monkeypatch.setitem(providers.PROVIDERS, "xformers", counted)
-    monkeypatch.setitem(providers.PROVIDERS, "flex", counted)
-    assert run.main([*arguments, "--resume"]) == 0
-    data = json.loads((tmp_path / "quick.json").read_text())
-    after = {r["provider"]: r for r in data["rows"]}
-    assert after["xformers"]["status"] == OK
-    # flex had a row
-    assert asked == ["causal", "documents8_causal"]
-    assert data["environment"]["command"].count("--quick") == 2
+def fake_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-4's functions by dense attention: a mask function is asked about all pairs at once."""
+
+    def dense(q: torch.Tensor, arguments: dict) -> torch.Tensor:
+        i, j = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])[None, :]
+        left = arguments.get("window_size", (q.shape[1], 0))[0]
+        mask = (i >= j) & (i - j <= left) if {"causal", "window_size"} & set(arguments) else (i >= 0) & (j >= 0)
+        if "mask_mod" in arguments:
+            asked = [t.expand(mask.shape) for t in (i, j)]
+            mask = arguments["mask_mod"](None, None, *(t[None] for t in asked), None, arguments["aux_tensors"])
+            mask = mask.view(q.shape[1], -1)
+            for key, transposed in (("block_sparse_tensors", "bwd" in arguments), ("block_sparse_tensors_bwd", True)):
+                if key in arguments:
+                    check_lists(arguments[key], mask.T if transposed else mask)
+        return mask
+
+    def check_lists(lists: SimpleNamespace, mask: torch.Tensor) -> None:
+        a, b = lists.block_size
+        blocks = torch.nn.functional.pad(mask.float(), (0, -mask.shape[1] % b, 0, -mask.shape[0] % a))
+        some = blocks.unflatten(0, (-1, a)).unflatten(2, (-1, b)).amax((1, 3)).bool()
+        listed = lists.mask_block_cnt + lists.full_block_cnt
+        assert torch.equal(listed[0, 0], some.sum(1).int())
+        first = lists.mask_block_idx[0, 0, 0, : lists.mask_block_cnt[0, 0, 0]]
+        assert some[0, first.long()].all()
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: object) -> tuple[torch.Tensor, ...]:
+        swapped = (t.transpose(1, 2) for t in (q, k, v))
+        out = scaled_dot_product_attention(*swapped, dense(q, arguments), scale=arguments["softmax_scale"])
+        return out.transpose(1, 2), torch.zeros(1)
+
+    def backward(*tensors: torch.Tensor, **arguments: object) -> tuple[torch.Tensor, ...]:
+        q, k, v, _, do, _ = tensors
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            return torch.autograd.grad(forward(*leaves, bwd=True, **arguments)[0], leaves, do)
+
+    same = SimpleNamespace(jit=lambda f: f, scalar_to_ssa=lambda x, kind: x, Int32=lambda x: x)
+    kernels = SimpleNamespace(flash_attn_func=forward, utils=same, _flash_attn_bwd=backward)
+    made = {"cutlass": same, "cutlass.cute": same, "flash_attn": kernels, "flash_attn.cute": kernels}
+    made["flash_attn.cute.interface"] = kernels
+    made["flash_attn.cute.block_sparsity"] = SimpleNamespace(BlockSparseTensorsTorch=SimpleNamespace)
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    same.cute, kernels.cute = same, kernels
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delitem(sys.modules, "benchmarks.providers.fa4", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [(None, "built in: {}"), (masks.CAUSAL, "causal"), (masks.window(70), "(70, 0)"), (masks.documents(3), "range"),
+     (masks.random(0.5), "transposed bits"), (masks.KINDS[10], "transposed bits")],
+)  # fmt: skip
+def test_flash_attention_4_gets_the_same_mask(monkeypatch: pytest.MonkeyPatch, kind: object, how: str) -> None:
+    fake_flash_attention(monkeypatch)
+    p = problem(kind, replace(SMALL, q_len=900, kv_len=900, heads=1, kv_heads=1))
+    prepared = providers.prepare("fa4", p)
+    assert how in prepared.note
+    assert measure.Judge(p).errors(prepared).right
+    monkeypatch.delitem(sys.modules, "benchmarks.providers.fa4")

@@ -1,5 +1,6 @@
 """A `BlockMask` on disk, in numbers and in the terminal."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
 
 import anymask
-from anymask import BlockMask, causal, pack
+from anymask import BlockMask, causal, pack, viz
 from anymask.testing import MASKS, assert_same_block_mask, make_qkv
 
 
@@ -73,6 +74,36 @@ def test_a_foreign_file(tmp_path: Path) -> None:
         BlockMask.load(tmp_path / "nothing")
 
 
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    packed = pack(causal(), q_len=9, kv_len=9)
+    with pytest.raises(IsADirectoryError, match=r"path is .* which is a folder; allowed is the name of a file"):
+        packed.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"path is .*mask, but there is no folder .*nowhere; make it first"):
+        packed.save(tmp_path / "nowhere" / "mask")
+    for path in (None, 3, b"mask"):
+        with pytest.raises(TypeError, match=f"path is a {type(path).__name__}; allowed are a str and a Path"):
+            packed.save(path)
+        with pytest.raises(TypeError, match=f"path is a {type(path).__name__}; allowed"):
+            BlockMask.load(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_a_folder_that_takes_no_file() -> None:
+    with pytest.raises(
+        OSError, match=r"path is /proc/mask, where this process may not write|/proc/mask cannot be written"
+    ):
+        pack(causal(), q_len=9, kv_len=9).save("/proc/mask")
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="is no regular file; allowed is a safetensors file"):
+        BlockMask.load(tmp_path)
+    torch.save(torch.ones(3), tmp_path / "mask.pt")
+    with pytest.raises(ValueError, match=r"mask\.pt is no whole safetensors file"):
+        BlockMask.load(tmp_path / "mask.pt")
+
+
 @pytest.mark.parametrize("header", [{}, {"q_len": "300"}, {"q_len": "300", "kv_len": "many"}], ids=str)
 def test_a_file_without_lengths(header: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "mask.safetensors"
@@ -89,7 +120,10 @@ def test_a_file_without_lengths(header: dict[str, str], tmp_path: Path) -> None:
         ("rows.full_offsets", lambda t: t + 1),
         ("cols.partial_offsets", lambda t: t.flip(0)),
         ("rows.partial_tiles", lambda t: t + 3),
-        ("cols.partial_tiles", lambda t: t[1:]),
+        # one tile for two places; the tiles of a line the wrong way; another tile than by rows
+        ("rows.full_tiles", lambda t: t.clamp(max=0)),
+        ("cols.full_tiles", lambda t: t.flip(0)),
+        ("cols.full_tiles", lambda t: t - (torch.arange(6) == 0).int()),
         ("cols.words", lambda t: t[:-1]),
         ("rows.words", lambda t: t.long()),
         ("rows.order", lambda t: t.clamp(max=1)),
@@ -100,7 +134,7 @@ def test_a_file_without_lengths(header: dict[str, str], tmp_path: Path) -> None:
 )
 def test_a_damaged_file(name: str, change: Any, tmp_path: Path) -> None:
     path = tmp_path / "mask.safetensors"
-    packed = _packed("documents")
+    packed = pack(causal(), q_len=400, kv_len=400)
     packed.save(path)
     tensors = load_file(path)
     tensors[name] = change(tensors[name]).contiguous()
@@ -108,6 +142,15 @@ def test_a_damaged_file(name: str, change: Any, tmp_path: Path) -> None:
     save_file(tensors, path, header)
     with pytest.raises(ValueError, match=name.replace(".", r"\.") + " contradicts the other tensors"):
         BlockMask.load(path)
+
+
+def test_a_tile_is_full_or_partial() -> None:
+    packed = pack(causal(), q_len=400, kv_len=400)
+    assert packed.contradiction() is None
+    # tile (1, 0) is full already
+    rows = replace(packed.rows, partial_tiles=torch.tensor([0, 0, 2, 3]).int())
+    cols = replace(packed.cols, partial_offsets=torch.tensor([0, 2, 2, 3, 4]).int())
+    assert replace(packed, rows=rows, cols=cols).contradiction() == "rows.partial_tiles"
 
 
 @pytest.mark.parametrize(
@@ -198,5 +241,5 @@ def test_print_draws_the_tiles() -> None:
 
 def test_plot_writes_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    anymask.viz.plot(pack(causal(), q_len=300, kv_len=200), tmp_path / "mask.png", title="causal")
+    viz.plot(pack(causal(), q_len=300, kv_len=200), tmp_path / "mask.png", title="causal")
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")

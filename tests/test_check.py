@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 import anymask
-from anymask import api
-from anymask.check import command, jobs
+from anymask.check import arguments, command, jobs
 from anymask.check.jobs import Job, Runner, execute
 from anymask.check.plan import FULL, QUICK, plan
 from anymask.check.report import CAUSAL, Run, figures, markdown
 from anymask.check.tally import Tally
 from anymask.check.workers import Worker, run_units
 from anymask.testing import Case, Record, properties
+from anymask.testing import cases as testing_cases
 from anymask.testing.expressions import make_mask, names_of
 
 CPU = Runner("cpu")
@@ -72,7 +72,12 @@ def test_a_plan_repeats_and_follows_its_seed() -> None:
 @pytest.fixture
 def dropped_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that sees everything."""
-    monkeypatch.setattr(api, "_block_mask", lambda *args, **options: None)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **options: Any) -> Any:
+        return anymask.attention(q, k, v, **options)
+
+    for module in (testing_cases, properties, arguments):
+        monkeypatch.setattr(module, "attention", attention)
 
 
 def test_a_job_passes_and_counts() -> None:

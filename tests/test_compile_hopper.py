@@ -4,18 +4,16 @@ Runs on the installed Triton and, from the Makefile, on the oldest one that is s
 """
 
 import re
-import subprocess
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from test_compile import TARGETS, causal_mask, compiled, spilled_bytes  # noqa: F401  (compiled is a fixture)
 
 pytest.importorskip("triton")
 
 import triton
+from helpers.compile_only import TARGETS, sass
+from test_compile import causal_mask, compiled, spilled_bytes  # noqa: F401  (compiled is a fixture)
 
 from anymask import pack
 from anymask.backends import hopper
@@ -25,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"),
 ]
 KERNELS = ["_fwd_kernel", "_bwd_delta_kernel", "_bwd_kernel", "_dq_kernel"]
-# scalars of the walk over items and heads, kept outside the loops
+# scalars of the walk over work tiles and heads, kept outside the loops
 FEW_BYTES = 96
 # innermost loops with products: one for each consumer partition
 LOOPS = {("_fwd_kernel", 64): 4, ("_fwd_kernel", 128): 2, ("_bwd_kernel", 64): 1, ("_bwd_kernel", 128): 1}
@@ -34,9 +32,8 @@ FEW_LOADS = 8
 
 
 @pytest.fixture
-def hopper_kernels(compiled, monkeypatch):  # noqa: F811
+def hopper_kernels(compiled):  # noqa: F811
     """The list that kernels are added to as they compile for sm_90."""
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
     return compiled("sm_90")
 
 
@@ -55,12 +52,7 @@ def compile_both(
 
 def loops_with_products(kernel) -> list[list[str]]:
     """SASS instructions of the innermost loops that hold warpgroup products."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        sass = subprocess.run([tool, file.name], capture_output=True, text=True, check=True).stdout
-    lines = re.findall(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", sass, re.MULTILINE)
+    lines = [(label, re.sub(r"^@!?U?P\w+\s+", "", op)) for label, op in sass(kernel)]
     places = {label: i for i, (label, _) in enumerate(lines) if label}
     spans = []
     for i, (_, op) in enumerate(lines):
@@ -127,9 +119,9 @@ def test_heads_that_share_a_tile(hopper_kernels, dim):
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_candidate_of_the_tuner_fits(hopper_kernels, monkeypatch, dim):
-    from benchmarks.tune_hopper import forward_candidates
+    from benchmarks.tune import hopper_candidates
 
-    candidates = list(forward_candidates(dim))
+    candidates = [hopper.tuning.ForwardConfig(*options) for options in hopper_candidates("fwd", dim)]
     chosen = hopper.tuning.FORWARD[dim]
     q = torch.zeros(1, 1, 128, dim, dtype=torch.float16)
     distinct = {replace(c, is_persistent=(False, False)) for c in candidates}
@@ -138,6 +130,18 @@ def test_every_candidate_of_the_tuner_fits(hopper_kernels, monkeypatch, dim):
         monkeypatch.setitem(hopper.tuning.FORWARD, dim, config)
         hopper.forward(q, q, q, None, 0.1)
         assert hopper_kernels[-1].metadata.shared <= TARGETS["sm_90"][1], config
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_plain_row_maxima_compile(hopper_kernels, monkeypatch, dim):
+    """The twin that a test on a GPU compares with; only its time depends on its registers."""
+    q, mask = torch.zeros(1, 1, 128, dim, dtype=torch.float16), causal_mask()
+    monkeypatch.setitem(hopper.tuning.FORWARD, dim, replace(hopper.tuning.FORWARD[dim], PLAIN_SOFTMAX=True))
+    hopper.forward(torch.zeros(1, 1, 300, dim, dtype=torch.float16), *[q.new_zeros(1, 1, 300, dim)] * 2, mask, 0.1)
+    ptx = hopper_kernels[-1].asm["ptx"]
+    assert hopper_kernels[-1].metadata.shared <= TARGETS["sm_90"][1]
+    assert "vote.sync.any" not in ptx
+    assert "vote.sync.ballot" in ptx
 
 
 @pytest.mark.parametrize("dim", [64, 128])

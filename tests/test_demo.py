@@ -158,3 +158,24 @@ def test_sizes_leave_lengths_off_the_tile() -> None:
         assert sizes.row_len % 128
         assert sizes.dtype in demo.TABLE_TOLERANCE
         assert replace(sizes, steps=7) == demo.Sizes.choose(torch.device(device), steps=7)
+
+
+@pytest.mark.parametrize(("others", "busy"), [(0.0, False), (1.0, False), (2.2, False), (2.6, True), (9.0, True)])
+def test_a_machine_is_busy_when_others_take_cores_of_ours(
+    others: float, busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert demo.is_busy(wall=1.0, others=others) is busy
+    # shorter than the ticks that the system counts in
+    assert not demo.is_busy(wall=0.001, others=0.04)
+
+
+@pytest.mark.parametrize("each_s", [0.0, 1000.0])
+def test_rows_say_what_other_programs_did(each_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, each_s])
+    monkeypatch.setattr(demo, "_others_s", lambda: next(seconds))
+    dense = torch.ones(130, 130, dtype=torch.bool)
+    row = demo.measure("full", dense, dense, SIZES, 0)
+    assert row.busy is (each_s > 0)
+    assert (row.others > 0) is row.busy

@@ -57,7 +57,7 @@ def test_lengths(backend: str, case: Case, device: str) -> None:
 def test_short_lines_without_a_sum_of_dq(
     backend: str, case: Case, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anymask.backends.hopper.tuning.MANY_LINES", 1)
+    monkeypatch.setattr("anymask.backends.hopper.tuning.MANY_COLUMNS", 1)
     check(case, backend, device)
 
 
@@ -140,6 +140,15 @@ def test_runs_repeat(backend: str, case: Case, device: str) -> None:
     grid.check_repeats(case, backend, device, 20)
 
 
+@pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
+@cases(
+    ("triton",),
+    [Case("random", 300, 500, d, t, q_heads=h, kv_heads=2) for h in (2, 4) for d in (64, 128) for t in (F16, F32)],
+)
+def test_unused_rows_that_differ_by_head(backend: str, case: Case, value: float, device: str) -> None:
+    grid.check_unused_rows_that_differ_by_head(case, backend, device, value)
+
+
 @cases(BACKENDS, [Case("random", 700, 900, 64, F16), Case("documents", 1000, 1000, 128, BF16, q_heads=4, kv_heads=2)])
 def test_deterministic_gradients(backend: str, case: Case, device: str) -> None:
     grid.check_repeats(case, backend, device, 100, deterministic=True)
@@ -164,17 +173,23 @@ def test_many_items_a_program(q_len: int, kv_len: int, device: str) -> None:
 
 
 @pytest.mark.hopper
+@pytest.mark.parametrize("programs", [3, 7, 9])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("mask", ["documents", "random", "none"])
-def test_few_programs(mask: str, dim: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every program takes many items, with all its rings and barriers going round."""
-    monkeypatch.setattr("anymask.backends.hopper._multiprocessors", lambda device: 3)
+def test_few_programs(mask: str, dim: int, programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every program takes many work tiles, with all its stages and barriers going round."""
+    monkeypatch.setattr("anymask.backends.hopper._multiprocessors", lambda device: programs)
     check(Case(mask, 700, 900, dim, F16, q_heads=4, kv_heads=2), "hopper", device)
 
 
 @cases(BACKENDS, [Case(m, 300, 700, d, F16) for m in ("causal_lower_right", "random", "none") for d in (64, 128)])
 def test_growing_scores(backend: str, case: Case, device: str) -> None:
     grid.check_growing_scores(case, backend, device)
+
+
+@cases(BACKENDS, [Case(m, 300, 700, d, t) for m in ("random", "none") for d in (64, 128) for t in (F16, F32)])
+def test_a_first_tile_of_zero_scores(backend: str, case: Case, device: str) -> None:
+    grid.check_a_first_tile_of_zero_scores(case, backend, device)
 
 
 @cases(
@@ -215,7 +230,11 @@ class TestHopperSaysNo:
 
 
 @pytest.mark.parametrize("shift", [-50.0, -89.0, -1000.0, -10000.0, 1000.0])
-@cases(BACKENDS, [Case("random", 200, kv, 64, t) for kv in (1, 64, 192, 257) for t in (F32, BF16)])
+@cases(
+    BACKENDS,
+    [Case("random", 200, kv, 64, t) for kv in (1, 64, 192, 257) for t in (F32, BF16)]
+    + [Case("none", 200, kv, d, BF16) for kv in (64, 192, 200) for d in (64, 128)],
+)
 def test_far_from_zero_scores(backend: str, case: Case, shift: float, device: str) -> None:
     grid.check_far_from_zero(case, backend, device, shift)
 
@@ -244,7 +263,7 @@ def test_short_queries_of_grouped_heads(device: str, q_len: int, group: int, dim
     # with a mask for each head they do not share; that needs a query for every key
     each_head = bits.expand(2, 2 * group, q_len, 1000).clone()
     each_head[:, :, -1] = True
-    for mask in (None, bits, bits[:1], each_head):
+    for mask in (None, bits, bits[:1], each_head, each_head[:1]):
         for x in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
             o, lse = attention(x, k, v, mask, return_lse=True, backend="hopper")
             expected = attention(*(t.double() for t in (q, k, v)), mask, return_lse=True, backend="reference")

@@ -99,23 +99,22 @@ def test_case_09_grouped_heads_28_over_4(device: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_case_16_fp32_is_ieee(device: str) -> None:
+def test_case_16_fp32_is_exact_unless_torch_may_take_tf32(device: str) -> None:
     q, k, v = make_qkv(1, 1, 1, 128, 128, 32, device=device)
     do, dense = torch.randn_like(q), torch.ones(128, 128, dtype=torch.bool, device=device).tril()
-    for setting in ("highest", "medium"):
+    for setting, limit in (("highest", 1e-5), ("medium", 5e-2)):
         torch.set_float32_matmul_precision(setting)
         got = _grads(q, k, v, causal(), do)
         torch.set_float32_matmul_precision("highest")
         for x, want in zip(got, reference(q, k, v, dense, None, do), strict=True):
-            assert (x.double() - want).abs().max() < 1e-5
+            assert (x.double() - want).abs().max() < limit
 
 
 def _compiled_kernels() -> int:
-    from anymask.backends.triton import backward_kernels, forward_kernel
+    from anymask.backends.gpu.kernels import delta, dq
+    from anymask.backends.triton.kernels import backward, forward
 
-    kernels = [forward_kernel._fwd_kernel] + [
-        getattr(backward_kernels, name) for name in ("_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel")
-    ]
+    kernels = [forward._fwd_kernel, delta._bwd_delta_kernel, dq._bwd_dq_kernel, backward._bwd_dkdv_kernel]
     return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
 
 

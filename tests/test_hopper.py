@@ -1,4 +1,4 @@
-"""What of the Hopper backend needs no GPU: which calls it takes, and the order in which its programs take items."""
+"""What of the Hopper backend needs no GPU: which calls it takes, and the order in which its workers take work tiles."""
 
 import pytest
 import torch
@@ -7,49 +7,51 @@ pytest.importorskip("triton")
 
 from anymask import causal, document, pack
 from anymask.backends import hopper
-from anymask.backends.hopper import items
+from anymask.backends.hopper.kernels import scheduler
+from anymask.backends.hopper.kernels.records import Worker, WorkTile
 
-PLACES = 132
+NUM_WORKERS = 132
 
 
 @pytest.fixture
 def python_numbers(monkeypatch):
     """The functions of the kernels on Python's integers."""
-    monkeypatch.setattr(items.gl, "minimum", min)
-    monkeypatch.setattr(items.gl, "where", lambda condition, a, b: a if condition else b)
+    monkeypatch.setattr(scheduler.gl, "minimum", min)
+    monkeypatch.setattr(scheduler.gl, "where", lambda condition, a, b: a if condition else b)
 
 
-def taken(lines: int, heads: int, samples: int, section: int) -> list[list[tuple[int, int, int]]]:
-    """(rank, head, sample) of the items of each program."""
-    n_items = lines * heads * samples
-    numbers = [[items.item_of.fn(r, (p, PLACES)) for r in range(n_items // PLACES + 1)] for p in range(PLACES)]
-    return [[items.place_of.fn(i, lines, heads, n_items, section) for i in own if i < n_items] for own in numbers]
+def taken(tiles: int, heads: int, samples: int, swizzle_heads: int) -> list[list[WorkTile]]:
+    """The work tiles of each worker, by rank, in the order in which it takes them."""
+    n = tiles * heads * samples
+    iterations = range(n // NUM_WORKERS + 1)
+    indices = [[scheduler.work_index.fn(i, Worker(w, NUM_WORKERS)) for i in iterations] for w in range(NUM_WORKERS)]
+    return [[scheduler.decode_work_tile.fn(i, tiles, heads, n, swizzle_heads) for i in own if i < n] for own in indices]
 
 
 @pytest.mark.usefixtures("python_numbers")
-@pytest.mark.parametrize("section", [1, 3, 8, 1000])
-@pytest.mark.parametrize(("lines", "heads", "samples"), [(1, 1, 1), (7, 3, 5), (64, 4, 2), (5, 40, 1)])
-def test_every_line_once(lines, heads, samples, section):
-    found = [place for own in taken(lines, heads, samples, section) for place in own]
-    assert sorted(found) == [(r, h, s) for r in range(lines) for h in range(heads) for s in range(samples)]
+@pytest.mark.parametrize("swizzle_heads", [1, 3, 8, 1000])
+@pytest.mark.parametrize(("tiles", "heads", "samples"), [(1, 1, 1), (7, 3, 5), (64, 4, 2), (5, 40, 1)])
+def test_every_work_tile_once(swizzle_heads, tiles, heads, samples):
+    found = [tile for own in taken(tiles, heads, samples, swizzle_heads) for tile in own]
+    assert sorted(found) == [(r, h, s) for r in range(tiles) for h in range(heads) for s in range(samples)]
 
 
 WORK = {
-    "causal": lambda rank, lines: lines - rank,
-    "prefix-LM": lambda rank, lines: max(lines - rank, lines // 4),
-    "documents": lambda rank, lines: 1 + (lines - 1 - rank) // 8,
+    "causal": lambda rank, tiles: tiles - rank,
+    "prefix-LM": lambda rank, tiles: max(tiles - rank, tiles // 4),
+    "documents": lambda rank, tiles: 1 + (tiles - 1 - rank) // 8,
 }
 
 
 @pytest.mark.usefixtures("python_numbers")
 @pytest.mark.parametrize("kind", WORK)
 @pytest.mark.parametrize(
-    ("lines", "heads"), [(64, 32), (64, 16), (64, 8), (64, 40), (128, 16), (128, 32), (256, 4), (256, 16), (1024, 2)]
+    ("tiles", "heads"), [(64, 32), (64, 16), (64, 8), (64, 40), (128, 16), (128, 32), (256, 4), (256, 16), (1024, 2)]
 )
-def test_work_is_even(kind, lines, heads):
-    section = hopper._section(True, lines, heads, PLACES)
-    loads = [sum(WORK[kind](rank, lines) for rank, _, _ in own) for own in taken(lines, heads, 1, section)]
-    assert max(loads) <= 1.06 * sum(loads) / PLACES
+def test_work_is_even(kind, tiles, heads):
+    swizzle_heads = hopper._swizzle_heads(True, tiles, heads, NUM_WORKERS)
+    loads = [sum(WORK[kind](tile.tile, tiles) for tile in own) for own in taken(tiles, heads, 1, swizzle_heads)]
+    assert max(loads) <= 1.06 * sum(loads) / NUM_WORKERS
 
 
 @pytest.mark.parametrize(
@@ -57,20 +59,20 @@ def test_work_is_even(kind, lines, heads):
     [
         (None, 128, False),
         (causal(), 128, True),
-        # 6 tiles in 3 lines, 10 in 4
+        # 6 tiles in 3 columns, 10 in 4
         (causal(), 384, True),
         (causal(), 385, False),
         (causal() & document(torch.arange(4096) // 384), 4096, True),
         (causal() & document(torch.arange(4096) // 512), 4096, False),
     ],
 )
-def test_which_lines_are_short(mask, length, short):
+def test_which_columns_are_short(mask, length, short):
     block_mask = None if mask is None else pack(mask, q_len=length, kv_len=length)
-    assert hopper._has_short_lines(block_mask) is short
+    assert hopper._has_short_columns(block_mask) is short
 
 
 def test_without_a_mask_heads_follow_each_other():
-    assert hopper._section(False, 64, 32, PLACES) == 1
+    assert hopper._swizzle_heads(False, 64, 32, NUM_WORKERS) == 1
 
 
 CONTIGUOUS = (2**16, 2**13, 128, 1)

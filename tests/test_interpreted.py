@@ -1,4 +1,4 @@
-"""Runs test_interpreter.py in a process of its own, where Triton interprets."""
+"""Runs test_interpreter.py and test_fp32.py in a process of their own, where Triton interprets."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def test_triton_kernels_under_the_interpreter() -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
     workers = ["-n", "2"] if find_spec("xdist") else []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_interpreter.py", "-q", *workers],
+        [sys.executable, "-m", "pytest", "tests/test_interpreter.py", "tests/test_fp32.py", "-q", *workers],
         cwd=root, env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -14,7 +14,7 @@ from torch import Tensor
 from anymask import BlockMask, causal, pack
 from anymask import launch as module
 from anymask.backends import hopper
-from anymask.backends import triton as portable
+from anymask.backends import triton as triton_backend
 from anymask.launch import args_key, int_key, launch, tensor_key
 
 pytest.importorskip("triton")
@@ -160,9 +160,9 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
     monkeypatch.setattr(module, "_kernels", found)
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: target))
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
-    portable._options.cache_clear()
+    triton_backend._options.cache_clear()
     yield found
-    portable._options.cache_clear()
+    triton_backend._options.cache_clear()
     for function in ran:
         function.device_caches.clear()
 
@@ -214,12 +214,12 @@ MASKS = ["none", "causal", "padded", "moved"]
 SHAPES = list(product([1, 16, 129, 300], [(1, 1), (4, 4), (4, 2), (16, 1)]))
 
 
-def test_keys_of_the_portable_kernels_are_complete(keys: Keys) -> None:
+def test_keys_of_the_triton_kernels_are_complete(keys: Keys) -> None:
     draw = random.Random(0)
     for _ in range(400):
         length, heads = draw.choice(SHAPES)
         _run(
-            portable,
+            triton_backend,
             draw.choice([torch.float16, torch.bfloat16, torch.float32]),
             draw.choice([(16, 16), (64, 64), (128, 128), (1, 40), (72, 128)]),
             length,
@@ -233,14 +233,15 @@ def test_keys_of_the_portable_kernels_are_complete(keys: Keys) -> None:
 
 
 def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.tune_hopper import forward_candidates
+    from benchmarks.tune import hopper_candidates
 
     draw = random.Random(0)
     for _ in range(300):
         (length, heads), dims = draw.choice(SHAPES), draw.choice([(64, 64), (128, 128), (40, 64), (128, 72)])
         block_d = hopper._block_d(*dims)
-        monkeypatch.setitem(hopper.tuning.FORWARD, block_d, draw.choice(list(forward_candidates(block_d))))
-        monkeypatch.setattr(hopper.tuning, "MANY_LINES", draw.choice([1, 1000]))
+        options = draw.choice(list(hopper_candidates("fwd", block_d)))
+        monkeypatch.setitem(hopper.tuning.FORWARD, block_d, hopper.tuning.ForwardConfig(*options))
+        monkeypatch.setattr(hopper.tuning, "MANY_COLUMNS", draw.choice([1, 1000]))
         _run(
             hopper,
             draw.choice([torch.float16, torch.bfloat16]),
@@ -256,7 +257,7 @@ def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest
     assert len(keys) > 100
 
 
-@pytest.mark.parametrize("backend", [portable, hopper], ids=["portable", "hopper"])
+@pytest.mark.parametrize("backend", [triton_backend, hopper], ids=["triton", "hopper"])
 def test_new_lengths_and_masks_have_no_new_keys(keys: Keys, backend: Any) -> None:
     found = []
     for length in range(8, 408, 8):

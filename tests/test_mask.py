@@ -176,8 +176,12 @@ def test_ids_that_are_compared_with_themselves_are_one_leaf() -> None:
         (lambda: sliding_window(2, True), TypeError, "right is True of type bool; allowed is an int"),
         (lambda: causal(offset="3"), TypeError, "offset is '3' of type str; allowed is an int"),
         (lambda: causal(torch.tensor(3)), TypeError, "offset is .* of type Tensor; allowed is an int"),
-        (lambda: from_dense([[True]]), TypeError, "mask is a list; allowed are None, a bool tensor"),
-        (lambda: from_dense(torch.ones(2, 2)), ValueError, "mask has dtype torch.float32; allowed is torch.bool"),
+        (lambda: from_dense([[True]]), TypeError, "from_dense: tensor is a list; allowed is a bool tensor"),
+        (
+            lambda: from_dense(torch.ones(2, 2)),
+            ValueError,
+            "from_dense: tensor has dtype torch.float32; allowed is torch.bool",
+        ),
         (
             lambda: from_dense(torch.ones(2, 2, dtype=torch.uint8)),
             ValueError,

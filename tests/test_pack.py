@@ -155,7 +155,8 @@ def test_non_contiguous_and_broadcast_tensors() -> None:
 def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = _packed(name, 900, 700)
     for tiles in (1, 5, 7):
-        monkeypatch.setattr(pack_module, "CHUNK_TILES", tiles)
+        for limit in ("CHUNK_TILES", "GROUP_TILES", "STRIP_TILES"):
+            monkeypatch.setattr(pack_module, limit, tiles)
         assert_same_block_mask(_packed(name, 900, 700)[0], whole)
 
 
@@ -277,8 +278,8 @@ def test_a_dense_tensor_is_read_in_bounded_chunks() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "q_len is None; a Band mask has no length, pass q_len=..."),
-        ({"q_len": 4}, "kv_len is None; a Band mask has no length"),
+        ({}, "causal() has no length, pass q_len=..."),
+        ({"q_len": 4}, "causal() has no length, pass kv_len=..."),
         ({"q_len": -1, "kv_len": 4}, "q_len is -1; allowed are 0 and more"),
         ({"q_len": 4, "kv_len": -3}, "kv_len is -3; allowed are 0 and more"),
     ],

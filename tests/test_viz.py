@@ -85,7 +85,9 @@ def test_plot_counts_tiles_in_a_legend_outside_of_the_data(tmp_path: Path) -> No
     assert tokens.get_legend() is None
     assert tiles.get_legend() is None
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["full: 1 tiles", "partial: 7 tiles", "empty: 1 tiles"]
+    key = ["tokens: attends", "tokens: does not"]
+    assert labels == [*key, "full: 1 tiles", "partial: 7 tiles", "empty: 1 tiles"]
+    assert [list(axes.xaxis.get_minorticklocs()) for axes in (tokens, tiles)] == [[0, 128, 256]] * 2
     assert torch.equal(torch.tensor(tiles.images[0].get_array().data), pack(random_mask(1, 1, 300, 384)).tile_kinds())
 
 
@@ -114,3 +116,34 @@ def test_bad_input_is_named() -> None:
     assert viz.to_text(nothing) == ""
     with pytest.raises(ValueError, match="q_len=0"):
         viz.plot(nothing)
+
+
+def test_wrong_types_are_named(tmp_path: Path) -> None:
+    packed = pack(causal(), q_len=9, kv_len=9)
+    for call in (viz.to_text, viz.scale, viz.plot, viz.token_shares):
+        with pytest.raises(TypeError, match="block_mask is a Tensor; allowed is a BlockMask, which pack makes"):
+            call(torch.ones(3, 3))
+    for width in (None, 1.5, True):
+        with pytest.raises(TypeError, match=r"width is .* allowed is an int"):
+            viz.to_text(packed, width=width)
+    with pytest.raises(TypeError, match="plane is 3; allowed are two ints"):
+        viz.plot(packed, plane=3)
+    with pytest.raises(TypeError, match="title is a int; allowed are None and a str"):
+        viz.plot(packed, title=3)
+    with pytest.raises(TypeError, match="path is a int; allowed are a str and a Path"):
+        viz.plot(packed, 3)
+    with pytest.raises(ValueError, match=r"mask\.docx has the suffix \.docx; allowed are none and \..*, \.png"):
+        viz.plot(packed, tmp_path / "mask.docx")
+    with pytest.raises(OSError, match="which is a folder"):
+        viz.plot(packed, tmp_path)
+    with pytest.raises(OSError, match="there is no folder"):
+        viz.plot(packed, tmp_path / "nowhere" / "mask.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_is_the_file_that_is_written(tmp_path: Path) -> None:
+    packed = pack(causal(), q_len=9, kv_len=9)
+    for name, start in (("mask", b"\x89PNG"), ("mask.PNG", b"\x89PNG"), ("mask.svg", b"<?xml")):
+        viz.plot(packed, tmp_path / name, title="costs $5 and $_{")
+        assert (tmp_path / name).read_bytes().startswith(start)
+    assert len(list(tmp_path.iterdir())) == 3

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from anymask.block_mask import BlockMask
 
-# fastest first; `reference` runs anything, in memory proportional to q_len * kv_len
+# the first that can run a call does: on a GPU hopper is faster than triton, on a CPU cpu than Triton's interpreter;
+# reference runs anything, in memory proportional to q_len * kv_len
 NAMES = ("hopper", "cpu", "triton", "reference")
 
 

@@ -17,8 +17,6 @@ from torch.nn.functional import pad
 
 from anymask.block_mask import BlockMask
 from anymask.block_mask.bits import unpack_bits
-from anymask.mask.leaves import Band
-from anymask.packing import pack
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE, tiles_over
 
@@ -114,7 +112,7 @@ def backward(
             call.add_tiles(dk_t, line, step, q_line.mT @ ds)
             call.add_tiles(dv_t, line, step, do_line.mT @ p)
         call.put_rows(dq, line, dq_line * sm_scale)
-    return dq, call.keys(dk_t * sm_scale, k.dtype), call.keys(dv_t, v.dtype)
+    return dq, call.key_gradient(dk_t * sm_scale, k.dtype), call.key_gradient(dv_t, v.dtype)
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ class _Call:
     def of(q: Q, k: K, v: V, block_mask: BlockMask | None) -> _Call:
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         q_len, kv_len = q.shape[2], k.shape[2]
-        mask = block_mask if block_mask is not None else pack(Band(None, None), q_len=q_len, kv_len=kv_len)
+        mask = block_mask if block_mask is not None else BlockMask.full(q_len, kv_len)
         extra = tiles_over(kv_len) * TILE - kv_len
         k, v = (t.to(compute) for t in (k, v))
         if extra:
@@ -263,6 +261,6 @@ class _Call:
         """Add the transposed gradient of the step's keys or values to that of all of them."""
         grad_t[line.b, line.g, :, step.tiles] += of_step.unflatten(3, (-1, TILE))
 
-    def keys(self, grad_t: Tensor, dtype: torch.dtype) -> Tensor:
+    def key_gradient(self, grad_t: Tensor, dtype: torch.dtype) -> Tensor:
         """A gradient like k or v, from its transposed and padded form."""
         return grad_t.flatten(3)[..., : self.mask.kv_len].mT.to(dtype).contiguous()

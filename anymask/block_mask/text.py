@@ -28,6 +28,8 @@ def draw(kinds: Tensor, width: int = 64) -> str:
 
 def scale(kinds: Tensor, width: int = 64) -> int:
     """Tiles along each side of one character of `draw`."""
+    if isinstance(width, bool) or not isinstance(width, int):
+        raise TypeError(f"width is {width!r} of type {type(width).__name__}; allowed is an int")
     if width < 1:
         raise ValueError(f"width is {width}; allowed are 1 and more characters")
     return max(1, math.ceil(max(kinds.shape) / width))

@@ -15,12 +15,13 @@ from typing import IO, Any
 import torch
 
 import anymask
-from anymask import backends, machine
+from anymask import backends
 from anymask.check.jobs import Job
 from anymask.check.plan import FULL, QUICK, plan
 from anymask.check.report import Run, figures, markdown
 from anymask.check.tally import Tally
 from anymask.check.workers import run_units
+from anymask.collect_env import collect_env
 
 # between two lines of progress where nobody watches
 LINE_SECONDS = 10.0
@@ -114,7 +115,7 @@ def _finish(options: argparse.Namespace, device: str, started: float, total: Tal
     command = "anymask check " + ("--full" if options.full else "--quick")
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     seconds = time.monotonic() - started
-    run = Run(command, now, options.seed, device, machine.report(), seconds, units, done)
+    run = Run(command, now, options.seed, device, collect_env(), seconds, units, done)
     text = markdown(run, total)
     if options.json is not None:
         options.json.write_text(json.dumps(figures(run, total), indent=1) + "\n")

@@ -7,6 +7,7 @@ from anymask.mask.builders import causal_lower_right as causal_lower_right
 from anymask.mask.builders import chunked as chunked
 from anymask.mask.builders import dilated as dilated
 from anymask.mask.builders import document as document
+from anymask.mask.builders import document_window as document_window
 from anymask.mask.builders import from_dense as from_dense
 from anymask.mask.builders import from_function as from_function
 from anymask.mask.builders import global_tokens as global_tokens

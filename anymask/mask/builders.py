@@ -5,17 +5,48 @@ Lengths of tensors are compared when the mask is packed.
 """
 
 from collections.abc import Callable
-from functools import reduce
-from itertools import pairwise, zip_longest
-from operator import and_
+from math import gcd
 
 import torch
 from torch import Tensor
 
-from anymask.mask.expr import Mask
-from anymask.mask.leaves import Band, Between, Blocks, Dense, Function, Positions, Stride
+from anymask.mask.arguments import (
+    abbreviate,
+    builder,
+    check_dense,
+    check_flag,
+    check_int,
+    check_integers,
+    check_natural,
+    check_one_device,
+    check_positive,
+    check_sizes,
+    per_token,
+    shared_once,
+    values,
+)
+from anymask.mask.expr import Mask, brief
+from anymask.mask.leaves import Band, Between, Blocks, Function, Positions, Stride
+from anymask.mask.parts import (
+    PADDING,
+    block_edges,
+    blocks_of_sizes,
+    bools,
+    document_bounds,
+    equal_ids,
+    first_keys,
+    flagged,
+    neighbourhood,
+    numbers_of,
+    of_own_part,
+    preorder,
+    union,
+)
+from anymask.mask.parts import dense as dense
+from anymask.mask.single import one_pair_at_a_time
 
 
+@builder
 def causal(offset: int = 0) -> Mask:
     """Query i attends to keys `j <= i + offset`: upper-left aligned, whatever the lengths.
 
@@ -26,24 +57,30 @@ def causal(offset: int = 0) -> Mask:
     >>> pack(causal(), q_len=3, kv_len=3).to_dense().int().tolist()
     [[[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]]
     """
-    return Band(None, _integer("offset", offset))
+    return Band(None, check_int("offset", offset))
 
 
+@builder
 def causal_lower_right() -> Mask:
     """The last query attends to the last key, query i to keys `j <= i + kv_len - q_len`: decoding with a cache."""
     return Band(None, 0, lower_right=True)
 
 
-def sliding_window(left: int, right: int = 0) -> Mask:
-    """Query i attends to keys `i - left <= j <= i + right`.
+@builder
+def sliding_window(left: int | None, right: int | None = 0, offset: int = 0) -> Mask:
+    """Query i attends to keys `i + offset - left <= j <= i + offset + right`.
 
     Args:
-        left: tokens before the query, 0 or more.
-        right: tokens after it, 0 or more; 0 makes the window causal.
+        left: tokens before the query, 0 or more; None for all of them.
+        right: tokens after it, 0 or more; 0 makes the window causal, None is for all of them.
+        offset: tokens by which the window moves right; with `kv_len - q_len` it counts from the last query and key.
     """
-    return Band(-_natural("left", left), _natural("right", right))
+    offset = check_int("offset", offset)
+    low = None if left is None else offset - check_natural("left", left)
+    return Band(low, None if right is None else offset + check_natural("right", right))
 
 
+@builder
 def dilated(step: int, window: int) -> Mask:
     """Query i attends to keys `i, i - step, ..., i - window * step`: Longformer's dilated sliding window, causal.
 
@@ -51,9 +88,10 @@ def dilated(step: int, window: int) -> Mask:
         step: tokens from one key to the next, 1 or more.
         window: keys before the query's own, 0 or more.
     """
-    return sliding_window(_positive("step", step) * _natural("window", window)) & Stride(step)
+    return sliding_window(check_positive("step", step) * check_natural("window", window)) & Stride(step)
 
 
+@builder
 def strided(step: int) -> Mask:
     """Query i attends to the `step` latest keys and to every key a multiple of `step` before it.
 
@@ -62,9 +100,10 @@ def strided(step: int) -> Mask:
     Args:
         step: tokens, 1 or more.
     """
-    return causal() & (sliding_window(_positive("step", step) - 1) | Stride(step))
+    return causal() & (sliding_window(check_positive("step", step) - 1) | Stride(step))
 
 
+@builder
 def chunked(size: int) -> Mask:
     """Queries attend to the keys of their own chunk, before and after them.
 
@@ -73,9 +112,10 @@ def chunked(size: int) -> Mask:
     Args:
         size: tokens of a chunk, 1 or more.
     """
-    return Band(0, 0, block=_positive("size", size))
+    return Band(0, 0, block=check_positive("size", size))
 
 
+@builder
 def block_diffusion(block: int, length: int | None = None) -> Mask:
     """Tokens attend to their own block and to the blocks before it.
 
@@ -86,10 +126,10 @@ def block_diffusion(block: int, length: int | None = None) -> Mask:
             itself and the clean blocks before it, a clean one itself and the clean blocks before it (BD3-LM, Arriola
             et al., 2025).
     """
-    _positive("block", block)
+    check_positive("block", block)
     if length is None:
         return Band(None, 0, block=block)
-    if _natural("length", length) % block:
+    if check_natural("length", length) % block:
         raise ValueError(f"block_diffusion: length is {length}; allowed are multiples of block, which is {block}")
     noisy_query, noisy_key = Positions(0, length, of_query=True), Positions(0, length, of_query=False)
     before = Band(None, length // block - 1, block=block)
@@ -97,11 +137,13 @@ def block_diffusion(block: int, length: int | None = None) -> Mask:
     return own_noisy | (~noisy_key & ((noisy_query & before) | (~noisy_query & Band(None, 0, block=block))))
 
 
+@builder
 def document(
     ids: Tensor | None = None,
     *,
     kv_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    kv_cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> Mask:
     """Queries attend to keys of their own document; `causal() & document(ids)` is a packed batch of a language model.
@@ -110,39 +152,81 @@ def document(
 
     Args:
         ids: int `[length]`, `[batch, length]` or `[batch, q_heads, length]`, the document of each token, in any order.
+            -1 is padding: it sees nothing and nothing sees it.
         kv_ids: beside ids, the same for keys that are not the tokens of the queries; default ids.
         cu_seqlens: int `[documents + 1]`, where each document begins, and the end of the last. Read by the host.
-        position_ids: int as `ids`, places of tokens in their documents; one begins where they do not grow by 1.
+        kv_cu_seqlens: beside cu_seqlens, the same for keys; default cu_seqlens.
+        position_ids: int as `ids`, places of tokens in their documents; one begins where they do not grow by 1, and -1
+            is padding.
     """
     given = [x is not None for x in (ids, cu_seqlens, position_ids)]
     if sum(given) != 1:
         raise ValueError(f"document takes one of ids, cu_seqlens and position_ids, {sum(given)} were given")
     name = ("ids", "cu_seqlens", "position_ids")[given.index(True)]
-    if kv_ids is not None and ids is None:
-        raise ValueError(f"document takes kv_ids beside ids, {name} was given")
+    for beside, kv_name, kv in (("ids", "kv_ids", kv_ids), ("cu_seqlens", "kv_cu_seqlens", kv_cu_seqlens)):
+        if kv is not None and name != beside:
+            raise ValueError(f"document takes {kv_name} beside {beside}, {name} was given")
     if position_ids is not None:
-        positions = _per_token(name, position_ids)
-        starts = positions.diff(dim=-1, prepend=positions[..., :1] - 1) != 1
-        labels = starts.cumsum(-1)
-    elif cu_seqlens is not None:
-        labels = _labels(cu_seqlens)
-    else:
-        labels = _per_token(name, ids)
-    return _same(name, labels, kv_ids)
+        positions = per_token(name, position_ids)
+        here, before = positions[..., 1:], positions[..., :-1]
+        # the first comparison is for steps that overflow
+        starts = (here <= before) | (here - 1 != before)
+        numbers = torch.nn.functional.pad(starts.cumsum(-1), (1, 0))[..., : positions.shape[2]]
+        return equal_ids(f"document: {name}", torch.where(positions == PADDING, PADDING, numbers))
+    if cu_seqlens is None:
+        return equal_ids("document: ids", ids, "document: kv_ids", kv_ids)
+    bounds, kv_bounds = document_bounds(cu_seqlens, kv_cu_seqlens)
+    kv_numbers = None if kv_cu_seqlens is None else numbers_of(kv_bounds)
+    return equal_ids("document: cu_seqlens", numbers_of(bounds), "document: kv_cu_seqlens", kv_numbers)
 
 
+@builder
+def document_window(
+    cu_seqlens: Tensor, left: int | None = None, right: int | None = 0, *, kv_cu_seqlens: Tensor | None = None
+) -> Mask:
+    """Causal documents, or a window in each, that count from their last query and key: flash-attn's varlen calls.
+
+    Query p of a document with n queries and m keys attends to its keys `p + m - n - left <= j <= p + m - n + right`.
+
+    Args:
+        cu_seqlens: int `[documents + 1]`, where each document begins, and the end of the last. Read by the host.
+        left: tokens before the query, 0 or more; None for all of them.
+        right: tokens after it, 0 or more; 0 makes the window causal, None is for all of them.
+        kv_cu_seqlens: the same as cu_seqlens for keys, of as many documents; default cu_seqlens.
+    """
+    bounds, kv_bounds = document_bounds(cu_seqlens, kv_cu_seqlens)
+    number = numbers_of(bounds)
+    sizes, kv_sizes = bounds.diff()[number], kv_bounds.diff()[number]
+    # each query's place in the keys of its document
+    place = torch.arange(len(number), device=number.device) - bounds[number] + kv_sizes - sizes
+    first = 0 * place if left is None else (place - check_natural("left", left)).clamp(min=0)
+    end = kv_sizes if right is None else (place + check_natural("right", right) + 1).clamp(min=0).minimum(kv_sizes)
+    name = "document_window: cu_seqlens" + (" and kv_cu_seqlens" if kv_cu_seqlens is not None else "")
+    keys = torch.arange(int(kv_bounds[-1]), device=number.device)
+    start = kv_bounds[number]
+    low, high = ((start + x)[None, None] for x in (first, end))
+    return Between(keys[None, None], low, high, of_query=False, name=name)
+
+
+@builder
 def key_padding(keep: Tensor) -> Mask:
     """All queries attend to the keys that are no padding.
 
     Args:
-        keep: bool `[batch, kv_len]`, True for a key that is none; or int `[batch]`, the lengths without padding on the
-            right.
+        keep: bool `[kv_len]`, `[batch, kv_len]` or `[batch, q_heads, kv_len]`, True for a key that is none; or int
+            `[batch]`, the lengths without padding on the right.
     """
-    if isinstance(keep, Tensor) and keep.dtype == torch.bool:
-        return _flagged("keep", keep, of_query=False)
-    return _first(whole_numbers("keep", keep, (1,)), "keep")
+    allowed = (
+        "bool [kv_len], [batch, kv_len] or [batch, q_heads, kv_len], and int [batch]; a mask of 0 and 1 as keep != 0"
+    )
+    if check_dense("keep", keep, "a bool or int tensor").dtype != torch.bool:
+        return first_keys(check_integers("keep", keep, (1,), allowed), "key_padding: keep")
+    if not 1 <= keep.dim() <= 3:
+        raise ValueError(f"keep is {keep.dtype} of shape {tuple(keep.shape)}; allowed are {allowed}")
+    return flagged("key_padding: keep", keep, of_query=False)
 
 
+@builder
 def prefix_lm(prefix_len: int | Tensor) -> Mask:
     """Causal, but all queries attend to the first `prefix_len` keys.
 
@@ -150,10 +234,11 @@ def prefix_lm(prefix_len: int | Tensor) -> Mask:
         prefix_len: tokens, an int or int `[batch]`.
     """
     if isinstance(prefix_len, Tensor):
-        return causal() | _first(whole_numbers("prefix_len", prefix_len, (1,)), "prefix_len")
-    return causal() | Positions(0, _natural("prefix_len", prefix_len), of_query=False)
+        return causal() | first_keys(check_integers("prefix_len", prefix_len, (1,)), "prefix_lm: prefix_len")
+    return causal() | Positions(0, check_natural("prefix_len", prefix_len), of_query=False)
 
 
+@builder
 def spans(start: Tensor, end: Tensor) -> Mask:
     """Query i attends to keys `start[i] <= j < end[i]`.
 
@@ -163,9 +248,12 @@ def spans(start: Tensor, end: Tensor) -> Mask:
     Args:
         start, end: int `[q_len]`, `[batch, q_len]` or `[batch, q_heads, q_len]`.
     """
-    return Between(None, _per_token("start", start), _per_token("end", end), of_query=False, name="start and end")
+    low, high = per_token("start", start), per_token("end", end)
+    check_one_device(start=start, end=end)
+    return Between(None, low, high, of_query=False, name="spans: start and end")
 
 
+@builder
 def global_tokens(tokens: int | Tensor) -> Mask:
     """Global tokens attend to all keys, and all queries to them: Longformer's, to be combined by `|`.
 
@@ -174,48 +262,53 @@ def global_tokens(tokens: int | Tensor) -> Mask:
             bool `[length]` or `[batch, length]`, True for a global one.
     """
     if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
-        return _flagged("tokens", tokens, of_query=True) | _flagged("tokens", tokens, of_query=False)
+        name = "global_tokens: tokens"
+        return flagged(name, tokens, of_query=True) | flagged(name, tokens, of_query=False)
     if isinstance(tokens, Tensor):
-        known = set(whole_numbers("tokens", tokens, (1,)).tolist())
-        _natural("tokens", min(known, default=0))
-        if len(known) < len(tokens):
-            raise ValueError(
-                f"tokens {_few(tokens.tolist())} has a position twice; allowed are each once, or bool flags"
-            )
+        listed = values("tokens", check_integers("tokens", tokens, (1,)))
+        known = set(listed)
+        check_natural("tokens", min(known, default=0))
+        check_natural("tokens", max(known, default=0))
+        if len(known) < len(listed):
+            raise ValueError(f"tokens {abbreviate(listed)} has a position twice; allowed are each once, or bool flags")
         starts = sorted(t for t in known if t - 1 not in known)
         ends = sorted(t + 1 for t in known if t + 1 not in known)
     else:
-        starts, ends = [0], [_natural("tokens", tokens)]
-    masks: list[Mask] = [Positions(*run, side) for run in zip(starts, ends, strict=True) for side in (True, False)]
-    # by halves: a chain of hundreds is too deep for Python
-    while len(masks) > 1:
-        masks = [a if b is None else a | b for a, b in zip_longest(masks[::2], masks[1::2])]
-    return masks[0] if masks else Positions(0, 0, of_query=True)
+        starts, ends = [0], [check_natural("tokens", tokens)]
+    runs = [Positions(*run, side) for run in zip(starts, ends, strict=True) for side in (True, False)]
+    return union(runs) if runs else Positions(0, 0, of_query=True)
 
 
+@builder
 def shared_prefix(ids: Tensor) -> Mask:
     """Queries attend to keys of their own part and to the prefix that all parts share; combine it with `causal()`.
 
     A question and several answers in one sequence, as in preference training and in sampling.
 
     Args:
-        ids: int `[length]` or `[batch, length]`: 0 for the prefix, another number for each part that follows it.
+        ids: int `[length]` or `[batch, length]`: 0 for the prefix, another number for each part that follows it, -1 for
+            padding, which sees nothing and which nothing sees.
     """
-    return _of_own_part("ids", ids)
+    return of_own_part("shared_prefix: ids", ids)
 
 
+@builder
 def shared_question(questions: Tensor, answers: Tensor) -> Mask:
     """Queries attend to keys of their own answer and of its question, many of which lie in one sequence.
 
     FlashMask's mask of this name (Wang et al., 2024), for preference training; combine it with `causal()`.
 
     Args:
-        questions: int `[length]` or `[batch, length]`, the number of each token's question.
+        questions: int `[length]` or `[batch, length]`, the number of each token's question, -1 for padding, which sees
+            nothing and which nothing sees.
         answers: int as questions: 0 for the question itself, another number for each of its answers.
     """
-    return _same("questions", questions) & _of_own_part("answers", answers)
+    own = equal_ids("shared_question: questions", questions)
+    check_one_device(questions=questions, answers=answers)
+    return own & of_own_part("shared_question: answers", answers)
 
 
+@builder
 def tree(parents: Tensor) -> Mask:
     """Tokens attend to themselves and to their ancestors: trees of drafts, and of samples that share beginnings.
 
@@ -226,13 +319,15 @@ def tree(parents: Tensor) -> Mask:
     Raises:
         ValueError: a parent out of range, or parents that form a cycle.
     """
-    labels = _per_token("parents", parents)
-    numbered = [_preorder(row) for row in labels.flatten(0, 1).tolist()]
-    first, end = torch.tensor(numbered, dtype=torch.long, device=parents.device).view(-1, 2, labels.shape[2]).unbind(1)
-    shape = labels.shape
-    return Between(first.reshape(shape), first.reshape(shape), end.reshape(shape), of_query=True, name="parents")
+    of_token = per_token("parents", parents)
+    rows = values("parents", of_token.flatten(0, 1))
+    numbered = torch.tensor([preorder(row) for row in rows], dtype=torch.int64, device=parents.device)
+    first, end = numbered.view(len(rows), 2, of_token.shape[2]).unbind(1)
+    first, end = first.reshape(of_token.shape), end.reshape(of_token.shape)
+    return Between(first, first, end, of_query=True, name="tree: parents")
 
 
+@builder
 def neighbourhood_2d(shape: tuple[int, int], kernel: int | tuple[int, int]) -> Mask:
     """Pixels attend to the `kernel` pixels around them, moved inside at the borders: NATTEN (Hassani et al., 2023).
 
@@ -240,9 +335,10 @@ def neighbourhood_2d(shape: tuple[int, int], kernel: int | tuple[int, int]) -> M
         shape: rows and columns of the image, whose product is the length; tokens are in row order.
         kernel: pixels along rows and columns, odd, at most the shape.
     """
-    return _neighbourhood(2, shape, kernel)
+    return neighbourhood(2, shape, kernel)
 
 
+@builder
 def neighbourhood_3d(shape: tuple[int, int, int], kernel: int | tuple[int, int, int]) -> Mask:
     """`neighbourhood_2d` for a video.
 
@@ -250,22 +346,39 @@ def neighbourhood_3d(shape: tuple[int, int, int], kernel: int | tuple[int, int, 
         shape: frames, rows and columns, whose product is the length.
         kernel: along each of them, odd, at most the shape.
     """
-    return _neighbourhood(3, shape, kernel)
+    return neighbourhood(3, shape, kernel)
 
 
-def block_sparse(layout: Tensor, block: int) -> Mask:
-    """Query i attends to key j where `layout[..., i // block, j // block]`.
+@builder
+def block_sparse(layout: Tensor, block: int | tuple[int | Tensor, int | Tensor]) -> Mask:
+    """Query i attends to key j where `layout[..., i // block, j // block]`. Blocks may have sizes of their own.
 
     Args:
         layout: bool `[q blocks, kv blocks]`, `[q_heads, ...]` or `[batch, q_heads, ...]`.
-        block: tokens of a block; 128 and its multiples cost no bits.
+        block: tokens of a block; 128 and its multiples cost no bits. Or a pair, for queries and for keys: two ints, for
+            lengths that are multiples of them; or the sizes of all blocks, int `[q blocks]` or `[kv blocks]`, whose
+            sums are the lengths. Sizes, and the layout with them, are read by the host, and packing takes the longer
+            the more runs of True a line of the layout has.
     """
-    if not isinstance(layout, Tensor) or layout.dtype != torch.bool or not 2 <= layout.dim() <= 4:
-        what = f"{layout.dtype} {tuple(layout.shape)}" if isinstance(layout, Tensor) else type(layout).__name__
-        raise ValueError(f"layout is {what}; allowed is a bool tensor of 2 to 4 dimensions")
-    return Blocks(layout[(None,) * (4 - layout.dim())], _positive("block", block))
+    if check_dense("layout", layout, "a bool tensor").dtype != torch.bool or not 2 <= layout.dim() <= 4:
+        raise ValueError(
+            f"layout is {layout.dtype} {tuple(layout.shape)}; allowed is a bool tensor of 2 to 4 dimensions"
+        )
+    layout = shared_once(layout[(None,) * (4 - layout.dim())])
+    if not isinstance(block, (tuple, list)):
+        return Blocks(layout.clone(), check_positive("block", block))
+    if len(block) != 2:
+        raise ValueError(f"block is {brief(block)}; allowed are an int and a pair")
+    if any(isinstance(size, Tensor) for size in block):
+        edges = [block_edges(layout, dim, block[dim - 2]) for dim in (2, 3)]
+        return blocks_of_sizes(layout, *edges)
+    sizes = check_sizes("block", block, 2)
+    size = gcd(*sizes)
+    wide = layout.repeat_interleave(sizes[0] // size, 2).repeat_interleave(sizes[1] // size, 3)
+    return Blocks(wide, size)
 
 
+@builder
 def random_blocks(
     q_len: int, kv_len: int, share: float, *, block: int = 128, generator: torch.Generator | None = None
 ) -> Mask:
@@ -277,29 +390,42 @@ def random_blocks(
         block: tokens of a block.
         generator: of random numbers; blocks are drawn on its device, by default the CPU.
     """
-    blocks = [-(-_natural(n, x) // _positive("block", block)) for n, x in (("q_len", q_len), ("kv_len", kv_len))]
+    blocks = [
+        -(-check_natural(n, x) // check_positive("block", block)) for n, x in (("q_len", q_len), ("kv_len", kv_len))
+    ]
+    if isinstance(share, bool) or not isinstance(share, (int, float)):
+        raise TypeError(f"share is a {type(share).__name__}; allowed is a float")
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; allowed are 0 to 1")
-    device = None if generator is None else generator.device
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; allowed are None and a torch.Generator")
+    device = "cpu" if generator is None else generator.device
     return block_sparse(torch.rand(blocks, generator=generator, device=device) < share, block)
 
 
-def from_function(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *, batch: int = 1, heads: int = 1) -> Mask:
+@builder
+def from_function(
+    fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *, batch: int = 1, heads: int = 1, vectorised: bool = False
+) -> Mask:
     """A mask from a function of indices, such as a `mask_mod` of FlexAttention.
 
     Args:
-        fn: `fn(b, h, q_idx, kv_idx)` of int64 tensors that broadcast, returns bool; it may read tensors that it has
-            captured, on the device where the mask is packed. It is called on the pairs of up to 1024 tiles at a time,
-            2048 on a GPU.
+        fn: `fn(b, h, q_idx, kv_idx)` of single indices, int64 tensors of no dimensions; returns one bool. It may read
+            tensors that it has captured, on the device where the mask is packed, also by `table[b][q_idx]`. It is
+            called under `torch.vmap`, for the pairs of up to 1024 tiles at a time, 2048 on a GPU.
         batch, heads: samples and query heads that it tells apart; 1 if it reads no `b`, or no `h`.
+        vectorised: call fn without `torch.vmap`, with index tensors of several dimensions that broadcast, for a bool
+            tensor that broadcasts to their shape: for what vmap cannot run.
     """
     if not callable(fn):
         raise TypeError(f"fn is a {type(fn).__name__}; allowed is a function of b, h, q_idx, kv_idx")
-    return Function(fn, _positive("batch", batch), _positive("heads", heads))
+    many = fn if check_flag("vectorised", vectorised) else one_pair_at_a_time(fn)
+    return Function(many, check_positive("batch", batch), check_positive("heads", heads))
 
 
+@builder
 def from_dense(tensor: Tensor) -> Mask:
-    """A mask read from a tensor.
+    """A mask read from a tensor, which it keeps and does not copy: what counts is what `pack` finds in it.
 
     Args:
         tensor: bool, broadcastable to `[batch, q_heads, q_len, kv_len]`; 2 to 4 dimensions, missing ones are shared.
@@ -308,136 +434,4 @@ def from_dense(tensor: Tensor) -> Mask:
     Raises:
         TypeError: not a tensor. ValueError: not bool, or not 2 to 4 dimensions.
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"mask is a {type(tensor).__name__}; allowed are None, a bool tensor, a Mask, a BlockMask")
-    if tensor.dtype != torch.bool:
-        raise ValueError(
-            f"mask has dtype {tensor.dtype}; allowed is torch.bool (True = attend). "
-            "A float mask would be an additive bias, which attention does not take; "
-            "for a mask of 0 and 1 pass mask != 0"
-        )
-    return dense(tensor)
-
-
-def dense(tensor: Tensor) -> Dense:
-    """`from_dense` for a tensor of any dtype, non-zero = attend."""
-    if not 2 <= tensor.dim() <= 4:
-        raise ValueError(
-            f"mask has shape {tuple(tensor.shape)}, {tensor.dim()} dimensions; allowed are 2 to 4, "
-            "broadcastable to [batch, q_heads, q_len, kv_len]"
-        )
-    tensor = tensor[(None,) * (4 - tensor.dim())]
-    for dim in (0, 1):
-        if tensor.shape[dim] > 1 and tensor.stride(dim) == 0:
-            tensor = tensor.narrow(dim, 0, 1)
-    return Dense(tensor)
-
-
-def _neighbourhood(dims: int, shape: tuple[int, ...], kernel: int | tuple[int, ...]) -> Mask:
-    kernels = (kernel,) * dims if isinstance(kernel, int) else tuple(kernel)
-    if len(shape) != dims or len(kernels) != dims:
-        raise ValueError(f"shape is {shape} and kernel {kernel}; allowed are {dims} sizes each")
-    for n, size in zip(shape, kernels, strict=True):
-        if not 1 <= _positive("kernel", size) <= _positive("shape", n) or size % 2 == 0:
-            raise ValueError(f"kernel is {kernel}; allowed are odd sizes of at most the shape, which is {shape}")
-    masks: list[Mask] = []
-    places = torch.cartesian_prod(*map(torch.arange, shape))[None, None].unbind(-1)
-    for place, n, size in zip(places, shape, kernels, strict=True):
-        first = (place - size // 2).clamp(0, n - size)
-        masks.append(Between(place, first, first + size, of_query=False, name="the product of shape"))
-    return reduce(and_, masks)
-
-
-def _labels(cu_seqlens: Tensor) -> Tensor:
-    """int64 `[1, 1, length]`: the document of each token."""
-    bounds = whole_numbers("cu_seqlens", cu_seqlens, (1,)).tolist()
-    if len(bounds) < 1 or bounds[0] != 0 or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens is {_few(bounds)}; allowed are numbers that start at 0 and do not decrease")
-    sizes = cu_seqlens.long().diff()
-    numbers = torch.arange(len(sizes), device=cu_seqlens.device)
-    return numbers.repeat_interleave(sizes, output_size=bounds[-1])[None, None]
-
-
-def _preorder(parents: list[int]) -> tuple[list[int], list[int]]:
-    """Each token's place in a walk that visits children after their parent, and the place after its last descendant."""
-    children: list[list[int]] = [[] for _ in parents]
-    roots: list[int] = []
-    for token, parent in enumerate(parents):
-        if not -1 <= parent < len(parents):
-            raise ValueError(f"parents[{token}] is {parent}; allowed are -1 to {len(parents) - 1}")
-        (roots if parent < 0 else children[parent]).append(token)
-    walk: list[int] = []
-    first, end = [-1] * len(parents), [0] * len(parents)
-    stack = roots[::-1]
-    while stack:
-        token = stack.pop()
-        first[token] = len(walk)
-        walk.append(token)
-        stack += children[token][::-1]
-    if len(walk) < len(parents):
-        raise ValueError(f"parents form a cycle through token {first.index(-1)}; allowed are trees")
-    for token in reversed(walk):
-        end[token] = max([first[token] + 1, *(end[child] for child in children[token])])
-    return first, end
-
-
-def _per_token(name: str, t: Tensor | None) -> Tensor:
-    """int64 `[batch or 1, heads or 1, length]`."""
-    t = whole_numbers(name, t, (1, 2, 3)).long()
-    return t[None, None] if t.dim() == 1 else t[:, None] if t.dim() == 2 else t
-
-
-def whole_numbers(name: str, t: Tensor | None, dims: tuple[int, ...]) -> Tensor:
-    """`t`, once it is known to be an integer tensor of one of `dims` dimensions."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; allowed is an int tensor")
-    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex() or t.dim() not in dims:
-        allowed = " or ".join(map(str, dims))
-        raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; allowed are integers in {allowed} dimensions")
-    return t
-
-
-def _flagged(name: str, flags: Tensor, of_query: bool) -> Mask:
-    """Attends where the flag of the query, or else of the key, is set."""
-    one = torch.ones((1, 1, 1), dtype=torch.long, device=flags.device)
-    return Between(_per_token(name, flags.long()), one, one + 1, of_query, name)
-
-
-def _same(name: str, ids: Tensor, kv_ids: Tensor | None = None) -> Mask:
-    """Attends where query and key have the same number; the keys have those of the queries, or `kv_ids`."""
-    labels = _per_token(name, ids)
-    kv_labels = labels if kv_ids is None else _per_token("kv_ids", kv_ids)
-    return Between(labels, kv_labels, kv_labels + 1, of_query=True, name=name)
-
-
-def _of_own_part(name: str, ids: Tensor) -> Mask:
-    """Attends to the own part and to part 0."""
-    return _same(name, ids) | _flagged(name, ids == 0, of_query=False)
-
-
-def _first(lengths: Tensor, name: str) -> Mask:
-    """Attends to the first `lengths [batch]` keys."""
-    end = lengths.long()[:, None, None]
-    return Between(None, torch.zeros_like(end), end, False, name)
-
-
-def _few(values: list[int]) -> str:
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
-
-
-def _positive(name: str, value: int) -> int:
-    if _integer(name, value) < 1:
-        raise ValueError(f"{name} is {value}; allowed are 1 and more")
-    return value
-
-
-def _natural(name: str, value: int) -> int:
-    if _integer(name, value) < 0:
-        raise ValueError(f"{name} is {value}; allowed are 0 and more")
-    return value
-
-
-def _integer(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; allowed is an int")
-    return value
+    return bools(check_dense("tensor", tensor, "a bool tensor"), "tensor")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from anymask.shapes import TileKinds
 from anymask.tiles import FULL, TILE, tiles_over
+
+# values of a list that a `repr` and errors show
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ class Grid:
         return first_q, last_q, first_k, last_k
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Mask(ABC):
     """Which query attends to which key, as an expression: `causal() & ~sliding_window(4, 4)`.
 
     True = attend. A mask has no lengths: `anymask.pack` gives it some, and `attention` does so by itself.
     """
+
+    # the call of the builder that made it, for `repr` and errors; it says nothing about pairs
+    label: str | None = field(default=None, compare=False, kw_only=True)
 
     @property
     def planes(self) -> tuple[int, int]:
@@ -90,9 +97,10 @@ class Mask(ABC):
         return cast(Mask, replace(cast(Any, self), **moved))
 
     def __repr__(self) -> str:
-        leaf = cast(Any, self)
-        values = [(f.name, getattr(leaf, f.name)) for f in fields(leaf) if getattr(leaf, f.name) is not f.default]
-        return f"{type(self).__name__}({', '.join(f'{name}={_brief(value)}' for name, value in values)})"
+        if self.label is not None:
+            return self.label
+        values = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not f.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={brief(value)}' for name, value in values)})"
 
     def __and__(self, other: Mask) -> Mask:
         return _combine("and", self, other)
@@ -117,7 +125,7 @@ class Not(Mask):
     of: Mask
 
     def __repr__(self) -> str:
-        return f"~{self.of!r}"
+        return self.label or f"~{self.of!r}"
 
     @property
     def planes(self) -> tuple[int, int]:
@@ -156,7 +164,7 @@ class Binary(Mask):
     right: Mask
 
     def __repr__(self) -> str:
-        return f"({self.left!r} {'&' if self.op == 'and' else '|'} {self.right!r})"
+        return self.label or f"({self.left!r} {'&' if self.op == 'and' else '|'} {self.right!r})"
 
     @property
     def planes(self) -> tuple[int, int]:
@@ -182,11 +190,16 @@ class Binary(Mask):
         return f"('{self.op}', {self.left.spec(leaves)}, {self.right.spec(leaves)})"
 
 
-def _brief(value: Any) -> str:
-    """A field of a leaf in a `repr`: tensors by dtype and shape."""
+def brief(value: Any) -> str:
+    """A value in a `repr`: tensors by dtype and shape, functions by name, long lists by length, objects by type."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return getattr(value, "__name__", None) or repr(value)
+    if isinstance(value, (list, tuple)):
+        kind = type(value).__name__
+        return f"{kind} of {len(value)}" if len(value) > FEW else f"({', '.join(map(brief, value))})"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return getattr(value, "__name__", None) or type(value).__name__
 
 
 def _combine(op: str, left: Mask, right: Mask) -> Mask:

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from anymask.block_mask import BlockMask
-from anymask.mask import Mask, from_dense
+from anymask.mask import Mask
+from anymask.mask.arguments import check_natural
 from anymask.mask.expr import Grid
 from anymask.mask.leaves import Dense
+from anymask.mask.parts import as_mask
 from anymask.packing.changes import extend as extend
 from anymask.packing.changes import slice_queries as slice_queries
 from anymask.packing.device import implementation
@@ -37,17 +39,15 @@ def pack(
     Raises:
         ValueError: dtype, rank or shape of a tensor that cannot be a mask of these lengths. TypeError: no mask at all.
     """
-    if not isinstance(mask, Mask):
-        mask = from_dense(mask)
+    mask = as_mask(mask, "a bool tensor and a Mask")
     if isinstance(mask, Dense):
         q_len = mask.tensor.shape[-2] if q_len is None else q_len
         kv_len = mask.tensor.shape[-1] if kv_len is None else kv_len
         device = mask.tensor.device if device is None else device
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
         if value is None:
-            raise ValueError(f"{name} is None; a {type(mask).__name__} mask has no length, pass {name}=...")
-        if value < 0:
-            raise ValueError(f"{name} is {value}; allowed are 0 and more tokens")
+            raise ValueError(f"{mask!r} has no length, pass {name}=...")
+        check_natural(name, value)
     assert q_len is not None
     assert kv_len is not None
     mask.check(q_len, kv_len)

@@ -232,6 +232,40 @@ def check_growing_scores(case: Case, backend: str, device: str) -> None:
     judge_of(inputs, case, min(case.q_len, case.kv_len))(run(inputs, case.scale, backend))
 
 
+def check_a_first_tile_of_zero_scores(case: Case, backend: str, device: str) -> None:
+    """Keys of the first tile that are 0, so that its scores are, and others after them: as right as any."""
+    inputs = make_inputs(case, device)
+    k = inputs.k.detach().clone()
+    k[:, :, :128] = 0
+    k[:, :, 128:] *= 4
+    inputs = inputs._replace(k=k.requires_grad_())
+    judge_of(inputs, case, min(case.q_len, case.kv_len))(run(inputs, case.scale, backend))
+
+
+def check_unused_rows_that_differ_by_head(case: Case, backend: str, device: str, value: float) -> None:
+    """Queries without a key, and keys without a query, others in each head, hold NaN or Inf: bit-equal to zeros."""
+    inputs = make_inputs(case, device)
+    generator = torch.Generator().manual_seed(case.seed)
+    used_q = (torch.rand(1, case.q_heads, case.q_len, 1, generator=generator) < 0.6).to(device)
+    # the heads of a group share their keys
+    group = case.q_heads // case.kv_heads
+    used_k = torch.rand(1, case.kv_heads, 1, case.kv_len, generator=generator) < 0.6
+    dense = used_q & used_k.repeat_interleave(group, 1).to(device)
+    inputs = inputs._replace(mask=dense, dense=dense.expand_as(inputs.dense))
+    unused_q, unused_k = ~inputs.dense.any(-1), dead_keys(inputs)
+    assert unused_q.any()
+    assert unused_k.any()
+
+    def filled(x: float) -> Results:
+        q, do = _with(inputs.q, unused_q, x), _with(inputs.do, unused_q, x)
+        k, v = _with(inputs.k, unused_k, x), _with(inputs.v, unused_k, x)
+        return run(inputs._replace(q=q, k=k, v=v, do=do, dlse=inputs.dlse.masked_fill(unused_q, x)), backend=backend)
+
+    clean = filled(0.0)
+    same(clean, filled(value), backend)
+    assert_dead_is_zero(clean, inputs.dense)
+
+
 def check_high_hidden_scores(case: Case, backend: str, device: str) -> None:
     """Hidden pairs that score e**64 times what the others do, in every tile: as right as any."""
     inputs = make_inputs(case, device)

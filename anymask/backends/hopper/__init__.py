@@ -1,29 +1,38 @@
 """Kernels in Gluon for Hopper (sm_90): fp16 and bf16 through the tensor memory accelerator and warpgroup products.
 
 Triton is imported when a call runs, so that this module imports without it. Allocation and launches only; the kernels
-are in forward_kernel.py and backward_kernel.py.
+are in `kernels/`.
 """
 
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anymask.backends import triton as portable
+from anymask.backends.gpu import target
+from anymask.backends.gpu.arguments import (
+    LOG2_E,
+    MAX_GRID,
+    kernel_options,
+    mask_lists,
+    plane_strides,
+    zero_unused_rows,
+)
+from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
 from anymask.backends.hopper import tuning
 from anymask.block_mask import BlockMask
-from anymask.launch import launch, on
+from anymask.launch import device_guard, launch
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16)
 # below, the portable kernels pad less; above, the accumulators do not fit the registers
 MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 128
 
-# queries of a warpgroup in the forward kernel
-GROUP_ROWS = 64
+# queries of a consumer warpgroup in the forward kernel
+WARPGROUP_ROWS = 64
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> str | None:
@@ -57,8 +66,8 @@ def _why_not(
             f"head_dim is {head_dim} and v_dim {v_dim}, the kernels take a larger one of "
             f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
         )
-    if max(batch, q_heads) > portable.MAX_GRID:
-        return f"q has {batch} samples and {q_heads} heads, the kernels take up to {portable.MAX_GRID} of each"
+    if max(batch, q_heads) > MAX_GRID:
+        return f"q has {batch} samples and {q_heads} heads, the kernels take up to {MAX_GRID} of each"
     for name, (strides, address) in zip("qkv", layout, strict=True):
         if not _loadable(strides, address):
             return (
@@ -68,69 +77,93 @@ def _why_not(
     return None
 
 
+class _Forward(NamedTuple):
+    """A forward call as the kernel sees it: q and o with packed heads, if it packs them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor
+    # query heads of a kv head, and queries of a head of the mask
+    group: int
+    mask_rows: int
+    pack_gqa: bool
+    block_mask: BlockMask | None
+    sm_scale: float
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
     """`(o, lse)`, contiguous."""
-    from anymask.backends.hopper.forward_kernel import _fwd_kernel
-
-    # Triton unpacks them for each descriptor: of a tuple in half the time of a `torch.Size`
-    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-    batch, q_heads, q_len, head_dim = q_shape
-    kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
-    o_shape = batch, q_heads, q_len, v_dim
-    o = q.new_empty(*o_shape)
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, v_dim = k.shape[1], v.shape[3]
+    o = q.new_empty(batch, q_heads, q_len, v_dim)
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
-    v = _without_dead(v, block_mask, "cols")
-    group, mask_rows = q_heads // kv_heads, q_len
+    v = zero_unused_rows(v, block_mask, "cols")
+    group = q_heads // kv_heads
     # the heads of a group have the same keys, values and mask: their queries are rows of one tile, the PackGQA of
     # FlashAttention-3 (Shah et al., 2024)
-    pack_gqa = group > 1 and group * q_len <= TILE and (block_mask is None or block_mask.heads == 1)
-    if pack_gqa:
-        q_heads, q_len, group = kv_heads, group * q_len, 1
-        q_shape, o_shape = (batch, q_heads, q_len, head_dim), (batch, q_heads, q_len, v_dim)
-        q, o = q.reshape(q_shape), o.view(o_shape)
-    block_d = _block_d(head_dim, v_dim)
+    if group > 1 and group * q_len <= TILE and (block_mask is None or block_mask.heads == 1):
+        packed = batch, kv_heads, group * q_len
+        call = _Forward(
+            q.reshape(*packed, head_dim), k, v, o.view(*packed, v_dim), lse, 1, q_len, True, block_mask, sm_scale
+        )
+    else:
+        call = _Forward(q, k, v, o, lse, group, q_len, False, block_mask, sm_scale)
+    with device_guard(q.device):
+        _launch_forward(call)
+    return o, lse
+
+
+def _launch_forward(call: _Forward) -> None:
+    from anymask.backends.hopper.kernels.forward import _fwd_kernel
+
+    q, k, v, o, block_mask = call.q, call.k, call.v, call.o, call.block_mask
+    # Triton unpacks them for each descriptor: of a tuple in half the time of a `torch.Size`
+    q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
+    batch, q_heads, q_len, head_dim = q_shape
+    block_d = _block_d(head_dim, v_shape[3])
     config = tuning.FORWARD[block_d]
     q_tiles = tiles_over(q_len)
-    block_q = _block((1, 1, GROUP_ROWS, block_d), q.dtype)
+    block_q = _block((1, 1, WARPGROUP_ROWS, block_d), q.dtype)
     block_kv = _block((1, 1, config.BLOCK_N, block_d), q.dtype)
-    n_items = q_tiles * q_heads * batch
-    programs = -(-n_items // config.PAIRS)
+    n_work_tiles = q_tiles * q_heads * batch
+    programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
     if config.is_persistent[block_mask is not None]:
         programs = min(programs, _multiprocessors(q.device))
-    with on(q.device):
-        launch(
-            _fwd_kernel,
-            (programs, 1, 1),
-            (
-                _tiles(q, q_shape, block_q),
-                _tiles(k, k_shape, block_kv),
-                _tiles(v, v_shape, block_kv),
-                _tiles(o, o_shape, block_q),
-                lse,
-                *portable._lists(block_mask, "rows"),
-                *portable._plane_strides(block_mask),
-                q_tiles,
-                q_heads,
-                group,
-                q_len,
-                kv_len,
-                mask_rows,
-                n_items,
-                _section(block_mask is not None, q_tiles, batch * q_heads, programs * config.PAIRS),
-                sm_scale * portable.LOG2_E,
-            ),
-            {
-                "HEAD_DIM": block_d,
-                "STAGES": config.STAGES,
-                "Q_STAGES": config.Q_STAGES,
-                "PAIRS": config.PAIRS,
-                "PACK_GQA": pack_gqa and block_mask is not None,
-            },
-            (q.device, q.dtype, config.BLOCK_N, block_mask is None),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return (o.view(*lse.shape, v_dim) if pack_gqa else o), lse
+    launch(
+        _fwd_kernel,
+        (programs, 1, 1),
+        (
+            _tiles(q, q_shape, block_q),
+            _tiles(k, k_shape, block_kv),
+            _tiles(v, v_shape, block_kv),
+            _tiles(o, o_shape, block_q),
+            call.lse,
+            *mask_lists(block_mask, "rows"),
+            *plane_strides(block_mask),
+            q_tiles,
+            q_heads,
+            call.group,
+            q_len,
+            k_shape[2],
+            call.mask_rows,
+            n_work_tiles,
+            _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs * config.CONSUMER_PAIRS),
+            call.sm_scale * LOG2_E,
+        ),
+        {
+            "HEAD_DIM": block_d,
+            "STAGES": config.STAGES,
+            "Q_STAGES": config.Q_STAGES,
+            "CONSUMER_PAIRS": config.CONSUMER_PAIRS,
+            "PACK_GQA": call.pack_gqa and block_mask is not None,
+            "PLAIN_SOFTMAX": config.PLAIN_SOFTMAX,
+        },
+        (q.device, q.dtype, config.BLOCK_N, block_mask is None),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
 
 
 def backward(
@@ -147,106 +180,116 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)`, contiguous. dq sums in the order in which tiles finish, unless `deterministic`.
 
-    The deterministic variant leaves dq to the portable kernel, which computes the scores again and adds in order. It is
-    also the faster one for many short lines.
+    The deterministic variant leaves dq to the Triton kernel, which computes the scores again and adds in order. It is
+    also the faster one for many columns of few tiles.
     """
-    from anymask.backends.hopper.backward_kernel import _bwd_kernel, _dq_kernel
+    batch, q_heads, q_len, head_dim = q.shape
+    dq, dk, dv = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
+    if not _loadable(do.stride(), do.data_ptr()):
+        do = do.contiguous()
+    q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
+    k, v = (zero_unused_rows(t, block_mask, "cols") for t in (k, v))
+    v_dim = v.shape[3]
+    block_d = _block_d(head_dim, v_dim)
+    n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
+    programs = min(n_work_tiles, _multiprocessors(q.device))
+    dq_acc = None
+    if not (deterministic or (_has_short_columns(block_mask) and n_work_tiles >= tuning.MANY_COLUMNS * programs)):
+        # rows of 32 floats, in the order of the kernel
+        dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
+    with device_guard(q.device):
+        rows = launch_delta(o, do, lse, dlse, dq_acc)
+        call = BackwardCall(q, k, v, do, *rows, None, None, block_mask, sm_scale)
+        _launch_backward(call, dk, dv, dq_acc, n_work_tiles, programs)
+        if dq_acc is None:
+            launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
+        else:
+            _launch_dq_cast(dq_acc, dq, block_d, sm_scale)
+    return dq, dk, dv
 
+
+def _launch_backward(
+    call: BackwardCall, dk: Tensor, dv: Tensor, dq_acc: Tensor | None, n_work_tiles: int, programs: int
+) -> None:
+    """dk and dv, and without `dq_acc` no more."""
+    from anymask.backends.hopper.kernels.backward import _bwd_kernel
+
+    q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
     q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
     batch, q_heads, q_len, head_dim = q_shape
     kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
-    o_shape = batch, q_heads, q_len, v_dim
-    dq, dk, dv = q.new_empty(*q_shape), k.new_empty(*k_shape), v.new_empty(*v_shape)
-    if not _loadable(do.stride(), do.data_ptr()):
-        do = do.contiguous()
-    q, do = (_without_dead(t, block_mask, "rows") for t in (q, do))
-    k, v = (_without_dead(t, block_mask, "cols") for t in (k, v))
     block_d = _block_d(head_dim, v_dim)
     block_m = tuning.BLOCK_M[block_d]
     block_q = _block((1, 1, block_m, block_d), q.dtype)
     block_kv = _block((1, 1, TILE, block_d), q.dtype)
-    block_rows = _block((block_m,), lse.dtype)
+    block_rows = _block((block_m,), torch.float32)
     padded = batch * q_heads * tiles_over(q_len) * TILE
-    n_items = tiles_over(kv_len) * kv_heads * batch
-    programs = min(n_items, _multiprocessors(q.device))
-    dq_acc = dq_tiles = None
-    adds_dq = not (deterministic or (_has_short_lines(block_mask) and n_items >= tuning.MANY_LINES * programs))
-    if adds_dq:
-        # rows of 32 floats, in the order of the kernel
+    dq_tiles = None
+    if dq_acc is not None:
         dq_shape = padded * block_d // 32, 32
-        dq_acc = lse.new_empty(*dq_shape)
-        dq_tiles = _descriptor(dq_acc, dq_shape, (32, 1), _block((block_m * block_d // 32, 32), lse.dtype))
-    has_tail = block_mask is None and kv_len % TILE != 0
-    with on(q.device):
-        lse2, delta = portable._launch_delta(o, do, lse, dlse, dq_acc)
-        launch(
-            _bwd_kernel,
-            (programs, 1, 1),
-            (
-                _tiles(q, q_shape, block_q),
-                _tiles(k, k_shape, block_kv),
-                _tiles(v, v_shape, block_kv),
-                _tiles(do, o_shape, block_q),
-                _descriptor(lse2, (padded,), (1,), block_rows),
-                _descriptor(delta, (padded,), (1,), block_rows),
-                dq_tiles,
-                _tiles(dk, k_shape, block_kv),
-                _tiles(dv, v_shape, block_kv),
-                *portable._lists(block_mask, "cols"),
-                *portable._plane_strides(block_mask),
-                tiles_over(q_len),
-                kv_heads,
-                q_heads // kv_heads,
-                kv_len,
-                n_items,
-                _section(block_mask is not None, tiles_over(kv_len), batch * kv_heads, programs),
-                sm_scale,
-                sm_scale * portable.LOG2_E,
-            ),
-            {
-                "HEAD_DIM": block_d,
-                "BLOCK_M": block_m,
-                "STAGES": 2,
-                "MASKED": block_mask is not None,
-                "HAS_TAIL": has_tail,
-            },
-            (q.device, q.dtype, do.dtype, q_heads // kv_heads, adds_dq),
-            num_warps=8,
-            enable_fp_fusion=True,
-        )
-        if dq_acc is None:
-            pairs = q, k, v, do, lse2, delta
-            portable._launch_sum("dq", pairs, (dq,), block_mask, (None, None), sm_scale)
-        else:
-            launch(
-                _dq_kernel,
-                (padded // 64, 1, 1),
-                (dq_acc, dq, q_len, sm_scale),
-                {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
-                (q.device, q.dtype),
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
-    return dq, dk, dv
+        dq_tiles = _descriptor(dq_acc, dq_shape, (32, 1), _block((block_m * block_d // 32, 32), torch.float32))
+    launch(
+        _bwd_kernel,
+        (programs, 1, 1),
+        (
+            _tiles(q, q_shape, block_q),
+            _tiles(k, k_shape, block_kv),
+            _tiles(v, v_shape, block_kv),
+            _tiles(do, (batch, q_heads, q_len, v_dim), block_q),
+            _descriptor(call.lse2, (padded,), (1,), block_rows),
+            _descriptor(call.delta, (padded,), (1,), block_rows),
+            dq_tiles,
+            _tiles(dk, k_shape, block_kv),
+            _tiles(dv, v_shape, block_kv),
+            *mask_lists(block_mask, "cols"),
+            *plane_strides(block_mask),
+            tiles_over(q_len),
+            kv_heads,
+            q_heads // kv_heads,
+            kv_len,
+            n_work_tiles,
+            _swizzle_heads(block_mask is not None, tiles_over(kv_len), batch * kv_heads, programs),
+            call.sm_scale,
+            call.sm_scale * LOG2_E,
+        ),
+        {"HEAD_DIM": block_d, "BLOCK_M": block_m, "STAGES": 2, "HAS_TAIL": block_mask is None and kv_len % TILE != 0},
+        (q.device, q.dtype, do.dtype, q_heads // kv_heads, dq_acc is not None, block_mask is None),
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
 
 
-def _has_short_lines(block_mask: BlockMask | None) -> bool:
+def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
+    from anymask.backends.hopper.kernels.backward import _dq_kernel
+
+    launch(
+        _dq_kernel,
+        (dq_acc.numel() // (block_d * 64), 1, 1),
+        (dq_acc, dq, dq.shape[2], sm_scale),
+        {"DIM": dq.shape[3], "HEAD_DIM": block_d, "TILE": TILE},
+        (dq.device, dq.dtype),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def _has_short_columns(block_mask: BlockMask | None) -> bool:
     if block_mask is None:
         return False
     cols = block_mask.cols
-    return cols.full_tiles.numel() + cols.partial_tiles.numel() <= tuning.SHORT_LINE * cols.order.numel()
+    return cols.full_tiles.numel() + cols.partial_tiles.numel() <= tuning.SHORT_COLUMN * cols.order.numel()
 
 
-def _section(masked: bool, lines: int, heads: int, seats: int) -> int:
-    """How many heads share a section of the items, of `lines` each; see `place_of`.
+def _swizzle_heads(has_mask: bool, tiles: int, heads: int, num_workers: int) -> int:
+    """How many heads are swizzled together, of `tiles` work tiles each; see `decode_work_tile`.
 
-    Without a mask one: all lines are equal. Else sections of about four rounds, and an odd number of them: an even one
-    adds up what each leaves uneven.
+    Without a mask one: all work tiles are equal. Else so many that their work tiles are about four waves, and an odd
+    number of such blocks: with an even one, what each leaves uneven adds up.
     """
-    if not masked:
+    if not has_mask:
         return 1
-    sections = max(1, lines * heads // (4 * seats))
-    return -(-heads // (sections - (sections % 2 == 0)))
+    blocks = max(1, tiles * heads // (4 * num_workers))
+    return -(-heads // (blocks - (blocks % 2 == 0)))
 
 
 def _block_d(head_dim: int, v_dim: int) -> int:
@@ -261,14 +304,6 @@ def _loadable(strides: tuple[int, ...], address: int) -> bool:
     """Whether the copy engine can read such a tensor: 16-byte aligned, and no stride of 0."""
     b, h, m, _ = strides
     return (address | 2 * b | 2 * h | 2 * m) % 16 == 0 and min(b, h, m) > 0
-
-
-def _without_dead(t: Tensor, block_mask: BlockMask | None, view: str) -> Tensor:
-    """`t` with zeros at positions that no pair of its plane needs: 0 times a NaN there would reach a sum."""
-    live = portable._live(block_mask, view)
-    if live is None or block_mask is None:
-        return t
-    return t.masked_fill(live.view(block_mask.batch, block_mask.heads, -1, 1) == 0, 0.0)
 
 
 def _tiles(t: Tensor, shape: tuple[int, ...], block: _Block) -> Any:
@@ -306,9 +341,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 @cache
 def _unusable(device: torch.device) -> str | None:
-    if not portable._installed():
+    if not target.is_installed():
         return "Triton is not installed"
-    if portable._interprets():
+    if target.interprets():
         return "Triton interprets its kernels, and has no interpreter for these"
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} is not of compute capability 9.0"

@@ -1,37 +1,50 @@
 """Launch options of the Triton kernels: a literal table and a pure lookup.
 
 Rows of "hopper" for head_dim 64 and 128 are the fastest without register spills of those that
-`python -m benchmarks.tune [--head-dim 64] [--pointers]` timed on an NVIDIA H200 (Triton 3.6, fp16, B2 H16 L8192) on
-2026-11-22. All others are chosen to fit the shared memory and the registers of their family, and wait for a
-measurement.
+`python -m benchmarks.tune --kernels triton [--head-dim 64] [--pointers]` timed on an NVIDIA H200 (Triton 3.6, fp16,
+B2 H16 L8192) on 2026-11-22. Its rows for 256 and for 192 with a v_dim of 128, and fp32 at head_dim 64, are the fastest
+of a few on an H100 (Triton 3.6) on 2026-11-27. All others are chosen to fit the shared memory and the registers of
+their family, and wait for a measurement.
+
+fp32 products. A tensor core of an NVIDIA GPU takes fp32 numbers only cut to TF32. "bf16x6" writes each as a sum of
+three bf16 numbers (8 + 8 + 8 bits of the 24) and adds the six products that fp32 can hold, so results are as close to
+fp64 as those of IEEE products, and closer on an H100, at a fifth of the time. Two limits come from bf16: an absolute
+value of 3.39618e38 or more, the last 0.2 % of fp32's range, counts as infinite; and what lies below 2**-133 of a number
+is lost, which is at most half a unit of fp32 for numbers from 2**-110 (7.7e-34) on. Infinities and NaN act as in
+IEEE products. AMD's matrix cores multiply IEEE fp32 as it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import TypeAlias
 
+from anymask.backends.gpu.arguments import TileConfig
 
-@dataclass(frozen=True)
-class TileConfig:
-    """Queries and keys of a kernel step (both divide the 128 of a tile), warps a program, stages of the pipeline."""
+# pass -> the larger padded dim of head_dim and v_dim, or both, head_dim first -> config
+Rows: TypeAlias = dict[str, dict[int | tuple[int, int], TileConfig]]
 
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-# family -> pass -> padded head_dim -> config, for 16-bit inputs
-TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
+# by family, for 16-bit inputs
+TABLE: dict[str, Rows] = {
     # 227 KiB of shared memory
     "hopper": {
-        "fwd": {64: TileConfig(64, 128, 4, 2), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 2)},
-        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 2)},
-        "dkdv": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 2)},
+        "fwd": {
+            64: TileConfig(64, 128, 4, 2),
+            128: TileConfig(128, 128, 8, 3),
+            (256, 128): TileConfig(128, 64, 8, 3),
+            256: TileConfig(128, 64, 8, 2),
+        },
+        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 32, 8, 2)},
+        "dkdv": {
+            64: TileConfig(64, 64, 4, 3),
+            128: TileConfig(64, 64, 4, 2),
+            (256, 128): TileConfig(32, 64, 4, 2),
+            256: TileConfig(64, 64, 8, 2),
+        },
     },
     # the same chip where tiles come through pointers, whose addresses take registers
     "hopper-pointers": {
-        "fwd": {64: TileConfig(128, 128, 8, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 32, 8, 2)},
-        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 1)},
-        "dkdv": {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 1)},
+        "fwd": {64: TileConfig(128, 128, 8, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 2)},
+        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 32, 8, 2)},
+        "dkdv": {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 64, 8, 2)},
     },
     # 163 KiB, no warpgroup products
     "ampere": {
@@ -53,8 +66,52 @@ TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
     },
 }
 
-# IEEE fp32 products run on the plain ALUs and hold both operands in registers
-FP32 = {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)}
+# small enough for "small", and for Blackwell's tensor memory, where each of six products holds columns with Triton 3.6
+_SPLIT: Rows = {
+    "fwd": {
+        64: TileConfig(64, 32, 4, 2, "bf16x6"),
+        128: TileConfig(32, 32, 4, 2, "bf16x6"),
+        256: TileConfig(16, 16, 4, 1),
+    },
+    "dq": {
+        64: TileConfig(32, 32, 4, 2, "bf16x6"),
+        128: TileConfig(32, 16, 4, 1, "bf16x6"),
+        256: TileConfig(16, 16, 4, 1),
+    },
+    "dkdv": {
+        64: TileConfig(32, 32, 4, 1, "bf16x6"),
+        128: TileConfig(32, 32, 8, 1, "bf16x6"),
+        256: TileConfig(16, 16, 4, 1),
+    },
+}
+
+# the same for fp32 inputs, which no descriptor reads; at 256 the parts of q, or of k and v, do not fit the registers
+FP32: dict[str, Rows] = {
+    "hopper-pointers": {
+        "fwd": {
+            64: TileConfig(64, 64, 4, 2, "bf16x6"),
+            128: TileConfig(64, 32, 4, 2, "bf16x6"),
+            256: TileConfig(16, 16, 4, 1),
+        },
+        "dq": {
+            64: TileConfig(64, 32, 4, 2, "bf16x6"),
+            128: TileConfig(64, 16, 4, 1, "bf16x6"),
+            256: TileConfig(16, 16, 4, 1),
+        },
+        "dkdv": {
+            64: TileConfig(32, 64, 4, 2, "bf16x6"),
+            128: TileConfig(32, 32, 8, 1, "bf16x6"),
+            256: TileConfig(16, 16, 4, 1),
+        },
+    },
+    "ampere": _SPLIT,
+    "small": _SPLIT,
+    "cdna": {
+        "fwd": {64: TileConfig(64, 64, 4, 1), 128: TileConfig(64, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
+        "dq": {64: TileConfig(64, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
+        "dkdv": {64: TileConfig(32, 64, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
+    },
+}
 
 
 def family(backend: str, arch: int | str, use_tma: bool) -> str:
@@ -70,7 +127,23 @@ def family(backend: str, arch: int | str, use_tma: bool) -> str:
     return "hopper" if use_tma else "hopper-pointers"
 
 
-def choose(backend: str, arch: int | str, use_tma: bool, itemsize: int, block_d: int, which: str) -> TileConfig:
-    """Config of pass `which` ("fwd", "dq", "dkdv") for inputs of `itemsize` bytes and a padded head_dim."""
-    by_dim = FP32 if itemsize == 4 else TABLE[family(backend, arch, use_tma)][which]
-    return by_dim[max(64, block_d)]
+def choose(
+    backend: str,
+    arch: int | str,
+    use_tma: bool,
+    itemsize: int,
+    block_d: int,
+    block_dv: int,
+    which: str,
+    allow_tf32: bool = False,
+) -> TileConfig:
+    """Config of pass `which` ("fwd", "dq", "dkdv") for inputs of `itemsize` bytes and a padded head_dim and v_dim.
+
+    With `allow_tf32`, fp32 products that would be several of a lower precision become one of TF32.
+    """
+    table = FP32 if itemsize == 4 else TABLE
+    rows = table[family(backend, arch, use_tma)][which]
+    config = rows.get((block_d, block_dv)) or rows[max(64, block_d, block_dv)]
+    if allow_tf32 and config.PRECISION != "ieee":
+        config = replace(config, PRECISION="tf32")
+    return config

@@ -1,0 +1,1 @@
+"""Kernels that both GPU backends run, and their parts: jit functions alone."""

@@ -1,0 +1,1 @@
+"""The Hopper kernels and their parts: jit functions alone."""

@@ -1,0 +1,300 @@
+"""The forward kernel for Hopper: one producer warp feeds a pair of consumer warpgroups.
+
+A work tile is one query tile of one head, 128 queries; each consumer warpgroup of a pair has 64 of them. A program has
+one pair, or two that share nothing but the multiprocessor. A grid may have a pair for every work tile or one program
+per multiprocessor: with fewer pairs than work tiles, the producer loads the next one while the consumers finish the
+last. docs/kernels.md, section 4, draws who waits for whom.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from anymask.backends.hopper.kernels.compat import tma_load, tma_store
+from anymask.backends.hopper.kernels.mainloop import mainloop
+from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
+from anymask.backends.hopper.kernels.records import (
+    ConsumerPair,
+    ForwardConfig,
+    ForwardSchedule,
+    ForwardSizes,
+    KVPipeline,
+    MaskLists,
+    PlaneStrides,
+    QPipeline,
+    Worker,
+)
+from anymask.backends.hopper.kernels.scheduler import (
+    first_two_tiles,
+    num_work_tiles,
+    prefetch_tile_range,
+    read_tile_range,
+    work_tile_at,
+)
+from anymask.backends.hopper.kernels.words import ROWS, load_words, zero_words
+
+LN_2 = gl.constexpr(0.6931471805599453)
+# consumer warpgroups of a pair
+WARPGROUPS = gl.constexpr(2)
+
+
+@gluon.jit
+def _words_of(tile_range, lists):
+    """Where the words of a work tile's partial tiles begin."""
+    return lists.words + tile_range.partial_begin.to(gl.int64) * (TILE * 4)
+
+
+@gluon.jit
+def _produce(q_desc, k_desc, v_desc, pair, schedule, group, cfg: gl.constexpr):
+    """The producer warp: loads q of every work tile, then k and v of the steps through its kv tiles.
+
+    v runs one step behind k, which is the order that the consumers want them in.
+    """
+    q, kv, lists = pair.q, pair.kv, schedule.lists
+    STAGES: gl.constexpr = cfg.STAGES
+    HAS_MASK: gl.constexpr = cfg.HAS_MASK
+    BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
+    STEPS: gl.constexpr = TILE // BLOCK_N
+    step_base = 0
+    tile_range, tile, next_tile = first_two_tiles(pair.worker, schedule, HAS_MASK)
+    for iteration in range(num_work_tiles(schedule.n_work_tiles, pair.worker)):
+        head, sample = tile.head, tile.sample
+        kv_head = head // group
+        n = (tile_range.n_partial + tile_range.n_full) * STEPS
+        q_stage, q_phase = stage_and_phase(iteration, cfg.Q_STAGES)
+        mbarrier.wait(q.empty.index(q_stage), q_phase ^ 1)
+        mbarrier.expect(q.full.index(q_stage), WARPGROUPS * q_desc.block_type.nbytes)
+        for g in gl.static_range(WARPGROUPS):
+            tma_load(
+                q_desc,
+                [sample, head, tile.tile * TILE + g * ROWS, 0],
+                q.full.index(q_stage),
+                q.bufs.index(q_stage * WARPGROUPS + g),
+            )
+        next_next = work_tile_at(iteration + 2, pair.worker, schedule)
+        pending = prefetch_tile_range(next_tile, next_next, schedule, HAS_MASK)
+        kv_tile = _load_kv_tile(0, lists, tile_range, HAS_MASK)
+        last_row = 0
+        for t in range(n):
+            stage, phase = stage_and_phase(step_base + t, STAGES)
+            row = kv_tile * TILE + t % STEPS * BLOCK_N
+            # read one step ahead: it is an indirection
+            kv_tile = _load_kv_tile((t + 1) // STEPS, lists, tile_range, HAS_MASK)
+            mbarrier.wait(kv.empty.index(stage), phase ^ 1)
+            mbarrier.expect(kv.k_full.index(stage), k_desc.block_type.nbytes)
+            tma_load(k_desc, [sample, kv_head, row, 0], kv.k_full.index(stage), kv.k_bufs.index(stage))
+            if t > 0:
+                _load_v(v_desc, sample, kv_head, last_row, kv, stage_and_phase(step_base + t - 1, STAGES)[0])
+            last_row = row
+        step_base += n
+        if n > 0:
+            stage, phase = stage_and_phase(step_base, STAGES)
+            mbarrier.wait(kv.empty.index(stage), phase ^ 1)
+            _load_v(v_desc, sample, kv_head, last_row, kv, stage_and_phase(step_base - 1, STAGES)[0])
+        tile = next_tile
+        tile_range, next_tile = read_tile_range(pending, next_next, schedule, HAS_MASK)
+
+
+@gluon.jit
+def _load_v(v_desc, sample, kv_head, row, kv, stage):
+    mbarrier.expect(kv.v_full.index(stage), v_desc.block_type.nbytes)
+    tma_load(v_desc, [sample, kv_head, row, 0], kv.v_full.index(stage), kv.v_bufs.index(stage))
+
+
+@gluon.jit
+def _load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
+    """The `t`-th kv tile of a work tile, partial ones first; 0 past the end."""
+    n_partial, n_full = tile_range.n_partial, tile_range.n_full
+    if HAS_MASK:
+        if t < n_partial:
+            entry = lists.partial_tiles + (tile_range.partial_begin + t)
+        else:
+            entry = lists.full_tiles + (tile_range.full_begin + t - n_partial)
+        tile = gl.load(entry, mask=t < n_partial + n_full, other=0)
+    else:
+        # the last tile first: it alone can end early
+        tile = gl.where(t == 0, n_full, t) - 1
+    return tile
+
+
+@gluon.jit
+def _consume(o_desc, lse, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP: gl.constexpr):
+    """A consumer warpgroup: ROWS queries of every work tile, their `o` and `lse`."""
+    q, lists, sizes = pair.q, schedule.lists, schedule.sizes
+    HAS_MASK: gl.constexpr = cfg.HAS_MASK
+    HEAD_DIM: gl.constexpr = cfg.HEAD_DIM
+    BLOCK_N: gl.constexpr = pair.kv.k_bufs.shape[3]
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    W_LAYOUT: gl.constexpr = zero_words(BLOCK_N, S_LAYOUT).type.layout
+    step_base = 0
+    tile_range, tile, next_tile = first_two_tiles(pair.worker, schedule, HAS_MASK)
+    w = zero_words(BLOCK_N, S_LAYOUT)
+    if HAS_MASK:
+        w = _first_words(tile_range, lists, sizes, cfg, WARPGROUP, W_LAYOUT)
+    for iteration in range(num_work_tiles(schedule.n_work_tiles, pair.worker)):
+        head, sample = tile.head, tile.sample
+        n_partial = tile_range.n_partial
+        n = (n_partial + tile_range.n_full) * (TILE // BLOCK_N)
+        words = lists.words
+        if HAS_MASK:
+            words = _words_of(tile_range, lists)
+        # the lists are read work tiles ahead, as they lead from one to the other
+        next_next = work_tile_at(iteration + 2, pair.worker, schedule)
+        pending = prefetch_tile_range(next_tile, next_next, schedule, HAS_MASK)
+        q_stage, q_phase = stage_and_phase(iteration, cfg.Q_STAGES)
+        q_buf = q.bufs.index(q_stage * WARPGROUPS + WARPGROUP).reshape([ROWS, HEAD_DIM])
+        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
+        l_i = zero_words(BLOCK_N, S_LAYOUT).to(gl.float32)
+        m_i = l_i
+        mbarrier.wait(q.full.index(q_stage), q_phase)
+        if n > 0:
+            acc, l_i, m_i = mainloop(q_buf, pair.kv, words, w, n_partial, n, sizes, qk_scale, step_base, cfg, WARPGROUP)
+        step_base += n
+        q_tile = tile.tile
+        tile = next_tile
+        tile_range, next_tile = read_tile_range(pending, next_next, schedule, HAS_MASK)
+        if HAS_MASK:
+            # for the first step of the next work tile, while o of this one is stored
+            w = _first_words(tile_range, lists, sizes, cfg, WARPGROUP, W_LAYOUT)
+        l_i = gl.convert_layout(gl.sum(l_i, 1), R_LAYOUT, assert_trivial=True)
+        m_i = gl.convert_layout(gl.max(m_i, 1), R_LAYOUT, assert_trivial=True)
+        mbarrier.arrive(q.empty.index(q_stage))
+        row = q_tile * TILE + WARPGROUP * ROWS
+        rows = row + gl.arange(0, ROWS, layout=R_LAYOUT)
+        lse_rows = lse + (sample * sizes.q_heads + head).to(gl.int64) * sizes.q_len + rows
+        gl.store(lse_rows, (m_i + gl.log2(l_i)) * LN_2, mask=rows < sizes.q_len)
+        scale = gl.convert_layout(1.0 / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
+        o = (acc * scale.expand_dims(1)).to(o_desc.dtype)
+        o_buf = pair.o_bufs.index(WARPGROUP)
+        tma.store_wait(0)
+        o_buf.reshape([ROWS, HEAD_DIM]).store(o)
+        fence_async_shared()
+        tma_store(o_desc, [sample, head, row, 0], o_buf)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _first_words(tile_range, lists, sizes, cfg: gl.constexpr, WARPGROUP: gl.constexpr, W_LAYOUT: gl.constexpr):
+    """Words of a work tile's first tile, all ones if that is full."""
+    words = _words_of(tile_range, lists)
+    return load_words(words, WARPGROUP * ROWS, tile_range.n_partial > 0, sizes.mask_rows, W_LAYOUT, cfg.PACK_GQA)
+
+
+@gluon.jit
+def _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg: gl.constexpr, PAIR: gl.constexpr, CONSUMER_PAIRS: gl.constexpr):
+    """What a pair of consumer warpgroups of a program shares with its producer."""
+    STAGES: gl.constexpr = cfg.STAGES
+    Q_STAGES: gl.constexpr = cfg.Q_STAGES
+    dtype: gl.constexpr = q_desc.dtype
+    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * WARPGROUPS] + q_desc.block_type.shape, q_desc.layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
+    q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
+    k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 1)
+    kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS))
+    worker = Worker(gl.program_id(0) * CONSUMER_PAIRS + PAIR, gl.num_programs(0) * CONSUMER_PAIRS)
+    return ConsumerPair(q, kv, o_bufs, worker)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "sample_planes",
+        "head_planes",
+        "q_tiles",
+        "q_heads",
+        "group",
+        "q_len",
+        "kv_len",
+        "mask_rows",
+        "n_work_tiles",
+        "swizzle_heads",
+    ],
+    do_not_specialize_on_alignment=[
+        "lse",
+        "full_offsets",
+        "full_tiles",
+        "partial_offsets",
+        "partial_tiles",
+        "words",
+        "order",
+    ],
+)
+def _fwd_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    o_desc,
+    lse,
+    full_offsets,
+    full_tiles,
+    partial_offsets,
+    partial_tiles,
+    words,
+    order,
+    sample_planes,
+    head_planes,
+    q_tiles,
+    q_heads,
+    group,
+    q_len,
+    kv_len,
+    mask_rows,
+    n_work_tiles,
+    swizzle_heads,
+    qk_scale,
+    HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    CONSUMER_PAIRS: gl.constexpr,
+    PACK_GQA: gl.constexpr,
+    PLAIN_SOFTMAX: gl.constexpr,
+):
+    """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md.
+
+    Grid: (programs), so many that there is a work tile for each, `n_work_tiles = batch * q_heads * q_tiles`.
+    Descriptors are `[batch, heads, length, D]` with blocks `[1, 1, ROWS, D]` for q and o, `[1, 1, BLOCK_N, D]` for k
+    and v, of which BLOCK_N divides a tile: no block leaves its head, and what a block has beyond its length is read as
+    0 and not written.
+
+    PACK_GQA: rows of q are `mask_rows` queries of one head after the other, and a row of the mask is for all of them.
+    PLAIN_SOFTMAX: row maxima by tensor code in place of PTX, for a test that both give the same.
+
+    Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory.
+    """
+    cfg: gl.constexpr = ForwardConfig(HEAD_DIM, words is not None, STAGES, Q_STAGES, PACK_GQA, PLAIN_SOFTMAX)
+    if words is not None:
+        lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
+    else:
+        # nothing reads them
+        lists = MaskLists(lse, lse, lse, lse, lse, lse)
+    sizes = ForwardSizes(q_tiles, q_heads, q_len, kv_len, mask_rows)
+    schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads)
+    a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 0, CONSUMER_PAIRS)
+    # argument lists are written inline: through a variable constexprs would become tensors
+    if CONSUMER_PAIRS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(1))),
+                (_produce, (q_desc, k_desc, v_desc, a, schedule, group, cfg)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        b = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 1, CONSUMER_PAIRS)
+        gl.warp_specialize(
+            [
+                (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(1))),
+                (_consume, (o_desc, lse, b, schedule, qk_scale, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, lse, b, schedule, qk_scale, cfg, gl.constexpr(1))),
+                (_produce, (q_desc, k_desc, v_desc, a, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, b, schedule, group, cfg)),
+            ],
+            [4, 4, 4, 1, 1],
+            [112, 112, 112, 24, 24],
+        )

@@ -1,0 +1,176 @@
+"""The mainloop of a consumer warpgroup over the tiles of a work tile: two products and the softmax between them.
+
+docs/kernels.md, section 4, says what runs beside what.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
+from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
+from anymask.backends.hopper.kernels.softmax import (
+    exp2,
+    exponents,
+    mask_exponents,
+    masked_exp2,
+    needs_rescale,
+    pack_halves,
+    rescale,
+    row_sum_partials,
+    unpack_halves,
+    update_row_max,
+)
+from anymask.backends.hopper.kernels.words import ROWS, load_words, tail_words, zero_words
+
+
+@gluon.jit
+def _issue_scores(q, k_buf):
+    """Issue `q @ k.T`, `[ROWS, BLOCK_N]`, without waiting for it."""
+    BLOCK_N: gl.constexpr = k_buf.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    k = k_buf.reshape([BLOCK_N, q.shape[1]])
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _next_words(words, wanted, mask_rows, WARPGROUP: gl.constexpr, W_LAYOUT: gl.constexpr, PACK_GQA: gl.constexpr):
+    """Where the words of the tile after that of `words` begin, and those words, all ones unless `wanted`."""
+    words += TILE * 4
+    return words, load_words(words, WARPGROUP * ROWS, wanted, mask_rows, W_LAYOUT, PACK_GQA)
+
+
+@gluon.jit
+def _steps(
+    begin,
+    end,
+    last_partial,
+    state,
+    q,
+    kv,
+    partial,
+    qk_scale,
+    cfg: gl.constexpr,
+    MASK_STEPS: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+):
+    """Fold steps `begin .. end` of the worker, partial tiles up to step `last_partial`, into `state`.
+
+    MASK_STEPS: "none" of the steps has pairs to mask out, or "all", or "some", of which a uniform branch takes care.
+
+    The tensor cores must never wait for a softmax, so the product with k is issued together with the product of the
+    step before with v.
+    """
+    p, acc, l_i, m_i = state.p, state.acc, state.l_i, state.m_i
+    # words of the next step are read one step ahead
+    words, w_next, mask_rows = partial.words, partial.next_w, partial.mask_rows
+    D: gl.constexpr = q.shape[1]
+    BLOCK_N: gl.constexpr = kv.k_bufs.shape[3]
+    STEPS: gl.constexpr = TILE // BLOCK_N
+    STAGES: gl.constexpr = cfg.STAGES
+    PACK_GQA: gl.constexpr = cfg.PACK_GQA
+    PLAIN: gl.constexpr = cfg.PLAIN_SOFTMAX
+    dtype: gl.constexpr = q.dtype
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    W_LAYOUT: gl.constexpr = m_i.type.layout
+    for i in range(begin, end):
+        last = stage_and_phase(i - 1, STAGES)[0]
+        stage, phase = stage_and_phase(i, STAGES)
+        mbarrier.wait(kv.k_full.index(stage), phase)
+        s_flying = _issue_scores(q, kv.k_bufs.index(stage))
+        p = unpack_halves(p, dtype, P_LAYOUT)
+        acc_flying = warpgroup_mma(p, kv.v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s_flying])
+        z = exponents(s, m_i, qk_scale)
+        if MASK_STEPS == "all":
+            gl.static_assert(STEPS == 1)
+            w = w_next
+            words, w_next = _next_words(words, i < last_partial, mask_rows, WARPGROUP, W_LAYOUT, PACK_GQA)
+            z, m_i, alpha = update_row_max(z, m_i, w, W_LAYOUT, PLAIN)
+            x = masked_exp2(z, w)
+        else:
+            if MASK_STEPS == "some":  # noqa: SIM102
+                if i <= last_partial:
+                    step = stage_and_phase(i, STEPS)[0]
+                    z = mask_exponents(z, w_next >> (step * (BLOCK_N // 4)))
+                    if words is not None:  # noqa: SIM102
+                        if step == STEPS - 1:
+                            wanted = i < last_partial
+                            words, w_next = _next_words(words, wanted, mask_rows, WARPGROUP, W_LAYOUT, PACK_GQA)
+            z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, PLAIN)
+            x = exp2(z)
+        l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
+        needed = needs_rescale(alpha, l_i)
+        # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
+        mbarrier.wait(kv.v_full.index(stage), phase)
+        acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
+        mbarrier.arrive(kv.empty.index(stage))
+        acc = rescale(acc, alpha, needed)
+        p = pack_halves(x, dtype)
+    return SoftmaxState(p, acc, l_i, m_i)
+
+
+@gluon.jit
+def mainloop(
+    q,
+    kv,
+    words,
+    w,
+    n_partial,
+    n,
+    sizes,
+    qk_scale,
+    step_base,
+    cfg: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+):
+    """The `n >= 1` steps of a work tile, partial tiles first: output `[ROWS, D]` before division, row sums, row maxima.
+
+    `step_base`: steps of the worker before, whole tiles. `w`: with a mask, the words of the first tile.
+    """
+    D: gl.constexpr = q.shape[1]
+    BLOCK_N: gl.constexpr = kv.k_bufs.shape[3]
+    STEPS: gl.constexpr = TILE // BLOCK_N
+    STAGES: gl.constexpr = cfg.STAGES
+    dtype: gl.constexpr = q.dtype
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    W_LAYOUT: gl.constexpr = zero_words(BLOCK_N, S_LAYOUT).type.layout
+    if cfg.HAS_MASK:
+        partial_steps = n_partial * STEPS
+        w_next = w
+        if STEPS == 1:
+            words, w_next = _next_words(words, n_partial > 1, sizes.mask_rows, WARPGROUP, W_LAYOUT, cfg.PACK_GQA)
+        partial = PartialTiles(words, w_next, sizes.mask_rows)
+    else:
+        partial_steps = STEPS
+        w = tail_words(sizes.kv_len - (n // STEPS - 1) * TILE, W_LAYOUT)
+        partial = PartialTiles(None, w, sizes.mask_rows)
+    stage, phase = stage_and_phase(step_base, STAGES)
+    mbarrier.wait(kv.k_full.index(stage), phase)
+    s = _issue_scores(q, kv.k_bufs.index(stage))
+    s = warpgroup_mma_wait(0, deps=[s])
+    m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
+    z = mask_exponents(exponents(s, m_i, qk_scale), w)
+    z, m_i, _ = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
+    x = exp2(z)
+    l_i = row_sum_partials(x, W_LAYOUT)
+    mbarrier.wait(kv.v_full.index(stage), phase)
+    mbarrier.arrive(kv.empty.index(stage))
+    acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
+    state = SoftmaxState(pack_halves(x, dtype), acc, l_i, m_i)
+    begin, end, last_partial = step_base + 1, step_base + n, step_base + partial_steps - 1
+    # one loop for all where two pairs share the multiprocessor: two loops were slower there
+    REST: gl.constexpr = "some" if STEPS > 1 else "none"
+    if cfg.HAS_MASK and STEPS == 1:
+        full_begin = last_partial + 1
+        state = _steps(begin, full_begin, last_partial, state, q, kv, partial, qk_scale, cfg, "all", WARPGROUP)
+        begin = gl.maximum(begin, full_begin)
+    state = _steps(begin, end, last_partial, state, q, kv, partial, qk_scale, cfg, REST, WARPGROUP)
+    last = stage_and_phase(step_base + n - 1, STAGES)[0]
+    p = unpack_halves(state.p, dtype, P_LAYOUT)
+    acc_flying = warpgroup_mma(p, kv.v_bufs.index(last).reshape([BLOCK_N, D]), state.acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
+    return acc, state.l_i, state.m_i

@@ -1,0 +1,138 @@
+"""PTX of the Hopper kernels: strings and what makes them. Each function of softmax.py that uses one says what it does.
+
+In the accumulator of a warpgroup a thread has elements of two rows, two of the first and two of the second in turn.
+Where it works on `n` elements at once, element `i` is of its first row if `i & 2` is 0, else of its second.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LANE_ID = gl.constexpr("mov.u32 $0, %laneid;")
+EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
+UNPACK_HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")
+# a vote whose result depends on row sums, and is not 0 in a warp in which an alpha is not 1; an alpha is at most 1
+VOTE_RESCALE = gl.constexpr(
+    "{ .reg .pred p; .reg .f32 t, u; mul.f32 t, $2, $3; add.f32 u, $4, $5; fma.rn.f32 t, u, 0f00000000, t; "
+    "setp.neu.f32 p, t, 0f3F800000; vote.sync.ballot.b32 $0, p, 0xffffffff; mov.b32 $1, $0; }"
+)
+# p may be as large as 2**8, which fp16 holds with its full precision
+HEADROOM = "41000000"  # 8.0
+# the row max of a row that has met a key is at least this far from 0, which is that of one that has met none
+TINY = "21800000"  # 2**-60
+
+
+@gluon.constexpr_function
+def shuffle(lane: int):
+    """PTX that gives every thread of a warp the word of one lane."""
+    return f"shfl.sync.idx.b32 $0, $1, {lane}, 31, 0xffffffff;"
+
+
+@gluon.constexpr_function
+def pack_halves(is_fp16: bool):
+    """PTX that rounds two floats to 16 bits and puts them into one word, the first one low."""
+    return ("cvt.rn.f16x2.f32" if is_fp16 else "cvt.rn.bf16x2.f32") + " $0, $2, $1;"
+
+
+@gluon.constexpr_function
+def _of_row(n: int, row: int):
+    """Which of the `n` elements of a thread are of its first row, 0, or of its second, 2."""
+    return [i for i in range(n) if i & 2 == row]
+
+
+@gluon.constexpr_function
+def _test_bit(word: str, b: int):
+    """PTX for predicate p, bit `b` of a word: a constant, so that ptxas moves several bits to predicates (R2P)."""
+    return f"and.b32 x, {word}, {1 << b}; setp.ne.u32 p, x, 0;"
+
+
+@gluon.constexpr_function
+def select_asm(n: int, exp2: bool):
+    """PTX that keeps `n` exponents of a thread, or with `exp2` their powers of 2, where their bit is set.
+
+    Outputs are elements $0 to $n-1, inputs the `n` after them; $2n and $2n+2 are the words of both rows.
+    """
+    lines = []
+    for row in (0, 2):
+        for b, i in enumerate(_of_row(n, row)):
+            lines.append(_test_bit(f"${2 * n + row}", b))
+            if exp2:
+                lines.append(f"ex2.approx.ftz.f32 t, ${n + i}; selp.f32 ${i}, t, 0f00000000, p;")
+            else:
+                lines.append(f"selp.f32 ${i}, ${n + i}, 0fFF800000, p;")
+    return "{ .reg .pred p; .reg .b32 x; .reg .f32 t; " + "\n".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def select_operands(n: int):
+    """Constraints of `select_asm`."""
+    return ",".join(["=f"] * n + ["f"] * n + ["r"] * n)
+
+
+@gluon.constexpr_function
+def update_row_max_asm(n: int, has_words: bool):
+    """PTX of `update_row_max` for the `n` exponents of a thread, $0 to $n-1, in place.
+
+    $n to $n+3 are, as bits: row max of the first row, in place, its alpha, row max of the second, its alpha; zeros
+    follow, as many as make `n`. With `has_words`, $4n and $4n+2 are the words of both rows.
+    """
+    # does a thread of the warp have an exponent above the headroom? floats above 0 have the order of their bits, the
+    # others are negative in both; two maxima are one VIMNMX3
+    chains = "abcd"
+    lines = [f"mov.b32 {c}, ${i};" for i, c in enumerate(chains)]
+    for i in range(4, n, 2):
+        c = chains[i // 2 % 4]
+        lines.append(f"mov.b32 x, ${i}; mov.b32 y, ${i + 1}; max.s32 {c}, {c}, x; max.s32 {c}, {c}, y;")
+    lines.append(f"max.s32 a, a, b; max.s32 a, a, c; max.s32 a, a, d; setp.gt.s32 p, a, 0x{HEADROOM};")
+    # or a row that has met no key? its row max is 0, and so is the product, or NaN with an infinity
+    lines.append(
+        f"mul.f32 t, ${n}, ${n + 2}; setp.equ.or.f32 q, t, 0f00000000, p; vote.sync.any.pred p, q, 0xffffffff;"
+    )
+    # if not, alpha is 1 and all is done
+    lines.append(f"mov.b32 ${n + 1}, 0x3F800000; mov.b32 ${n + 3}, 0x3F800000;")
+    lines += [f"mov.b32 ${i}, 0;" for i in range(n + 4, 2 * n)]
+    lines.append("@!p bra KEEP;")
+    for row in (0, 2):
+        lines += _update_row_asm(n, row, has_words)
+    return "{ .reg .pred p, q; .reg .b32 a, b, c, d, x, y; .reg .f32 t, u; " + "\n".join(lines) + " KEEP: }"
+
+
+@gluon.constexpr_function
+def _update_row_asm(n: int, row: int, has_words: bool):
+    """The slow path of `update_row_max_asm` for one row: u is the maximum of its exponents, then how far m moves."""
+    m, alpha = f"${n + row}", f"${n + row + 1}"
+    elements = [f"${i}" for i in _of_row(n, row)]
+    lines = []
+    if has_words:
+        for b, z in enumerate(elements):
+            lines.append(_test_bit(f"${4 * n + row}", b) + f" selp.f32 {z}, {z}, 0fFF800000, p;")
+    lines.append(f"mov.b32 u, {elements[0]};")
+    lines += [f"max.f32 u, u, {x};" for x in elements[1:]]
+    lines += [f"shfl.sync.bfly.b32 t, u, {lanes}, 31, 0xffffffff; max.f32 u, u, t;" for lanes in (1, 2)]
+    lines.append(
+        f"""
+        setp.eq.f32 p, {m}, 0f00000000; selp.f32 t, 0fFF800000, 0f{HEADROOM}, p; setp.gt.f32 q, u, t;
+        add.f32 u, u, {m}; abs.f32 t, u; max.f32 t, t, 0f{TINY}; copysign.f32 t, u, t;
+        selp.f32 t, t, {m}, q; sub.f32 u, t, {m}; mov.b32 {m}, t;
+        neg.f32 t, u; ex2.approx.ftz.f32 t, t; selp.f32 {alpha}, 0f3F800000, t, p;
+        """
+    )
+    return lines + [f"sub.f32 {x}, {x}, u;" for x in elements]
+
+
+@gluon.constexpr_function
+def update_row_max_operands(n: int, has_words: bool):
+    """Constraints of `update_row_max_asm`."""
+    return ",".join(["=f"] * n + ["=r"] * n + [str(i) for i in range(2 * n)] + ["r"] * (n * has_words))
+
+
+@gluon.constexpr_function
+def rescale_asm(n: int):
+    """PTX that multiplies `n` elements of a thread, in place, by the `n` from $2n, unless $3n is 0."""
+    lines = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
+    return f"{{ .reg .pred p; setp.eq.b32 p, ${3 * n}, 0; @p bra KEEP; " + "\n".join(lines) + " KEEP: }"
+
+
+@gluon.constexpr_function
+def rescale_operands(n: int):
+    """Constraints of `rescale_asm`."""
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n + ["r"] * n)

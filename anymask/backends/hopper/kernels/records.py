@@ -1,0 +1,212 @@
+"""What the parts of the Hopper kernels hand to each other.
+
+Triton flattens a record to its fields, in their order: records cost nothing, but another order of fields that a loop
+carries may give other registers. A field must not be called `index` or `count`, which are methods of tuples.
+"""
+
+from typing import Any, NamedTuple
+
+
+class MaskLists(NamedTuple):
+    """Pointers to the tensors of one view of a BlockMask."""
+
+    full_offsets: Any
+    full_tiles: Any
+    partial_offsets: Any
+    partial_tiles: Any
+    words: Any
+    order: Any
+
+
+class PlaneStrides(NamedTuple):
+    """Planes of the mask from one sample to the next, and from one query head to the next."""
+
+    sample: Any
+    head: Any
+
+
+class Worker(NamedTuple):
+    """One of the workers that share the work tiles: a pair of consumer warpgroups forward, a program backward."""
+
+    worker_id: Any
+    num_workers: Any
+
+
+class WorkTile(NamedTuple):
+    """What a worker computes at a time: a tile of queries of a head forward, a tile of keys of a kv head backward."""
+
+    tile: Any
+    head: Any
+    sample: Any
+
+
+class TileRange(NamedTuple):
+    """Entries of the mask's lists: the tiles that a work tile meets."""
+
+    partial_begin: Any
+    n_partial: Any
+    full_begin: Any
+    n_full: Any
+
+
+class ForwardSizes(NamedTuple):
+    """Sizes of a call; `mask_rows`: queries of a head, of which a tile of packed heads has several times as many."""
+
+    q_tiles: Any
+    q_heads: Any
+    q_len: Any
+    kv_len: Any
+    mask_rows: Any
+
+
+class ForwardSchedule(NamedTuple):
+    """What says which work tiles there are, in which order, and what each of them meets."""
+
+    lists: MaskLists
+    plane_strides: PlaneStrides
+    sizes: ForwardSizes
+    n_work_tiles: Any
+    swizzle_heads: Any
+
+
+class ForwardConfig(NamedTuple):
+    """Constants of the forward kernel, see there."""
+
+    HEAD_DIM: Any
+    HAS_MASK: Any
+    STAGES: Any
+    Q_STAGES: Any
+    PACK_GQA: Any
+    PLAIN_SOFTMAX: Any
+
+
+class QPipeline(NamedTuple):
+    """Stages of q `[1, 1, ROWS, D]`, one for each warpgroup, with a full and an empty barrier a stage."""
+
+    bufs: Any
+    full: Any
+    empty: Any
+
+
+class KVPipeline(NamedTuple):
+    """Stages of k and v `[1, 1, BLOCK_N, D]`. Their loads end apart, and their stage is given back as one."""
+
+    k_bufs: Any
+    k_full: Any
+    v_bufs: Any
+    v_full: Any
+    empty: Any
+
+
+class ConsumerPair(NamedTuple):
+    """Shared memory of a pair of consumer warpgroups and their producer, and which worker they are."""
+
+    q: QPipeline
+    kv: KVPipeline
+    o_bufs: Any
+    worker: Worker
+
+
+class SoftmaxState(NamedTuple):
+    """What a step of the mainloop hands to the next: p in 16 bits, and the output, row sums and row maxima so far."""
+
+    p: Any
+    acc: Any
+    l_i: Any
+    m_i: Any
+
+
+class PartialTiles(NamedTuple):
+    """Where the next words are (None without a mask), the words of the next step, and rows of the mask in a tile."""
+
+    words: Any
+    next_w: Any
+    mask_rows: Any
+
+
+class BackwardSizes(NamedTuple):
+    """Sizes of a call; `group`: query heads of a kv head."""
+
+    q_tiles: Any
+    kv_tiles: Any
+    kv_heads: Any
+    group: Any
+
+
+class BackwardSchedule(NamedTuple):
+    """What says which work tiles there are, in which order, what each of them meets, and which worker this is."""
+
+    lists: MaskLists
+    plane_strides: PlaneStrides
+    sizes: BackwardSizes
+    n_work_tiles: Any
+    swizzle_heads: Any
+    worker: Worker
+
+
+class BackwardConfig(NamedTuple):
+    """Constants of the backward kernel, see there."""
+
+    HEAD_DIM: Any
+    BLOCK_M: Any
+    STAGES: Any
+    HAS_MASK: Any
+    HAS_TAIL: Any
+    HAS_DQ: Any
+
+
+class Column(NamedTuple):
+    """A tile of keys, one of the query heads that attend to it, and the entries of their query tiles."""
+
+    sample: Any
+    head: Any
+    tile: Any
+    full_begin: Any
+    n_full: Any
+    partial_begin: Any
+    n_partial: Any
+
+
+class KVBuffers(NamedTuple):
+    """The keys and values of a work tile: one stage with a full and an empty barrier."""
+
+    k_bufs: Any
+    v_bufs: Any
+    full: Any
+    empty: Any
+
+
+class QStages(NamedTuple):
+    """Stages of q and lse2 with their full barriers."""
+
+    bufs: Any
+    lse_bufs: Any
+    full: Any
+
+
+class DOStages(NamedTuple):
+    """Stages of do and delta with their full barriers."""
+
+    bufs: Any
+    delta_bufs: Any
+    full: Any
+
+
+class DQBuffer(NamedTuple):
+    """The dq of a step on its way to global memory: one stage with a full and an empty barrier."""
+
+    buf: Any
+    full: Any
+    empty: Any
+
+
+class BackwardPipelines(NamedTuple):
+    """Shared memory of a program. `empty`: the barriers of the stages of q, lse2, do and delta together."""
+
+    kv: KVBuffers
+    q: QStages
+    do: DOStages
+    empty: Any
+    ds_bufs: Any
+    dq: DQBuffer | None
+    out_buf: Any

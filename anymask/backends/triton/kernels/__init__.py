@@ -1,0 +1,1 @@
+"""The Triton kernels that no other backend runs: jit functions alone."""

@@ -1,0 +1,327 @@
+"""Hugging Face transformers, version 5: `register()`, then `attn_implementation="anymask"`.
+
+A model asks for a mask once per kind (causal, sliding, ...) and forward pass, with a function of indices made of a few
+closures. `mask` reads those closures and packs the mask that they mean, by tiles; a function that it does not know is
+evaluated. Every layer of the kind then runs `attention_forward` with the `BlockMask`.
+
+`sliding_window=512` in a configuration keeps 512 keys, the query's own among them: `anymask.sliding_window(511)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask.api import attention
+from anymask.block_mask import BlockMask
+from anymask.mask import Mask, causal, document, from_function, key_padding
+from anymask.mask.leaves import Band, Between
+from anymask.packing import pack
+
+# farther than any position
+FAR = 2**40
+EVERYTHING = Band(None, None)
+
+
+def register(name: str = "anymask") -> None:
+    """Make `name` an attention implementation of transformers, with its masks.
+
+    Args:
+        name: what `attn_implementation=` will say.
+
+    Raises:
+        ImportError: transformers is missing, or too old to have mask functions (before version 5).
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError("this needs transformers, version 5 or newer: pip install 'transformers>=5'") from error
+    AttentionInterface.register(name, attention_forward)
+    AttentionMaskInterface.register(name, mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What a model of transformers calls in each layer.
+
+    Args:
+        module: the layer, asked for `is_causal`.
+        query: `[batch, q_heads, q_len, head_dim]`.
+        key, value: `[batch or 1, kv_heads, kv_len, dim]`.
+        attention_mask: what `mask` returned; or the user's own, bool or 0 and -inf (or the dtype's minimum),
+            broadcastable to `[batch, q_heads, q_len, kv_len]`.
+        dropout: 0.0.
+        scaling: factor of the scores.
+        is_causal: for a mask of None and more than one query: causal, upper-left; default what the layer says.
+        s_aux: float `[q_heads]`, a logit for each head that takes part in the softmax and has no value (GPT-OSS).
+
+    Returns:
+        `o [batch, q_len, q_heads, v_dim]`, contiguous, and None for the weights, which no kernel has.
+
+    Raises:
+        ValueError: dropout, a soft cap, a position bias or the weights are asked for; or what `attention` raises.
+    """
+    for what, asked, cure in (
+        ("dropout", dropout != 0.0, "set attention_dropout (attention_probs_dropout_prob) to 0"),
+        ("softcap", softcap is not None, "set attn_logit_softcapping to None, or use eager"),
+        ("position_bias", position_bias is not None, "use sdpa or eager"),
+        ("output_attentions", bool(output_attentions), "use eager"),
+    ):
+        if asked:
+            raise ValueError(f"{what} is asked for by {type(module).__name__}; anymask has none: {cure}")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    found: Tensor | Mask | BlockMask | None = attention_mask
+    if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
+        found = _from_additive(attention_mask)
+    elif attention_mask is None and is_causal and query.shape[2] > 1:
+        found = causal()
+    if key.shape[0] != query.shape[0]:
+        # learned queries, or keys, of one sample
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
+    if s_aux is None:
+        o = attention(query, key, value, found, scale=scaling)
+    else:
+        o, lse = attention(query, key, value, found, scale=scaling, return_lse=True)
+        # a sink adds exp(s_aux) to the sum of the softmax, whose log is lse
+        o = o * torch.sigmoid(lse - s_aux[:, None].to(lse.dtype))[..., None].to(o.dtype)
+    return o.transpose(1, 2).contiguous(), None
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | BlockMask | None = None,
+    *,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> BlockMask | None:
+    """What a model of transformers calls for each kind of mask in a forward pass.
+
+    Args:
+        batch_size, q_length, kv_length: sizes of the scores.
+        q_offset, kv_offset: positions of the first query and of the first key.
+        mask_function: `fn(b, h, q, k)` of positions; default causal.
+        attention_mask: bool `[batch, keys]`, False for padding; or a `BlockMask`, which is returned as it is.
+        allow_is_causal_skip, allow_is_bidirectional_skip: whether None may stand for causal, or for all pairs.
+        use_vmap: whether `mask_function` must be called with scalars.
+        device: where q, k and v are.
+    """
+    if isinstance(attention_mask, BlockMask):
+        return attention_mask
+    plane = _Plane(batch_size, q_length, kv_length, q_offset, kv_offset, use_vmap, torch.device(device))
+    meant = plane.causal() if mask_function is None else plane.read(mask_function)
+    if attention_mask is None:
+        square = isinstance(q_offset, int) and q_offset == kv_offset and (q_length == kv_length or not q_offset)
+        if allow_is_causal_skip and square and meant == causal():
+            return None
+        if allow_is_bidirectional_skip and meant is EVERYTHING:
+            return None
+    else:
+        meant = plane.both(meant, plane.padding(attention_mask))
+    return pack(meant, q_len=q_length, kv_len=kv_length, device=device)
+
+
+class _Plane:
+    """The queries and keys of a mask, and the masks over them that functions of transformers mean."""
+
+    def __init__(
+        self,
+        batch: int,
+        q_len: int,
+        kv_len: int,
+        q_offset: int | Tensor,
+        kv_offset: int,
+        use_vmap: bool,
+        device: torch.device,
+    ) -> None:
+        self.batch, self.q_len, self.kv_len = batch, q_len, kv_len
+        self.q_offset, self.kv_offset, self.use_vmap, self.device = q_offset, kv_offset, use_vmap, device
+
+    def read(self, fn: Callable[..., Any]) -> Mask:
+        """The mask that a function of positions means."""
+        inner = _closure(fn)
+        kind = f"{fn.__module__}.{fn.__qualname__}".removeprefix("transformers.masking_utils.")
+        known = _KNOWN.get(kind)
+        found = None if known is None else known(self, inner)
+        return self.evaluated(fn) if found is None else found
+
+    def both(self, left: Mask, right: Mask) -> Mask:
+        """`left & right`, where all pairs are no part."""
+        return right if left is EVERYTHING else left if right is EVERYTHING else left & right
+
+    def q_positions(self) -> Tensor:
+        """int64 `[q_len]`."""
+        return torch.arange(self.q_len, device=self.device) + self.q_offset
+
+    def kv_positions(self) -> Tensor:
+        """int64 `[kv_len]`."""
+        return torch.arange(self.kv_len, device=self.device) + self.kv_offset
+
+    def band(self, low: int | None, high: int | None) -> Mask:
+        """Keys from `low` to `high` positions after the query's; None is open."""
+        if isinstance(self.q_offset, Tensor):
+            # known to the device alone
+            at = (self.q_positions() - self.kv_offset)[None, None]
+            first = at - FAR if low is None else at + low
+            end = at + (FAR if high is None else high + 1)
+            return Between(None, first, end, of_query=False, name="q_offset")
+        shift = self.q_offset - self.kv_offset
+        return Band(None if low is None else low + shift, None if high is None else high + shift)
+
+    def causal(self) -> Mask:
+        """Keys up to the query's own position."""
+        return self.band(None, 0)
+
+    def same(self, ids: Tensor) -> Mask | None:
+        """Tokens with the same number, of `ids [batch, positions]`."""
+        q, k = self._of_queries(ids), self._of_keys(ids)
+        return None if q is None or k is None else document(q, kv_ids=k)
+
+    def padding(self, keep: Tensor) -> Mask:
+        """Keys of `keep [batch, positions]`; those beyond it are padding."""
+        keep = keep.to(self.device, torch.bool)
+        missing = self.kv_len + self.kv_offset - keep.shape[1]
+        if missing > 0:
+            keep = torch.nn.functional.pad(keep, (0, missing))
+        return key_padding(keep[:, self.kv_offset : self.kv_offset + self.kv_len])
+
+    def chunks(self, size: int, left_padding: Tensor) -> Mask:
+        """Tokens of the same chunk of `size`, counted in each sample from the end of its padding `[batch]`."""
+        start = left_padding.to(self.device)[:, None]
+        q, k = ((at - start).div(size, rounding_mode="floor") for at in (self.q_positions(), self.kv_positions()))
+        return document(q, kv_ids=k)
+
+    def remapped(self, fn: Callable[..., Any], positions: Tensor) -> Mask | None:
+        """`fn` of the places `positions [batch, length]` of tokens in their documents."""
+        q, k = self._of_queries(positions), self._of_keys(positions)
+        kind, inner = fn.__qualname__, _closure(fn)
+        if q is None or k is None:
+            return None
+        if kind == "causal_mask_function":
+            return _between_positions(q, k, None, 0)
+        if kind == "sliding_window_overlay.<locals>.inner_mask" and "sliding_window" in inner:
+            return _between_positions(q, k, 1 - inner["sliding_window"], None)
+        if kind == "and_masks.<locals>.and_mask" and "mask_functions" in inner:
+            parts = [self.remapped(part, positions) for part in inner["mask_functions"]]
+            return None if any(p is None for p in parts) else self._fold(parts, self.both)
+        return None
+
+    def part(self, fns: Any, join: Callable[[Mask, Mask], Mask]) -> Mask:
+        """Masks of functions, joined."""
+        return self._fold([self.read(fn) for fn in fns], join)
+
+    def evaluated(self, fn: Callable[..., Any]) -> Mask:
+        """A function that is called, on the positions of tiles that others leave open."""
+
+        def of_indices(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            indices = b, h, q + self.q_offset, k + self.kv_offset
+            return _by_scalars(fn, indices) if self.use_vmap else fn(*indices)
+
+        return from_function(of_indices, batch=self.batch)
+
+    def _fold(self, masks: list[Any], join: Callable[[Mask, Mask], Mask]) -> Mask:
+        found = masks[0]
+        for other in masks[1:]:
+            found = join(found, other)
+        return found
+
+    def _of_queries(self, t: Tensor) -> Tensor | None:
+        """The entries `[batch, q_len]` of `t [batch, positions]`; None if some query has none."""
+        t = t.to(self.device)
+        if isinstance(self.q_offset, Tensor):
+            return t.index_select(1, self.q_positions())
+        end = self.q_offset + self.q_len
+        return t[:, self.q_offset : end] if end <= t.shape[1] else None
+
+    def _of_keys(self, t: Tensor) -> Tensor | None:
+        end = self.kv_offset + self.kv_len
+        return t.to(self.device)[:, self.kv_offset : end] if end <= t.shape[1] else None
+
+
+def _between_positions(q: Tensor, k: Tensor, low: int | None, high: int | None) -> Mask:
+    """Keys whose place is from `low` to `high` after the query's, of places `[batch, length]`."""
+    q, k = q.long()[:, None], k.long()[:, None]
+    first = q - FAR if low is None else q + low
+    return Between(k, first, q + (FAR if high is None else high + 1), of_query=False, name="position_ids")
+
+
+def _or(left: Mask, right: Mask) -> Mask:
+    return EVERYTHING if EVERYTHING in (left, right) else left | right
+
+
+def _blocks(plane: _Plane, ids: Tensor) -> Mask | None:
+    """Tokens of the same block; those of block -1 attend to none by this."""
+    same, inside = plane.same(ids), plane._of_keys(ids)
+    return None if same is None or inside is None else same & key_padding(inside >= 0)
+
+
+# what a function is called in transformers.masking_utils -> the mask that it means, of a plane and of its closure
+_KNOWN: dict[str, Callable[[_Plane, dict[str, Any]], Mask | None]] = {
+    "causal_mask_function": lambda p, c: p.causal(),
+    "bidirectional_mask_function": lambda p, c: EVERYTHING,
+    "and_masks.<locals>.and_mask": lambda p, c: p.part(c["mask_functions"], p.both),
+    "or_masks.<locals>.or_mask": lambda p, c: p.part(c["mask_functions"], _or),
+    "sliding_window_overlay.<locals>.inner_mask": lambda p, c: p.band(1 - c["sliding_window"], None),
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask": lambda p, c: p.band(
+        -c["sliding_window"], c["sliding_window"]
+    ),
+    "chunked_overlay.<locals>.inner_mask": lambda p, c: p.chunks(c["chunk_size"], c["left_padding"]),
+    "blockwise_overlay.<locals>.inner_mask": lambda p, c: _blocks(p, c["block_sequence_ids"]),
+    "padding_mask_function.<locals>.inner_mask": lambda p, c: p.padding(c["padding_mask"]),
+    "packed_sequence_mask_function.<locals>.inner_mask": lambda p, c: p.same(c["packed_sequence_mask"]),
+    "remap_positions_for_packed_sequence.<locals>.inner_mask": lambda p, c: p.remapped(
+        c["mask_function"], c["position_ids"]
+    ),
+}
+
+
+def _closure(fn: Callable[..., Any]) -> dict[str, Any]:
+    """What a function has captured, by name."""
+    code = getattr(fn, "__code__", None)
+    cells = getattr(fn, "__closure__", None) or ()
+    return {} if code is None else dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+
+
+def _by_scalars(fn: Callable[..., Any], indices: tuple[Tensor, ...]) -> Tensor:
+    """`fn` called once for each pair, with scalars, by `torch.vmap`."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    shape = torch.broadcast_shapes(*(t.shape for t in indices))
+    with TransformGetItemToIndex():
+        found: Tensor = torch.vmap(fn)(*(t.expand(shape).reshape(-1) for t in indices))
+    return found.view(shape)
+
+
+def _from_additive(bias: Tensor) -> Tensor:
+    """bool: True where a float mask is 0; elsewhere it must be -inf, or the minimum of a dtype."""
+    seen = bias == 0
+    hidden = bias <= torch.finfo(torch.float16).min
+    if not bool((seen | hidden).all()):
+        raise ValueError("attention_mask adds values other than 0 and -inf; anymask takes masks, not biases")
+    return seen

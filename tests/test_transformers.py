@@ -1,0 +1,304 @@
+"""Models of Hugging Face transformers under `attn_implementation="anymask"`, beside sdpa."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anymask import BlockMask, pack
+from anymask.integrations import transformers as integration
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+masking = pytest.importorskip("transformers.masking_utils")
+integration.register()
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+ENCODER = {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 2}
+
+# name -> configuration and class; each kind of mask and of attention layer that models have
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 7},
+    "mixtral": {"num_local_experts": 2, "sliding_window": 9},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"attn_logit_softcapping": None, "sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "llama4_text": {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "gpt_neox": {"attention_dropout": 0.0, "hidden_dropout": 0.0},
+    "opt": {"ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 32},
+    "phi3": {"sliding_window": 9},
+    "cohere2": {"sliding_window": 8},
+    "deepseek_v3": {
+        "n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
+        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 4,
+        "moe_intermediate_size": 16, "num_key_value_heads": 4,
+    },
+    "olmo2": {},
+    "smollm3": {},
+    "granite": {},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 9},
+    "glm4": {},
+    "exaone4": {"sliding_window": 8},
+}  # fmt: skip
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "attention_dropout": 0.0, "dropout": 0.0},
+    "electra": {},
+    "albert": {"embedding_size": 16},
+    "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 3, "sep_token_id": 4},
+    "eurobert": {},
+    "nomic_bert": {},
+}
+
+
+def twins(auto: Any, config: Any) -> list[torch.nn.Module]:
+    """The same model by sdpa, or by eager where sdpa is refused, and by anymask."""
+    made = []
+    for name in ("eager" if config.model_type == "gemma2" else "sdpa", "anymask"):
+        torch.manual_seed(0)
+        # a configuration is changed by the model that is made of it
+        made.append(auto.from_config(copy.deepcopy(config), attn_implementation=name))
+    for a, b in zip(made[0].state_dict().values(), made[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    return made
+
+
+def padded(side: str, length: int = 20) -> dict[str, Tensor]:
+    """Three rows of tokens, of which two are short."""
+    torch.manual_seed(1)
+    ids = torch.randint(5, 64, (3, length))
+    keep = torch.ones_like(ids)
+    for row, short in ((1, 5), (2, 9)):
+        if side == "right":
+            keep[row, -short:] = 0
+        elif side == "left":
+            keep[row, :short] = 0
+    return {"input_ids": ids} if side == "none" else {"input_ids": ids, "attention_mask": keep}
+
+
+def assert_twins_agree(models: list[torch.nn.Module], inputs: dict[str, Tensor], train: bool) -> None:
+    """Logits of tokens that are no padding, and gradients of a loss over them."""
+    keep = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    found = []
+    for model in models:
+        model.train(train)
+        output = model(**inputs)
+        values = (output.logits if "logits" in output else output.last_hidden_state)[keep]
+        values.float().square().mean().backward()
+        found.append((values.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (a, a_grads), (b, b_grads) = found
+    torch.testing.assert_close(b, a, atol=2e-5, rtol=2e-5)
+    assert a_grads.keys() == b_grads.keys()
+    largest = max(float(g.abs().max()) for g in a_grads.values())
+    for name, grad in a_grads.items():
+        torch.testing.assert_close(b_grads[name], grad, atol=2e-5 * max(1.0, largest), rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders(name: str, side: str) -> None:
+    config = transformers.AutoConfig.for_model(name, **{**SMALL, **DECODERS[name]})
+    assert_twins_agree(twins(transformers.AutoModelForCausalLM, config), padded(side), train=side == "right")
+
+
+@pytest.mark.parametrize("side", ["none", "right"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name: str, side: str) -> None:
+    config = transformers.AutoConfig.for_model(name, **{**ENCODER, **ENCODERS[name]})
+    assert_twins_agree(twins(transformers.AutoModel, config), padded(side), train=side == "right")
+
+
+FUNCTIONS: dict[str, Any] = {
+    "causal": lambda length: masking.causal_mask_function,
+    "bidirectional": lambda length: masking.bidirectional_mask_function,
+    "window": lambda length: masking.sliding_window_causal_mask_function(5),
+    "window_both": lambda length: masking.sliding_window_bidirectional_mask_function(5),
+    "chunked": lambda length: masking.chunked_causal_mask_function(6, torch.tensor([0, 3, 4])),
+    "blocks": lambda length: masking.or_masks(
+        masking.causal_mask_function, masking.blockwise_overlay((torch.arange(3 * length).view(3, -1) // 4) % 3 - 1)
+    ),
+    "packed": lambda length: masking.and_masks(
+        masking.remap_positions_for_packed_sequence(
+            masking.sliding_window_causal_mask_function(3), torch.arange(length).expand(3, -1) % 7
+        ),
+        masking.packed_sequence_mask_function(torch.arange(length).expand(3, -1) // 7),
+    ),
+    "custom": lambda length: masking.and_masks(masking.causal_mask_function, lambda b, h, q, k: (q + k + b) % 3 > 0),
+}
+# q_length, kv_length, q_offset, kv_offset: a forward pass, a step, a prefill in parts, a window of a cache
+PLANES = [
+    (20, 20, 0, 0),
+    (1, 20, 19, 0),
+    (6, 20, 14, 0),
+    (6, 30, 5, 0),
+    (1, 8, 19, 12),
+    (4, 11, 16, 9),
+    (150, 150, 0, 0),
+]
+
+
+@pytest.mark.parametrize("offset", ["int", "tensor"])
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_masks_are_those_of_sdpa(name: str, side: str, offset: str) -> None:
+    for q_len, kv_len, q_offset, kv_offset in PLANES:
+        fn = FUNCTIONS[name](200)
+        sizes = {
+            "batch_size": 3, "q_length": q_len, "kv_length": kv_len, "kv_offset": kv_offset, "mask_function": fn,
+            "q_offset": torch.tensor(q_offset) if offset == "tensor" else q_offset,
+        }  # fmt: skip
+        keep = None if side == "none" else padded(side, q_offset + q_len)["attention_mask"].bool()
+        expected = masking.sdpa_mask(
+            **sizes, attention_mask=keep, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
+        )
+        found = integration.mask(**sizes, attention_mask=keep, allow_is_causal_skip=False)
+        assert isinstance(found, BlockMask)
+        assert torch.equal(found.to_dense().expand_as(expected), expected), (q_len, kv_len, q_offset, kv_offset)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_function_of_transformers_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(integration._Plane, "evaluated", lambda self, fn: called.append(fn) or integration.EVERYTHING)
+    integration.mask(3, 20, 20, mask_function=FUNCTIONS[name](20))
+    assert len(called) == (1 if name == "custom" else 0)
+
+
+def test_a_function_of_scalars_is_called_with_scalars() -> None:
+    last = torch.tensor([4, 9, 14])
+
+    def by_scalars(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.where(k <= last[b], q >= 0, q == k)
+
+    sizes = {"batch_size": 3, "q_length": 20, "kv_length": 20, "mask_function": by_scalars, "use_vmap": True}
+    expected = masking.sdpa_mask(**sizes, allow_is_causal_skip=False)
+    assert torch.equal(integration.mask(**sizes).to_dense(), expected)
+
+
+def test_none_stands_for_plain_masks_only() -> None:
+    assert integration.mask(1, 5, 5) is None
+    assert integration.mask(1, 5, 9) is None
+    assert integration.mask(1, 5, 9, 4) is not None
+    assert integration.mask(1, 5, 5, allow_is_causal_skip=False) is not None
+    assert integration.mask(1, 5, 5, attention_mask=torch.ones(1, 5, dtype=torch.bool)) is not None
+    every = masking.bidirectional_mask_function
+    assert integration.mask(1, 5, 5, mask_function=every) is not None
+    assert integration.mask(1, 5, 5, mask_function=every, allow_is_bidirectional_skip=True) is None
+
+
+def _llama(**changes: Any) -> list[torch.nn.Module]:
+    return twins(transformers.AutoModelForCausalLM, transformers.LlamaConfig(**{**SMALL, **changes}))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "llama4_text"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 8}, {"use_cache": False}],
+    ids=lambda o: "-".join(map(str, o)) or "greedy",
+)
+def test_generation_gives_the_same_tokens(name: str, options: dict[str, Any]) -> None:
+    config = transformers.AutoConfig.for_model(name, **{**SMALL, **DECODERS[name]})
+    models = twins(transformers.AutoModelForCausalLM, config)
+    options = {**options, "disable_compile": True, "max_new_tokens": 12, "do_sample": False}
+    a, b = (m.eval().generate(**padded("left"), **options) for m in models)
+    assert torch.equal(a, b)
+
+
+def test_masks_are_packed_once_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(integration, "pack", lambda *args, **kwargs: made.append(1) or pack(*args, **kwargs))
+    config = transformers.AutoConfig.for_model("gemma3_text", **{**SMALL, **DECODERS["gemma3_text"]})
+    config.num_hidden_layers, config.layer_types = 6, ["sliding_attention", "full_attention"] * 3
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="anymask")
+    model(**padded("right"))
+    assert len(made) == 2
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    _, model = _llama()
+    first, second = torch.randint(5, 64, (1, 13)), torch.randint(5, 64, (1, 9))
+    ids = torch.cat([first, second], 1)
+    positions = torch.cat([torch.arange(13), torch.arange(9)])[None]
+    together = model.eval()(ids, position_ids=positions, use_cache=False).logits
+    for part, alone in ((slice(0, 13), first), (slice(13, 22), second)):
+        torch.testing.assert_close(together[:, part], model(alone).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["bool", "float", "minimum", "BlockMask"])
+def test_a_mask_of_the_user_is_honoured(form: str) -> None:
+    sdpa, ours = (m.eval() for m in _llama())
+    ids = padded("none")["input_ids"]
+    seen = (torch.rand(3, 1, 20, 20) < 0.5) | torch.eye(20, dtype=torch.bool)
+    expected = sdpa(ids, attention_mask=seen).logits
+    lowest = -torch.inf if form == "float" else torch.finfo(torch.float32).min
+    mask = {"bool": seen, "BlockMask": pack(seen)}.get(form, torch.zeros(3, 1, 20, 20).masked_fill(~seen, lowest))
+    torch.testing.assert_close(ours(ids, attention_mask=mask).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bias_of_the_user_is_refused() -> None:
+    _, model = _llama()
+    with pytest.raises(ValueError, match="adds values other than 0 and -inf"):
+        model(padded("none")["input_ids"], attention_mask=torch.randn(3, 1, 20, 20))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    models = _llama()
+    for model in models:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_twins_agree(models, padded("right"), train=True)
+
+
+@pytest.mark.compile
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    sdpa, ours = (m.eval() for m in _llama())
+    inputs = padded("right")
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    keep = inputs["attention_mask"].bool()
+    torch.testing.assert_close(compiled(**inputs).logits[keep], sdpa(**inputs).logits[keep], atol=1e-5, rtol=1e-5)
+
+
+def test_sinks_of_gpt_oss() -> None:
+    changes = {"num_local_experts": 2, "sliding_window": 7, "num_experts_per_tok": 1}
+    config = transformers.AutoConfig.for_model("gpt_oss", **{**SMALL, **changes})
+    models = []
+    for name in ("eager", "anymask"):
+        torch.manual_seed(0)
+        models.append(transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=name))
+    assert_twins_agree(models, padded("none"), train=False)
+
+
+def test_what_is_not_there_is_refused() -> None:
+    softcap = transformers.AutoConfig.for_model("gemma2", **{**SMALL, "attn_logit_softcapping": 20.0})
+    model = transformers.AutoModelForCausalLM.from_config(softcap, attn_implementation="anymask")
+    with pytest.raises(ValueError, match="softcap is asked for by Gemma2Attention"):
+        model(**padded("none"))
+    bert = transformers.AutoConfig.for_model("bert", **{**ENCODER, "attention_probs_dropout_prob": 0.1})
+    model = transformers.AutoModel.from_config(bert, attn_implementation="anymask")
+    model.eval()(**padded("none"))
+    with pytest.raises(ValueError, match="dropout is asked for by BertSelfAttention"):
+        model.train()(**padded("none"))
+    t5 = transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, dropout_rate=0.0)
+    model = transformers.T5EncoderModel._from_config(t5, attn_implementation="anymask")
+    with pytest.raises(ValueError, match="position_bias is asked for by T5Attention"):
+        model(**padded("none"))
+
+
+def test_without_transformers_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'transformers>=5'"):
+        integration.register()
