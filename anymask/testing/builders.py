@@ -57,6 +57,13 @@ def _drawn_sliding_window(m: Sizes) -> NamedMask:
 
 
 @_drawn
+def _drawn_sliding_window_before(m: Sizes) -> NamedMask:
+    left, offset = m.number(0, m.longest), m.number(-m.longest, m.longest)
+    mask = anymask.sliding_window(left, None, offset)
+    return mask, m.j >= m.i + offset - left
+
+
+@_drawn
 def _drawn_dilated(m: Sizes) -> NamedMask:
     step, window = m.number(1, 40), m.number(0, 20)
     return anymask.dilated(step, window), (m.j <= m.i) & ((m.i - m.j) % step == 0) & (m.i - m.j <= step * window)
@@ -92,10 +99,10 @@ def _drawn_block_diffusion_training(m: Sizes) -> NamedMask:
 
 @_drawn_square
 def _drawn_document(m: Sizes) -> NamedMask:
-    # in no order, so that documents come back
+    # in no order, so that documents come back; -1 is padding
     ids = m.randint(m.number(1, 9), m.batch, m.q_len // 30 + 1).repeat_interleave(30, 1)[:, : m.q_len] - 4
     of_query, of_key = _planes(ids)
-    return anymask.document(ids), of_query == of_key
+    return anymask.document(ids), (of_query == of_key) & (of_query != -1)
 
 
 @_drawn_square
@@ -118,6 +125,21 @@ def _drawn_document_cu_seqlens(m: Sizes) -> NamedMask:
     ends = torch.tensor([0, m.q_len], device=m.device)
     mask = anymask.document(cu_seqlens=torch.cat([ends[:1], cuts, ends[1:]]).int())
     return mask, (m.i[..., None] >= cuts).sum(-1) == (m.j[..., None] >= cuts).sum(-1)
+
+
+@_drawn
+def _drawn_document_window(m: Sizes) -> NamedMask:
+    """Five documents, some without queries or keys, with windows that count from their last query and key."""
+    left, right = m.number(0, m.longest), m.number(0, 20)
+    cuts = [(n, m.randint(n + 1, 4).sort().values) for n in (m.q_len, m.kv_len)]
+    bounds, kv_bounds = (torch.cat([c[:1] * 0, c, c[:1] * 0 + n]) for n, c in cuts)
+    mask = anymask.document_window(bounds, left, right, kv_cu_seqlens=kv_bounds)
+    dense = m.zeros(m.q_len, m.kv_len)
+    for q, q_end, k, k_end in zip(*(x.tolist() for x in (bounds, bounds[1:], kv_bounds, kv_bounds[1:])), strict=False):
+        behind = (m.j - k_end) - (m.i - q_end)
+        inside = (m.i >= q) & (m.i < q_end) & (m.j >= k) & (m.j < k_end)
+        dense = dense | (inside & (behind >= -left) & (behind <= right))
+    return mask, dense
 
 
 @_drawn_square
@@ -261,6 +283,16 @@ def _drawn_block_sparse(m: Sizes) -> NamedMask:
 @_drawn
 def _drawn_block_sparse_of_tiles(m: Sizes) -> NamedMask:
     return _blocks(m, (128, 256)[m.number(0, 1)], 1)
+
+
+@_drawn
+def _drawn_block_sparse_of_sizes(m: Sizes) -> NamedMask:
+    """Nine blocks of any sizes, those of a fixed pattern: how many parts such a mask has follows from it."""
+    layout = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 0]], dtype=torch.bool, device=m.device)
+    cuts = [m.randint(n + 1, 2).sort().values for n in (m.q_len, m.kv_len)]
+    sizes = [torch.cat([c[:1], c.diff(), n - c[1:]]) for c, n in zip(cuts, (m.q_len, m.kv_len), strict=True)]
+    i, j = ((x[..., None] >= c).sum(-1) for x, c in zip((m.i, m.j), cuts, strict=True))
+    return anymask.block_sparse(layout, (sizes[0], sizes[1])), layout[i, j]
 
 
 def _blocks(m: Sizes, block: int, heads: int) -> NamedMask:
