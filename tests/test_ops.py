@@ -44,21 +44,21 @@ class TestOpcheck:
     )
     def test_forward(self, kind: str, dtype: torch.dtype) -> None:
         qkv = make_qkv(2, 2, 1, 5, 7, 4, 6, dtype=dtype, requires_grad=dtype != torch.bfloat16)
-        torch.library.opcheck(ops.forward, (*qkv, _tensors(MASK_KINDS[kind], 5, 7), 0.5, "cpu", False))
+        torch.library.opcheck(ops.forward_op, (*qkv, _tensors(MASK_KINDS[kind], 5, 7), 0.5, "cpu", False))
 
     @pytest.mark.parametrize("layout", ["blhd", "transposed", "expanded"])
     def test_forward_of_strided_inputs(self, layout: str) -> None:
         qkv = make_qkv(2, 2, 2, 5, 7, 4, layout=layout, requires_grad=True)
-        torch.library.opcheck(ops.forward, (*qkv, _tensors(MASK_KINDS["random"], 5, 7), 0.5, None, False))
+        torch.library.opcheck(ops.forward_op, (*qkv, _tensors(MASK_KINDS["random"], 5, 7), 0.5, None, False))
 
     @pytest.mark.parametrize("with_dlse", [False, True])
     @pytest.mark.parametrize("kind", ["none", "per head"])
     def test_backward(self, kind: str, with_dlse: bool) -> None:
         q, k, v = make_qkv(2, 2, 1, 5, 7, 4, 6)
         mask = _tensors(MASK_KINDS[kind], 5, 7)
-        o, lse = ops.forward(q, k, v, mask, 0.5, None, False)
+        o, lse = ops.forward_op(q, k, v, mask, 0.5, None, False)
         dlse = torch.randn_like(lse) if with_dlse else None
-        torch.library.opcheck(ops.backward, (q, k, v, o, lse, torch.randn_like(o), dlse, mask, 0.5, None, False))
+        torch.library.opcheck(ops.backward_op, (q, k, v, o, lse, torch.randn_like(o), dlse, mask, 0.5, None, False))
 
     @pytest.mark.parametrize("kind", ["random", "per head", "empty", "causal"])
     def test_pack(self, kind: str) -> None:
@@ -244,7 +244,7 @@ def test_the_mask_reaches_backward_by_itself() -> None:
 @pytest.mark.parametrize(("q_len", "kv_len", "batch"), [(0, 5, 2), (5, 0, 2), (0, 0, 2), (5, 5, 0)])
 def test_fakes_agree_on_nothing(q_len: int, kv_len: int, batch: int) -> None:
     q, k, v = make_qkv(batch, 2, 1, q_len, kv_len, 4, 6, requires_grad=True)
-    torch.library.opcheck(ops.forward, (q, k, v, [], 0.5, None, False))
+    torch.library.opcheck(ops.forward_op, (q, k, v, [], 0.5, None, False))
 
 
 def test_packing_inside_a_compiled_function_shares_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

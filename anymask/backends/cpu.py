@@ -19,6 +19,7 @@ from anymask.block_mask import BlockMask
 from anymask.block_mask.bits import unpack_bits
 from anymask.mask.leaves import Band
 from anymask.packing import pack
+from anymask.precision import ieee_products
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE, tiles_over
 
@@ -40,6 +41,7 @@ def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None) -> str | None:
     return None
 
 
+@ieee_products
 def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> tuple[O, LSE]:
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
     call = _Call.of(q, k, v, block_mask)
@@ -72,6 +74,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     return o, lse
 
 
+@ieee_products
 def backward(
     q: Q,
     k: K,

@@ -54,4 +54,9 @@ def pack(
     place = torch.device(device or "cpu")
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
+    if torch.compiler.is_compiling():
+        # one operator of `anymask.ops`, which compilers do not look into
+        leaves: list[Tensor] = []
+        spec = mask.to(place).spec(leaves)
+        return BlockMask.from_tensors(torch.ops.anymask.pack(leaves, spec, q_len, kv_len, place), q_len, kv_len)
     return implementation(place).pack_mask(mask.to(place), Grid(q_len, kv_len, place))
