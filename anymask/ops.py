@@ -1,4 +1,4 @@
-"""What torch sees: three opaque operators with fakes, autograd, vmap and FLOPs. No arithmetic here.
+"""What torch sees: three opaque operators with fakes, autograd and vmap. No arithmetic here.
 
 The mask travels as the tensors of a `BlockMask`, so backward cannot lose it, and a new mask with the same shapes never
 recompiles. An empty list of tensors means every pair. Operators are defined by schema and not by
@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import _C, Tensor
 from torch._library.fake_impl import allocate_size
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-from torch.utils.flop_counter import register_flop_formula
 
-from anymask import backends, validate
+from anymask import backends, flops, validate
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.leaves import mask_from_spec
@@ -65,24 +64,29 @@ def dispatch(
 
     Without it a call takes a third of the host time.
     """
-    if torch.compiler.is_compiling() or not _is_unwatched(q, k, v):
+    compiling = torch.compiler.is_compiling()
+    if compiling or not _is_unwatched(q, k, v):
+        if not compiling:
+            flops.register()
         output = forward_op(q, k, v, mask_tensors(block_mask), sm_scale, backend, deterministic)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        apply: Any = Attention.apply
-        output = apply(None, q, k, v, block_mask, sm_scale, backend, deterministic)
+        output = _apply(Attention, None, q, k, v, block_mask, sm_scale, backend, deterministic)
     else:
         output = run_forward(q, k, v, block_mask, sm_scale, backend)
     outputs: tuple[Tensor, Tensor] = output
     return outputs
 
 
-def _is_unwatched(*tensors: Tensor) -> bool:
+def _is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a call means the same without torch's dispatcher: no subclass, mode, transform or forward derivative."""
-    return not (
-        _C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-        or _C._are_functorch_transforms_active()
-        or any(type(t) not in _PLAIN or t.is_meta for t in tensors)
+    return (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and not q.is_meta
+        and not _C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and not _C._are_functorch_transforms_active()
     )
 
 
@@ -128,7 +132,7 @@ def run_backward(
     return grads
 
 
-class Attention(_SingleLevelFunction):  # type: ignore[misc]
+class Attention(_SingleLevelFunction):
     """The autograd of attention.
 
     Takes the `BlockMask` itself, and its `ctx` first: torch binds the arguments of the newer form by `inspect` at every
@@ -173,12 +177,12 @@ class Attention(_SingleLevelFunction):  # type: ignore[misc]
         if do is None:
             do = torch.zeros_like(o)
         # a gradient that is recorded would be differentiated again: the operator says no
-        unwatched = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _is_unwatched(q, k, v, do)
+        unwatched = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _is_unwatched(q, k, do)
         grads = (run_backward if unwatched else backward_op)(q, k, v, o, lse, do, dlse, mask, *ctx.rest)
         return None, *grads, None, None, None, None
 
 
-class _Once(_SingleLevelFunction):  # type: ignore[misc]
+class _Once(_SingleLevelFunction):
     """The gradients of attention, which have none."""
 
     @staticmethod
@@ -198,8 +202,7 @@ def _forward_autograd(
 ) -> tuple[Tensor, Tensor]:
     if _is_recorded(q, k, v):
         with _one_level():
-            apply: Any = Attention.apply
-            output: tuple[Tensor, Tensor] = apply(keyset, q, k, v, _block_mask(mask, q, k), *rest)
+            output: tuple[Tensor, Tensor] = _apply(Attention, keyset, q, k, v, _block_mask(mask, q, k), *rest)
             return output
     outputs: tuple[Tensor, Tensor] = _below_autograd(forward_op, keyset, q, k, v, mask, *rest)
     return outputs
@@ -208,11 +211,14 @@ def _forward_autograd(
 def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _is_recorded(*[t for t in args if isinstance(t, Tensor)]):
         with _one_level():
-            apply: Any = _Once.apply
-            output: tuple[Tensor, Tensor, Tensor] = apply(keyset, *args)
+            output: tuple[Tensor, Tensor, Tensor] = _apply(_Once, keyset, *args)
             return output
     grads: tuple[Tensor, Tensor, Tensor] = _below_autograd(backward_op, keyset, *args)
     return grads
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
 
 
 def _is_recorded(*tensors: Tensor) -> bool:
@@ -231,9 +237,9 @@ def _one_level() -> AbstractContextManager[Any]:
     """What torch.func asks for where one of its transforms reaches an autograd function of a single level."""
     if not _C._are_functorch_transforms_active():
         return nullcontext()
-    from torch._functorch.autograd_function import enable_single_level_autograd_function
+    from torch._functorch import autograd_function
 
-    context: AbstractContextManager[Any] = enable_single_level_autograd_function()
+    context: AbstractContextManager[Any] = cast(Any, autograd_function).enable_single_level_autograd_function()
     return context
 
 
@@ -287,11 +293,9 @@ def _vmap(op: Any, n_tensors: int) -> Callable[..., Any]:
             None if t is None else t.expand(n, *t.shape) if d is None else t.movedim(d, 0)
             for t, d in zip(tensors, dims, strict=True)
         ]
-        batch = tensors[0].dim() and stacked[0].shape[1]
-        shared = not mask or mask[ORDER].shape[0] == 1
-        if shared:
+        if not mask or mask[ORDER].shape[0] == 1:
             outputs = op(*[None if t is None else t.flatten(0, 1) for t in stacked], mask, *rest)
-            results = tuple(t.unflatten(0, (n, batch)) for t in outputs)
+            results = tuple(t.unflatten(0, (n, t.shape[0] // n)) for t in outputs)
         else:
             # each sample has a plane of its own
             calls = [op(*[None if t is None else t[i] for t in stacked], mask, *rest) for i in range(n)]
@@ -306,27 +310,6 @@ ORDER = 5
 
 torch.library.register_vmap("anymask::forward", _vmap(forward_op, 3))
 torch.library.register_vmap("anymask::backward", _vmap(backward_op, 7))
-
-
-@register_flop_formula(torch.ops.anymask.forward, get_raw=True)
-def _forward_flops(q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], *rest: Any, **out: Any) -> int:
-    """q @ k^T and p @ v over attended pairs, as `torch.utils.flop_counter` counts."""
-    return 2 * _attended_pairs(q, k, mask) * (q.shape[3] + v.shape[3])
-
-
-@register_flop_formula(torch.ops.anymask.backward, get_raw=True)
-def _backward_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **out: Any) -> int:
-    """The scores again, dq and dk in head_dim, do @ v^T and dv in v_dim, over attended pairs."""
-    return 2 * _attended_pairs(q, k, rest[4]) * (3 * q.shape[3] + 2 * v.shape[3])
-
-
-def _attended_pairs(q: Tensor, k: Tensor, mask: list[Tensor]) -> int:
-    """Pairs over all samples and heads. Waits for the GPU; of tensors without data, all pairs of the planes."""
-    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    block_mask = _block_mask(mask, q, k)
-    if block_mask is None or type(block_mask.rows.words) is not Tensor or q.is_meta:
-        return pairs
-    return round(pairs * block_mask.density())
 
 
 def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any = None) -> BlockMask | None:
@@ -381,14 +364,16 @@ def _pack_fake(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def lists(length: int) -> list[Tensor]:
-        offsets = batch * heads * tiles_over(length) + 1
+        # torch asks whether a dimension is 1, and an answer would tie a symbol to lengths beyond a tile, or within one
+        lines = _unknown_size() if isinstance(length, torch.SymInt) else tiles_over(length)
+        offsets = batch * heads * lines + 1
         return [
             empty(offsets),
             empty(n_full),
             empty(offsets),
             empty(n_partial),
             empty(n_partial, TILE, WORDS),
-            empty(batch, heads, tiles_over(length)),
+            empty(batch, heads, lines),
             empty(_unknown_size(), dtype=torch.uint8),
         ]
 

@@ -83,10 +83,13 @@ def check_call(
         raise TypeError(f"deterministic is {deterministic!r}; allowed are None and a bool")
     if is_causal and mask is not None:
         raise ValueError("is_causal is True and mask is given; allowed is one of them: pass mask=causal() & ...")
-    return 1 / math.sqrt(q.shape[3]) if scale is None else _checked_scale(scale_name, scale)
+    if scale is None:
+        return 1 / math.sqrt(q.shape[3])
+    checked: float = _checked_scale(scale_name, scale)
+    return checked
 
 
-def _checked_scale(name: str, scale: Any) -> float:
+def _checked_scale(name: str, scale: Any) -> Any:
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} is a {type(scale).__name__}; allowed are None and a float")
     # not math.isfinite, which takes no symbol of a compiled function; a NaN is not smaller than anything
@@ -154,9 +157,11 @@ def fitting_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Ma
         _check_planes((mask.batch, mask.heads), q)
         _check_device(mask.device, q)
         return mask
-    lazy = mask if isinstance(mask, Mask) else _of_elsewhere(mask, q_len, kv_len)
+    lazy: Mask | None = mask if isinstance(mask, Mask) else None
+    if lazy is None and type(mask) is not Tensor:
+        lazy = _of_elsewhere(mask, q_len, kv_len)
     if lazy is not None:
-        planes = lazy.planes
+        planes: tuple[int, ...] = lazy.planes
     else:
         if isinstance(mask, Tensor):
             check_tensor("mask", mask)
@@ -204,10 +209,11 @@ def check_not_additive(mask: Tensor) -> None:
 
 
 def _check_planes(planes: tuple[int, ...], q: Tensor) -> None:
+    shape = q.shape
     for dim, name in ((0, "batch"), (1, "q_heads")):
-        if planes[dim] not in (1, q.shape[dim]):
+        if planes[dim] not in (1, shape[dim]):
             raise ValueError(
-                f"mask has {planes[dim]} along {name} but q has {q.shape[dim]}; allowed are 1 and {q.shape[dim]}"
+                f"mask has {planes[dim]} along {name} but q has {shape[dim]}; allowed are 1 and {shape[dim]}"
             )
 
 

@@ -59,4 +59,6 @@ def pack(
         leaves: list[Tensor] = []
         spec = mask.to(place).spec(leaves)
         return BlockMask.from_tensors(torch.ops.anymask.pack(leaves, spec, q_len, kv_len, place), q_len, kv_len)
-    return implementation(place).pack_mask(mask.to(place), Grid(q_len, kv_len, place))
+    # tensors of inference mode could not be saved for a backward pass
+    with torch.inference_mode(False):
+        return implementation(place).pack_mask(mask.to(place), Grid(q_len, kv_len, place))

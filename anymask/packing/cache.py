@@ -113,19 +113,22 @@ class MaskCache:
             mask = _unwrapped(mask)
         leaves: list[Tensor] = []
         spec = mask.spec(leaves)
-        keys = None if _has_function(mask) else tuple(map(_tensor_key, leaves))
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if keys is None or None in keys or (capturing and keys):
+        keys = [key for key in map(_tensor_key, leaves) if key is not None]
+        on_cuda = device.type == "cuda"
+        capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+        if len(keys) < len(leaves) or (capturing and keys):
             return _pack(mask, q_len, kv_len, device, capturing, check)
-        key = MaskKey(spec, keys, q_len, kv_len, device)
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+        key = MaskKey(spec, tuple(keys), q_len, kv_len, device)
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if on_cuda else 0
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
                 self._entries.move_to_end(key)
         if entry is None:
             packed = _pack(mask, q_len, kv_len, device, capturing, check)
-            if device.type == "cuda":
+            if _has_function(mask):
+                return packed
+            if on_cuda:
                 # later calls may run on other streams
                 torch.cuda.current_stream(device).synchronize()
             storages = tuple(weakref.ref(t.untyped_storage(), partial(self._drop, key)) for t in leaves)
@@ -225,12 +228,12 @@ def _tensor_key(t: Tensor) -> TensorKey | None:
     """The key of a tensor, or None if its values may change without a trace."""
     if type(t) not in (Tensor, torch.nn.Parameter) or t.is_inference():
         return None
-    base = t if t._base is None else t._base
+    base: Any = t if t._base is None else t._base
     storage = base.untyped_storage()
     # one count is of `storage` here; each view of a tensor holds both of them
     if torch._C._storage_Use_Count(storage._cdata) - 1 > base._use_count():
         return None
-    return TensorKey(base._cdata, storage._cdata, t.data_ptr(), t._version, t.dtype, tuple(t.size()), t.stride())
+    return TensorKey(base._cdata, storage._cdata, t.data_ptr(), t._version, t.dtype, t.size(), t.stride())
 
 
 # the masks that `attention` remembers
