@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from anymask.block_mask import BlockMask
 from anymask.block_mask.bits import unpack_bits
+from anymask.precision import ieee_products
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE, tiles_over
 
@@ -38,11 +39,12 @@ def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None) -> str | None:
     return None
 
 
+@ieee_products
 def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> tuple[O, LSE]:
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
     call = _Call.of(q, k, v, block_mask)
-    o = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    lse = torch.full(q.shape[:3], -float("inf"), dtype=call.compute)
+    o = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_full(q.shape[:3], -float("inf"), dtype=call.compute)
     for line in call.lines():
         q_line = call.live_rows(q, line) * (sm_scale * LOG2_E)
         steady = call.is_steady(q_line, line)
@@ -70,6 +72,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     return o, lse
 
 
+@ieee_products
 def backward(
     q: Q,
     k: K,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anymask.block_mask import BlockMask
+from anymask.precision import ieee_products
 from anymask.shapes import LSE, K, O, Q, V
 
 
@@ -16,6 +17,7 @@ def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None) -> str | None:
     return None
 
 
+@ieee_products
 def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> tuple[O, LSE]:
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
     qf, kf, vf, mask = _prepare(q, k, v, block_mask)
@@ -23,6 +25,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     return (p @ vf).to(q.dtype), lse
 
 
+@ieee_products
 def backward(
     q: Q,
     k: K,

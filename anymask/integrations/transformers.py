@@ -248,7 +248,7 @@ class _Plane:
         return from_function(of_indices, batch=self.batch, vectorised=not self.use_vmap)
 
     def _fold(self, masks: list[Any], join: Callable[[Mask, Mask], Mask]) -> Mask:
-        found = masks[0]
+        found: Mask = masks[0]
         for other in masks[1:]:
             found = join(found, other)
         return found
