@@ -244,12 +244,8 @@ def test_flex_blocks_that_are_none() -> None:
     with pytest.raises(ValueError, match="from_flex: kv_indices names block -1; allowed are 0 and more"):
         formats.from_flex(flex)
     # beyond the last key there is nothing to see
-    beyond = FlexBlockMask.from_kv_blocks(
-        torch.ones(1, 1, 2, dtype=torch.int32),
-        torch.tensor([[[[5]], [[1]]]]).view(1, 1, 2, 1),
-        seq_lengths=(256, 256),
-        compute_q_blocks=False,
-    )
+    counts, indices = torch.ones(1, 1, 2, dtype=torch.int32), torch.tensor([5, 1]).view(1, 1, 2, 1)
+    beyond = FlexBlockMask.from_kv_blocks(counts, indices, seq_lengths=(256, 256), compute_q_blocks=False)
     dense = pack(formats.from_flex(beyond), q_len=256, kv_len=256).to_dense()[0, 0]
     assert torch.equal(dense.nonzero().amin(0), torch.tensor([128, 128]))
     assert dense.sum() == 128 * 128
