@@ -60,7 +60,7 @@ def attention(
     plane may attend to reaches no output; one that some queries may attend to can reach the others too.
 
     Args:
-        q: `[batch, q_heads, q_len, head_dim]`, fp16, bf16, fp32 (IEEE products, no TF32) or fp64; any strides, but a
+        q: `[batch, q_heads, q_len, head_dim]`, fp16, bf16, fp32 (no TF32 by default) or fp64; any strides, but a
             last dimension that is not dense costs one copy of that tensor.
         k: `[batch, kv_heads, kv_len, head_dim]`; `kv_heads` divides `q_heads` (GQA, MQA).
         v: `[batch, kv_heads, kv_len, v_dim]`.
