@@ -154,7 +154,7 @@ def _load_words(words, column, j, offs):
 
 @gluon.jit
 def _opaque_zero(step):
-    """0, which the compiler does not know: it computes addresses that never change early, and spills them."""
+    """0, which the compiler does not know (docs/kernels.md, finding 2)."""
     return step >> 30
 
 
@@ -384,7 +384,7 @@ def _bwd_kernel(
     worker = Worker(gl.program_id(0), gl.num_programs(0))
     strides = PlaneStrides(sample_planes, head_planes)
     schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
-    # argument lists are written inline: through a variable constexprs would become tensors
+    # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
             (_consume, (dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg)),
