@@ -46,9 +46,9 @@ def _column_at(index, schedule, HAS_MASK: gl.constexpr):
     lists, strides, sizes = schedule.lists, schedule.plane_strides, schedule.sizes
     group, kv_tiles, n_work_tiles = sizes.group, sizes.kv_tiles, schedule.n_work_tiles
     work = gl.minimum(work_index(index // group, schedule.worker), n_work_tiles - 1)
-    place = decode_work_tile(work, kv_tiles, sizes.kv_heads, n_work_tiles, schedule.swizzle_heads)
-    tile, sample = place.tile, place.sample
-    first_head = place.head * group
+    work_tile = decode_work_tile(work, kv_tiles, sizes.kv_heads, n_work_tiles, schedule.swizzle_heads)
+    tile, sample = work_tile.tile, work_tile.sample
+    first_head = work_tile.head * group
     head = first_head + index % group
     plane = sample * strides.sample + head * strides.head
     if HAS_MASK:
