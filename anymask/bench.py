@@ -255,7 +255,7 @@ def command(
         sizes = batch, q_heads, kv_heads or q_heads, length, kv_len or length, head_dim
         q, k, v = make_qkv(*sizes, v_dim, dtype=getattr(torch, kind), device=where)
         packed, dense = load_mask(mask, batch, q_heads, length, kv_len or length, where)
-        stats = anymask.explain(q, k, v, packed).stats
+        stats = anymask.explain(q, k, v, packed).mask
     except (ValueError, TypeError) as error:
         typer.secho(f"anymask: {error}", fg="red", err=True)
         raise typer.Exit(1) from error

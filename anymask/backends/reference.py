@@ -66,9 +66,9 @@ def _prepare(q: Q, k: K, v: V, block_mask: BlockMask | None) -> tuple[Tensor, Te
     else:
         mask = block_mask.to_dense()
     kf, vf = (t.to(compute).repeat_interleave(group, dim=1) for t in (k, v))
-    key_lives = mask.any(-2)[..., None]
+    has_query = mask.any(-2)[..., None]
     qf = torch.where(mask.any(-1, keepdim=True), q.to(compute), 0)
-    return qf, torch.where(key_lives, kf, 0), torch.where(key_lives, vf, 0), mask
+    return qf, torch.where(has_query, kf, 0), torch.where(has_query, vf, 0), mask
 
 
 def _softmax(q: Tensor, k: Tensor, mask: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
