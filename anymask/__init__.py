@@ -1,11 +1,13 @@
 """FlashAttention, forward and backward, under any mask."""
 
+from anymask import formats as formats
+from anymask import viz as viz
 from anymask.api import Explanation as Explanation
 from anymask.api import attention as attention
 from anymask.api import explain as explain
-from anymask.api import flash_attention_custom_mask as flash_attention_custom_mask
-from anymask.api import scaled_dot_product_attention as scaled_dot_product_attention
 from anymask.block_mask import BlockMask as BlockMask
+from anymask.drop_in import flash_attention_custom_mask as flash_attention_custom_mask
+from anymask.drop_in import scaled_dot_product_attention as scaled_dot_product_attention
 from anymask.mask import Mask as Mask
 from anymask.mask import block_diffusion as block_diffusion
 from anymask.mask import block_sparse as block_sparse
@@ -32,6 +34,7 @@ from anymask.mask import tree as tree
 from anymask.packing import extend as extend
 from anymask.packing import pack as pack
 from anymask.packing import slice_queries as slice_queries
+from anymask.packing.cache import forget as forget
 
 __version__ = "0.1.0"
 
@@ -51,6 +54,8 @@ __all__ = [
     "explain",
     "extend",
     "flash_attention_custom_mask",
+    "forget",
+    "formats",
     "from_dense",
     "from_function",
     "global_tokens",
@@ -68,4 +73,5 @@ __all__ = [
     "spans",
     "strided",
     "tree",
+    "viz",
 ]

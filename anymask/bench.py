@@ -255,19 +255,20 @@ def command(
         sizes = batch, q_heads, kv_heads or q_heads, length, kv_len or length, head_dim
         q, k, v = make_qkv(*sizes, v_dim, dtype=getattr(torch, kind), device=where)
         packed, dense = load_mask(mask, batch, q_heads, length, kv_len or length, where)
-        found = anymask.explain(q, k, v, packed)
+        stats = anymask.explain(q, k, v, packed).mask
     except (ValueError, TypeError) as error:
         typer.secho(f"anymask: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+    density = 1.0 if stats is None else stats.density
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     shape = f"{kind} B{batch} H{q_heads}:{sizes[2]} L{length}x{sizes[4]} D{head_dim}/{v.shape[3]}"
-    typer.echo(f"{name}, torch {torch.__version__}: {mask} mask, {found.density:.1%} of pairs, {shape}")
+    typer.echo(f"{name}, torch {torch.__version__}: {mask} mask, {density:.1%} of pairs, {shape}")
     rows = []
     for row in measure(q, k, v, packed, dense, backward):
         rows.append(row)
         typer.echo(f"{row.name}: {row.note or 'done'}", err=True)
     typer.echo(table(rows, backward))
     if json_file is not None:
-        numbers = {"device": name, "torch": torch.__version__, "mask": mask, "shape": shape, "density": found.density}
+        numbers = {"device": name, "torch": torch.__version__, "mask": mask, "shape": shape, "density": density}
         json_file.write_text(json.dumps({**numbers, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
         typer.echo(f"Numbers: {json_file.resolve()}")

@@ -14,7 +14,7 @@ codes = torch.randint(1, 2**6, (batch, length), device=device)
 
 
 def related(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """FlexAttention's form: it is called with index tensors of whole tiles."""
+    """FlexAttention's form: a bool for one pair, called for all pairs of a tile at once."""
     near = (q - k).abs() <= 8 * (h + 1)
     return near | ((codes[b, q] & codes[b, k]) == 1)
 

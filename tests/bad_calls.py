@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anymask import attention, causal, flash_attention_custom_mask, pack
+from anymask import attention, causal, explain, flash_attention_custom_mask, pack
 from anymask.testing import make_qkv
 
 
@@ -207,4 +208,91 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "mask has 3 along batch but q has 2",
     ),
+    "custom mask with minus infinity": (
+        lambda: flash_attention_custom_mask(Q, K, V, TRUE.float().log().masked_fill(TRUE, -math.inf)),
+        ValueError,
+        "mask is a float tensor that holds -inf, NaN or values up to -10000, as additive masks do; allowed are masks",
+    ),
+    "custom mask of the least number": (
+        lambda: flash_attention_custom_mask(Q, K, V, torch.full((10, 20), torch.finfo(torch.float16).min)),
+        ValueError,
+        "mask is a float tensor that holds -inf",
+    ),
+    "custom mask with NaN": (
+        lambda: flash_attention_custom_mask(Q, K, V, torch.full((10, 20), math.nan, dtype=torch.bfloat16)),
+        ValueError,
+        "mask is a float tensor that holds -inf",
+    ),
+    "expanded mask of 3 samples": (
+        lambda: attention(Q, K, V, TRUE.expand(3, 1, 10, 20)),
+        ValueError,
+        "mask has 3 along batch but q has 2; allowed are 1 and 2",
+    ),
+    "expanded mask of 3 heads": (
+        lambda: attention(Q, K, V, TRUE.expand(3, 10, 20)),
+        ValueError,
+        "mask has 3 along q_heads but q has 4; allowed are 1 and 4",
+    ),
+    "expanded custom mask of 3 samples": (
+        lambda: flash_attention_custom_mask(Q, K, V, TRUE.int().expand(3, 1, 10, 20)),
+        ValueError,
+        "mask has 3 along batch but q has 2",
+    ),
+    "scale beyond floats": (
+        lambda: attention(Q, K, V, scale=10**400),
+        ValueError,
+        "scale is an int of 1329 bits; allowed are finite numbers",
+    ),
+    "sparse q": (
+        lambda: attention(Q.to_sparse(), K, V),
+        ValueError,
+        "q has layout torch.sparse_coo; allowed is torch.strided: pass q.to_dense()",
+    ),
+    "sparse mask": (
+        lambda: attention(Q, K, V, TRUE.to_sparse()),
+        ValueError,
+        "mask has layout torch.sparse_coo; allowed is torch.strided",
+    ),
+    "mask in rows": (
+        lambda: attention(Q, K, V, TRUE.to_sparse_csr()),
+        ValueError,
+        "mask has layout torch.sparse_csr; allowed is torch.strided",
+    ),
+}
+
+# these, which Dynamo reads before the call does
+BAD_EAGER: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "nested k": (
+        lambda: attention(Q, torch.nested.nested_tensor([torch.randn(2, 5, 8)]), V),
+        ValueError,
+        "k is a nested tensor; allowed are dense ones: sequences in one row under mask=document(...), or padded",
+    ),
+    "jagged v": (
+        lambda: attention(Q, K, torch.nested.nested_tensor([torch.randn(5, 2, 8)], layout=torch.jagged)),
+        ValueError,
+        "v is a nested tensor; allowed are dense ones",
+    ),
+    "nested mask": (
+        lambda: attention(Q, K, V, torch.nested.nested_tensor([TRUE])),
+        ValueError,
+        "mask is a nested tensor; allowed are dense ones",
+    ),
+    **{
+        f"keyword {name} of {call.__name__}": (
+            partial(call, Q, K, V, **{name: None}),
+            TypeError,
+            f"{name} is no argument; {hint}",
+        )
+        for call in (attention, explain)
+        for name, hint in {
+            "attn_mask": "write mask=...",
+            "block_mask": "write mask=...",
+            "causal": "write is_causal=... or mask=causal()",
+            "softmax_scale": "write scale=...",
+            "window_size": "write mask=sliding_window(...)",
+            "enable_gqa": "leave it out: k and v may have fewer heads than q",
+            "dropout_p": "leave it out: there is no dropout",
+            "is_casual": "allowed keywords are mask, scale, is_causal, return_lse, deterministic and backend",
+        }.items()
+    },
 }

@@ -1,25 +1,25 @@
 """The public calls: bad input, torch's signature, the earlier package's call, the cache, autocast, explain."""
 
-import gc
 import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bad_calls import BAD, TRUE, K, Q, V, qkv
+from bad_calls import BAD, BAD_EAGER, TRUE, K, Q, V, qkv
 
 import anymask
-from anymask import api, attention, causal, explain, flash_attention_custom_mask, pack, scaled_dot_product_attention
+from anymask import attention, causal, explain, flash_attention_custom_mask, pack, scaled_dot_product_attention
 from anymask.backends import NAMES, load
 from anymask.testing import LAYOUTS, MASKS, Case, make_inputs, make_qkv, reference
 
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
 
 
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("what", [*BAD, *BAD_EAGER])
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
 def test_bad_input(what: str) -> None:
-    call, error, message = BAD[what]
+    call, error, message = (BAD | BAD_EAGER)[what]
     with pytest.raises(error, match=re.escape(message)):
         call()
 
@@ -135,72 +135,6 @@ def test_custom_mask_defaults() -> None:
     )
 
 
-class TestCache:
-    @pytest.fixture
-    def packs(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-        calls: list[Any] = []
-        original = api.pack
-        monkeypatch.setattr(api, "pack", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
-        api._packed.clear()
-        return calls
-
-    def test_the_second_call_does_not_pack(self, packs: list[Any]) -> None:
-        mask = torch.rand(10, 20) < 0.5
-        first = attention(Q, K, V, mask)
-        assert torch.equal(attention(Q, K, V, mask), first)
-        explain(Q, K, V, mask)
-        assert len(packs) == 1
-
-    def test_a_write_packs_again(self, packs: list[Any]) -> None:
-        mask = torch.rand(10, 20) < 0.5
-        attention(Q, K, V, mask)
-        mask[3] = ~mask[3]
-        after = attention(Q, K, V, mask)
-        assert len(packs) == 2
-        assert torch.equal(after, attention(Q, K, V, mask.clone()))
-        assert len(api._packed[mask]) == 1
-
-    def test_lengths_are_part_of_the_key(self, packs: list[Any]) -> None:
-        mask = torch.rand(1, 1, 10, 1) < 0.5
-        attention(Q, K, V, mask)
-        attention(Q, K[:, :, :7], V[:, :, :7], mask)
-        attention(Q, K, V, mask)
-        assert len(packs) == 2
-
-    def test_views_and_equal_tensors_are_other_tensors(self, packs: list[Any]) -> None:
-        mask = torch.rand(10, 20) < 0.5
-        for m in (mask, mask.clone(), mask[:], mask.view(1, 10, 20)):
-            attention(Q, K, V, m)
-        assert len(packs) == 4
-
-    def test_an_entry_dies_with_its_tensor(self, packs: list[Any]) -> None:
-        mask = torch.rand(10, 20) < 0.5
-        attention(Q, K, V, mask)
-        assert len(api._packed) == 1
-        del mask
-        packs.clear()
-        gc.collect()
-        assert len(api._packed) == 0
-
-    def test_inference_tensors_are_packed_each_time(self, packs: list[Any]) -> None:
-        with torch.inference_mode():
-            mask = torch.rand(10, 20) < 0.5
-            for _ in range(2):
-                expected = attention(Q, K, V, mask.clone())
-                assert torch.equal(attention(Q, K, V, mask), expected)
-                mask[0] = ~mask[0]
-        assert len(packs) == 4
-
-    def test_custom_masks_of_one_tensor_and_bool_ones_do_not_mix(self, packs: list[Any]) -> None:
-        mask = torch.randint(0, 2, (10, 20))
-        expected = attention(Q, K, V, mask != 0)
-        assert torch.equal(flash_attention_custom_mask(Q, K, V, mask), expected)
-        assert torch.equal(flash_attention_custom_mask(Q, K, V, mask), expected)
-        assert len(packs) == 2
-        with pytest.raises(ValueError, match=r"mask has dtype torch\.int64"):
-            attention(Q, K, V, mask)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_is_a_cast_of_the_inputs(dtype: torch.dtype) -> None:
     q, k, v = make_qkv(2, 2, 2, 50, 70, 16, requires_grad=True)
@@ -243,10 +177,10 @@ def test_explain() -> None:
     assert e.backend == "cpu"
     assert set(e.not_chosen) == set(NAMES) - {"cpu"}
     assert e.not_chosen["reference"] == "cpu was preferred"
-    assert e.tiles == (0, 1, 0)
-    assert e.density == 55 / 200
-    assert e.dense_bytes == 200
-    assert e.mask_bytes == pack(causal(), q_len=10, kv_len=20).nbytes
+    assert e.mask == pack(causal(), q_len=10, kv_len=20).stats(8)
+    assert (e.mask.empty, e.mask.partial, e.mask.full) == (0, 1, 0)
+    assert e.mask.density == 55 / 200
+    assert e.mask.dense_bytes == 200
     assert e.pair_flops == 2 * 4 * 55 * 2 * (8 + 6)
     assert e.tile_flops == 2 * 4 * 128 * 128 * 2 * (8 + 6)
     for part in ("backend: cpu", "not reference: cpu was preferred", "0 empty (skipped), 1 partial, 0 full", "27.5%"):
@@ -257,7 +191,8 @@ def test_explain_without_a_mask_and_with_a_backend() -> None:
     e = explain(Q, K, V, backend="reference")
     assert e.backend == "reference"
     assert e.not_chosen["cpu"] == "reference was preferred"
-    assert (e.tiles, e.density, e.mask_bytes) == (None, 1.0, 0)
+    assert e.mask is None
+    assert e.pair_flops == e.tile_flops == 2 * 4 * 200 * 2 * (8 + 6)
     assert "mask: none" in str(e)
     with pytest.raises(ValueError, match="mask has dtype"):
         explain(Q, K, V, TRUE.float())
@@ -279,25 +214,77 @@ def test_why_the_kernels_cannot_run() -> None:
     assert "the kernels run on a GPU" in str(why_not(65535, 256, torch.bfloat16))
 
 
-def test_what_inference_mode_packed_serves_training_too() -> None:
-    q, k, v = make_qkv(1, 2, 2, 50, 70, 16, requires_grad=True)
-    api._pack_symbolic.cache_clear()
-    for mask in (torch.rand(50, 70) < 0.5, causal()):
-        with torch.inference_mode():
-            o = attention(q, k, v, mask)
-        trained = attention(q, k, v, mask)
-        assert torch.equal(o, trained)
-        trained.sum().backward()
+class TestMasksOfTorch:
+    """Mask objects of torch are taken as they are."""
+
+    def test_of_flex_attention(self) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        flex = create_block_mask(lambda b, h, q, k: (q >= k) & (k % 3 != b), 2, None, 10, 20, device="cpu")
+        b, q, k = torch.meshgrid(torch.arange(2), torch.arange(10), torch.arange(20), indexing="ij")
+        expected = attention(Q, K, V, ((q >= k) & (k % 3 != b))[:, None])
+        assert torch.equal(attention(Q, K, V, flex), expected)
+        assert torch.equal(scaled_dot_product_attention(Q, K, V, flex, enable_gqa=True), expected)
+
+    @pytest.mark.parametrize("corner", ["upper_left", "lower_right"])
+    def test_causal_biases(self, corner: str) -> None:
+        from torch.nn.attention import bias
+
+        diagonal = 0 if corner == "upper_left" else 10
+        expected = attention(Q, K, V, torch.ones(10, 20).tril(diagonal).bool())
+        assert torch.equal(attention(Q, K, V, getattr(bias, f"causal_{corner}")(10, 20)), expected)
+        with pytest.raises(ValueError, match="mask is a CausalBias of 9 queries and 20 keys but q and k"):
+            attention(Q, K, V, getattr(bias, f"causal_{corner}")(9, 20))
+
+    def test_of_xformers_by_a_sentence(self) -> None:
+        bias = type("BlockDiagonalMask", (), {"__module__": "xformers.ops.fmha.attn_bias"})()
+        with pytest.raises(TypeError, match=r"mask is a BlockDiagonalMask of xformers; pass anymask\.formats\.from_xf"):
+            attention(Q, K, V, bias)
 
 
-def test_a_mask_without_tensors_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    api._pack_symbolic.cache_clear()
-    packs = []
-    monkeypatch.setattr(api, "pack", lambda mask, **sizes: packs.append(mask) or pack(mask, **sizes))
-    q, k, v = make_qkv(1, 2, 2, 50, 70, 16)
-    for _ in range(3):
-        attention(q, k, v, is_causal=True)
-        attention(q, k, v, causal())
-        attention(q, k, v, causal(1) & ~causal(-1))
-    attention(q[:, :, :49], k, v, causal())
-    assert packs == [causal(), causal(1) & ~causal(-1), causal()]
+@pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_float_mask_of_ordinary_values_is_non_zero_attends(mask_dtype: torch.dtype) -> None:
+    mask = torch.randn(10, 20).clamp(-2, 2).to(mask_dtype)
+    mask[3], mask[4, 5], mask[5, 6] = 0, torch.inf, -9000.0
+    assert torch.equal(flash_attention_custom_mask(Q, K, V, mask), attention(Q, K, V, mask != 0))
+
+
+class TestMeta:
+    """Shapes without values: outputs and gradients have the right ones, and no mask is read."""
+
+    MASKS = {  # noqa: RUF012
+        "none": lambda: None,
+        "causal": causal,
+        "tensor": lambda: torch.empty(10, 20, dtype=torch.bool, device="meta"),
+        "packed": lambda: pack(TRUE).to("meta"),
+    }
+
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_meta_tensors(self, mask: str) -> None:
+        q, k, v = (t.to("meta").requires_grad_() for t in (Q, K, V))
+        o, lse = attention(q, k, v, self.MASKS[mask](), return_lse=True)
+        assert (o.shape, lse.shape, o.device.type) == ((2, 4, 10, 6), (2, 4, 10), "meta")
+        grads = torch.autograd.grad([o.sum(), lse.sum()], [q, k, v])
+        assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_fake_tensors(self, mask: str) -> None:
+        from torch._subclasses import FakeTensorMode
+
+        packed = pack(TRUE)
+        with FakeTensorMode():
+            q, k, v = (torch.empty(t.shape, requires_grad=True) for t in (Q, K, V))
+            masks = {"tensor": torch.empty(10, 20, dtype=torch.bool), "packed": packed, "causal": causal()}
+            o = attention(q, k, v, masks.get(mask))
+            (dq,) = torch.autograd.grad(o.sum(), q)
+        assert (o.shape, dq.shape) == ((2, 4, 10, 6), q.shape)
+
+    def test_a_mask_that_does_not_fit_raises_there_too(self) -> None:
+        q, k, v = (t.to("meta") for t in (Q, K, V))
+        with pytest.raises(ValueError, match="its dimension -1 is 19 but kv_len is 20"):
+            attention(q, k, v, torch.empty(10, 19, dtype=torch.bool, device="meta"))
+
+
+def test_formats_and_viz_are_reachable() -> None:
+    assert torch.equal(anymask.formats.to_bits(pack(TRUE)), torch.full((1, 1, 25), 255, dtype=torch.uint8))
+    assert anymask.viz.to_text(pack(TRUE))

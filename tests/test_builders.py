@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anymask
 from anymask import Mask, attention, causal, pack
@@ -364,6 +365,26 @@ def test_a_function_of_one_pair(name: str) -> None:
     places = [torch.tensor(n) for n in range(140)]
     expected = [[[bool(fn(b, places[0], q, k)) for k in places] for q in places[:12]] for b in places[:2]]
     assert torch.equal(packed.to_dense()[:, 0], torch.tensor(expected))
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["rows of a table", "table and a number", "an interval"])
+def test_a_function_of_one_pair_reads_no_value_of_an_index(name: str) -> None:
+    mask = anymask.from_function(ONE_PAIR[name])
+    at = torch.zeros(1, 1, 1, dtype=torch.int64)
+    with _Operations() as operations:
+        mask.evaluate(Grid(1, 1, CPU), at, at, at, at)
+    assert "index.Tensor" in operations.names
+    assert "_local_scalar_dense.default" not in operations.names
 
 
 def test_a_function_that_vmap_cannot_run() -> None:

@@ -199,7 +199,7 @@ def test_a_sliced_flex_mask_says_so() -> None:
     assert torch.equal(packed.to_dense()[0, 0], torch.arange(256) <= torch.arange(128, 256)[:, None])
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(512, 300), (300, 512), (100, 100), (500, 640)], ids=str)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(512, 300), (300, 512), (100, 100), (500, 640), (512, 100)], ids=str)
 def test_flex_lists_that_were_adjusted(q_len: int, kv_len: int) -> None:
     packed = pack(formats.from_flex(_flex(512, 512)._adjust(q_len, kv_len)), q_len=q_len, kv_len=kv_len)
     expected = create_mask(_causal_mod, None, None, min(q_len, 512), min(kv_len, 512), device="cpu")[0, 0]
@@ -243,6 +243,12 @@ def test_flex_blocks_that_are_none() -> None:
     )
     with pytest.raises(ValueError, match="from_flex: kv_indices names block -1; allowed are 0 and more"):
         formats.from_flex(flex)
+    # beyond the last key there is nothing to see
+    counts, indices = torch.ones(1, 1, 2, dtype=torch.int32), torch.tensor([5, 1]).view(1, 1, 2, 1)
+    beyond = FlexBlockMask.from_kv_blocks(counts, indices, seq_lengths=(256, 256), compute_q_blocks=False)
+    dense = pack(formats.from_flex(beyond), q_len=256, kv_len=256).to_dense()[0, 0]
+    assert torch.equal(dense.nonzero().amin(0), torch.tensor([128, 128]))
+    assert dense.sum() == 128 * 128
 
 
 @pytest.mark.parametrize(
@@ -295,6 +301,12 @@ def test_ranges_that_overlap() -> None:
         dense |= inside & ((j - d <= i - b) | (not kind & 1)) & ((j - c >= i - a) | (not kind & 2))
     mask = formats.from_ranges(q_ranges, k_ranges, types, q_len=210)
     assert torch.equal(pack(mask, q_len=210, kv_len=200).to_dense()[0, 0], dense)
+
+
+def test_ranges_that_share_one_query() -> None:
+    dense = pack(formats.from_ranges([(0, 5), (4, 9)], [(0, 2), (5, 7)]), q_len=9, kv_len=9).to_dense()[0, 0]
+    assert dense[4].nonzero().flatten().tolist() == [0, 1, 5, 6]
+    assert dense.sum() == 20
 
 
 def test_ten_thousand_ranges() -> None:

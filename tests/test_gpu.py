@@ -367,7 +367,7 @@ def test_opcheck_and_compile(kind: str, device: str) -> None:
     mask: Any = {"none": None, "tensor": dense, "block mask": pack(dense), "mask": causal()}[kind]
     packed = mask if kind in ("none", "block mask") else pack(mask, q_len=200, kv_len=300, device=device)
     tensors = [] if packed is None else packed.tensors()
-    torch.library.opcheck(ops.forward, (q, k, v, tensors, 0.125, "triton", False))
+    torch.library.opcheck(ops.forward_op, (q, k, v, tensors, 0.125, "triton", False))
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
         return attention(q, k, v, mask, deterministic=True)

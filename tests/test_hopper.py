@@ -1,4 +1,6 @@
-"""What of the Hopper backend needs no GPU: which calls it takes, and the order in which its workers take work tiles."""
+"""Parts of the Hopper backend: which calls it takes, the order of work tiles, and on a GPU the two row maxima."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from anymask import causal, document, pack
 from anymask.backends import hopper
 from anymask.backends.hopper.kernels import scheduler
 from anymask.backends.hopper.kernels.records import Worker, WorkTile
+from anymask.testing import Case, check
+from anymask.testing.cases import make_inputs
 
 NUM_WORKERS = 132
 
@@ -103,3 +107,26 @@ def test_takes_what_the_copy_engine_can_move(monkeypatch, change, reason):
     found = hopper._why_not(torch.device("cuda", 0), call["dtype"], torch.Size(call["q"]), call["v_dim"], layout)
     assert found is None if reason is None else reason in found
     hopper._why_not.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("scale", [None, -0.3, 3.0])
+@pytest.mark.parametrize("mask", ["none", "random", "causal", "empty_rows", "causal_lower_right"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_both_row_maxima_give_the_same_bits(device, monkeypatch, dim, mask, scale):
+    """The PTX of `update_row_max` and its plain twin: each right against fp64, and o and lse bit-equal."""
+    config, results = hopper.tuning.FORWARD[dim], []
+    case = Case(mask, 300, 900, dim, torch.float16, q_heads=4, scale=scale)
+    q, k, v, given, *_ = make_inputs(case, device)
+    # scores that grow from tile to tile, so that row maxima move again and again
+    k = k * torch.linspace(0.1, 4, 900, device=device, dtype=k.dtype)[:, None]
+    block_mask = None if given is None else pack(given, q_len=300, kv_len=900, device=device)
+    for plain in (False, True):
+        monkeypatch.setitem(hopper.tuning.FORWARD, dim, replace(config, PLAIN_SOFTMAX=plain))
+        check(case, "hopper", device)
+        results.append(hopper.forward(q, k, v, block_mask, dim**-0.5 if scale is None else scale))
+    (o, lse), (plain_o, plain_lse) = results
+    assert torch.equal(o, plain_o)
+    assert torch.equal(lse, plain_lse)
+    assert lse[lse > -float("inf")].isfinite().all()

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+import anymask
 from anymask import BlockMask, attention, causal, document, from_dense, ops, pack, sliding_window
 from anymask.testing import MASKS, Case, make_inputs, make_qkv
 
@@ -44,21 +45,21 @@ class TestOpcheck:
     )
     def test_forward(self, kind: str, dtype: torch.dtype) -> None:
         qkv = make_qkv(2, 2, 1, 5, 7, 4, 6, dtype=dtype, requires_grad=dtype != torch.bfloat16)
-        torch.library.opcheck(ops.forward, (*qkv, _tensors(MASK_KINDS[kind], 5, 7), 0.5, "cpu", False))
+        torch.library.opcheck(ops.forward_op, (*qkv, _tensors(MASK_KINDS[kind], 5, 7), 0.5, "cpu", False))
 
     @pytest.mark.parametrize("layout", ["blhd", "transposed", "expanded"])
     def test_forward_of_strided_inputs(self, layout: str) -> None:
         qkv = make_qkv(2, 2, 2, 5, 7, 4, layout=layout, requires_grad=True)
-        torch.library.opcheck(ops.forward, (*qkv, _tensors(MASK_KINDS["random"], 5, 7), 0.5, None, False))
+        torch.library.opcheck(ops.forward_op, (*qkv, _tensors(MASK_KINDS["random"], 5, 7), 0.5, None, False))
 
     @pytest.mark.parametrize("with_dlse", [False, True])
     @pytest.mark.parametrize("kind", ["none", "per head"])
     def test_backward(self, kind: str, with_dlse: bool) -> None:
         q, k, v = make_qkv(2, 2, 1, 5, 7, 4, 6)
         mask = _tensors(MASK_KINDS[kind], 5, 7)
-        o, lse = ops.forward(q, k, v, mask, 0.5, None, False)
+        o, lse = ops.forward_op(q, k, v, mask, 0.5, None, False)
         dlse = torch.randn_like(lse) if with_dlse else None
-        torch.library.opcheck(ops.backward, (q, k, v, o, lse, torch.randn_like(o), dlse, mask, 0.5, None, False))
+        torch.library.opcheck(ops.backward_op, (q, k, v, o, lse, torch.randn_like(o), dlse, mask, 0.5, None, False))
 
     @pytest.mark.parametrize("kind", ["random", "per head", "empty", "causal"])
     def test_pack(self, kind: str) -> None:
@@ -94,15 +95,142 @@ def test_second_derivatives_raise(backend: str) -> None:
         torch.autograd.grad(dq.sum(), q)
 
 
-def test_what_has_no_rule_raises() -> None:
-    """Nothing is recorded in these calls, and still no tangent or batch dimension is dropped."""
-    q = torch.randn(1, 2, 20, 16)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(q, q)
-        with pytest.raises(NotImplementedError, match="jvp"):
-            attention(dual, dual, dual)
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.vmap(lambda x: attention(x, x, x))(q[None])
+class TestTransforms:
+    """torch.func: reverse mode and vmap are those of a loop; what has no rule raises, and is never 0."""
+
+    MASKS = {  # noqa: RUF012
+        "none": lambda: None,
+        "causal": causal,
+        "tensor": lambda: _random(20, 20),
+        "per sample": lambda: _random(2, 1, 20, 20),
+        "with tensors": lambda: causal() & from_dense(_random(20, 20)),
+        "packed": lambda: pack(_random(2, 4, 20, 20)),
+    }
+
+    @staticmethod
+    def _loss(mask: Any) -> Any:
+        def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            o, lse = attention(q, k, v, mask, return_lse=True)
+            return o.sin().sum() + lse.masked_fill(lse == -torch.inf, 0).sin().sum()
+
+        return loss
+
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_grad(self, mask: str) -> None:
+        qkv = make_qkv(2, 4, 2, 20, 20, 8, 6, requires_grad=True)
+        loss = self._loss(self.MASKS[mask]())
+        expected = torch.autograd.grad(loss(*qkv), qkv)
+        for a, b in zip(torch.func.grad(loss, (0, 1, 2))(*(t.detach() for t in qkv)), expected, strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("shared", [False, True], ids=["all mapped", "k shared"])
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_vmap(self, mask: str, shared: bool) -> None:
+        samples = [make_qkv(2, 4, 2, 20, 20, 8, 6) for _ in range(3)]
+        if shared:
+            samples = [(q, samples[0][1], v) for q, _, v in samples]
+        dims = (1, None if shared else 2, 0)
+        stacked = [
+            parts[0] if d is None else torch.stack(parts, d)
+            for parts, d in zip(zip(*samples, strict=True), dims, strict=True)
+        ]
+        loss = self._loss(self.MASKS[mask]())
+        for call in (loss, torch.func.grad(loss, (0, 1, 2))):
+            expected = [call(*sample) for sample in samples]
+            got = torch.vmap(call, dims)(*stacked)
+            if call is loss:
+                expected, got = [(x,) for x in expected], (got,)
+            for a, b in zip(got, zip(*expected, strict=True), strict=True):
+                torch.testing.assert_close(a, torch.stack(b))
+
+    def test_vjp_under_vmap_is_the_jacobian(self) -> None:
+        q, k, v = make_qkv(1, 1, 1, 3, 4, 2, dtype=torch.float64)
+        expected = torch.autograd.functional.jacobian(lambda q: attention(q, k, v, causal()), q)
+        torch.testing.assert_close(torch.func.jacrev(lambda q: attention(q, k, v, causal()))(q), expected)
+
+    def test_a_mask_that_is_made_inside(self) -> None:
+        q = torch.randn(1, 2, 20, 8)
+
+        def loss(x: Tensor, rule: Any) -> Tensor:
+            return attention(x, x, x, rule(q.detach().mean((0, 1, 3))[:, None] > x.detach().mean((0, 1, 3)))).sum()
+
+        for rule in (lambda m: m, lambda m: causal() & from_dense(m)):
+            expected = torch.autograd.grad(loss(x := q.clone().requires_grad_(), rule), x)[0]
+            assert torch.equal(torch.func.grad(loss)(q, rule), expected)
+
+    @pytest.mark.parametrize("mask", ["none", "tensor"])
+    def test_forward_mode_raises(self, mask: str) -> None:
+        q, m = torch.randn(1, 2, 20, 16), self.MASKS[mask]()
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(q, q)
+            # the plain inputs of a level are no derivative
+            assert attention(q, q, q, m).isfinite().all()
+            for args in ((dual, q, q), (q, dual, q), (q, q, dual)):
+                with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                    attention(*args, m)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(lambda x: attention(x, x, x, m), (q,), (q,))
+
+    @pytest.mark.compile
+    def test_forward_mode_raises_in_a_compiled_function(self) -> None:
+        q = torch.randn(1, 2, 20, 16)
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x: attention(x, x, x), backend="aot_eager", fullgraph=True)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            compiled(forward_ad.make_dual(q, q))
+        inside = torch.compile(lambda x: torch.func.jvp(lambda x: attention(x, x, x), (x,), (x,)), backend="aot_eager")
+        with pytest.raises((NotImplementedError, torch._dynamo.exc.TorchDynamoException), match="forward-mode"):
+            inside(q)
+
+    @pytest.mark.compile
+    def test_grad_inside_a_compiled_function(self) -> None:
+        torch.compiler.reset()
+        q, mask = torch.randn(1, 2, 20, 16), pack(_random(20, 20))
+        grad = torch.func.grad(lambda x: attention(x, x, x, mask).sin().sum())
+        assert torch.equal(torch.compile(grad, backend="aot_eager", fullgraph=True)(q), grad(q))
+
+    @pytest.mark.parametrize("outer", [torch.func.grad, torch.func.jacrev])
+    def test_second_derivatives_raise(self, outer: Any) -> None:
+        q = torch.randn(1, 2, 4, 8)
+        inner = torch.func.grad(lambda x: attention(x, x, x, causal()).sin().sum())
+        with pytest.raises(NotImplementedError, match="differentiated twice"):
+            outer(lambda x: inner(x).sum())(q)
+
+    def test_what_a_vmap_maps(self) -> None:
+        q, masks = torch.randn(3, 1, 2, 20, 8), _random(3, 20, 20)
+        for rule in (lambda m: m, from_dense):
+            with pytest.raises(NotImplementedError, match=r"mask is mapped by torch\.vmap"):
+                torch.vmap(lambda x, m, rule=rule: attention(x, x, x, rule(m)))(q, masks)
+
+    def test_batched_gradients(self) -> None:
+        q = torch.randn(1, 2, 20, 8, requires_grad=True)
+        for lse in (False, True):
+            o = attention(q, q, q, return_lse=True)[lse]
+            with pytest.raises(NotImplementedError, match=r"no batched gradients \(is_grads_batched=True"):
+                torch.autograd.grad(o, q, torch.randn(3, *o.shape), is_grads_batched=True)
+
+
+class TestFlops:
+    def test_are_those_of_attended_pairs(self) -> None:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        q, k, v = make_qkv(2, 4, 2, 150, 140, 16, 8, requires_grad=True)
+        mask = torch.rand(2, 1, 150, 140) < 0.3
+        for m, pairs in ((None, 2 * 4 * 150 * 140), (mask, 4 * int(mask.sum())), (pack(mask), 4 * int(mask.sum()))):
+            with FlopCounterMode(display=False) as counter:
+                o = attention(q, k, v, m)
+            assert counter.get_total_flops() == 2 * pairs * (16 + 8)
+            with FlopCounterMode(display=False) as counter:
+                o.sum().backward()
+            assert counter.get_total_flops() == 2 * pairs * (3 * 16 + 2 * 8)
+
+    def test_of_shapes_alone(self) -> None:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        q = torch.empty(1, 2, 30, 16, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            attention(q, q, q, causal())
+        assert counter.get_total_flops() == 2 * 2 * 30 * 30 * 32
 
 
 def test_unrecorded_calls_agree_with_recorded_ones() -> None:
@@ -215,6 +343,80 @@ def test_dynamic_lengths(kind: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", [*_masks(2), "packed inside", "custom", "stand-in"])
+def test_no_graph_breaks_in_default_mode(kind: str) -> None:
+    torch.compiler.reset()
+    q, mask = torch.randn(2, 2, 140, 8), _masks(140).get(kind, _random(140, 140))
+    calls = {
+        "packed inside": lambda q, m: attention(q, q, q, pack(causal() & from_dense(m), q_len=140, kv_len=140)),
+        "custom": lambda q, m: anymask.flash_attention_custom_mask(q, q, q, m.float()),
+        "stand-in": lambda q, m: anymask.scaled_dot_product_attention(q, q, q, m),
+    }
+    call = calls.get(kind, lambda q, m: attention(q, q, q, m))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(call, backend=counter)
+    assert torch.equal(compiled(q, mask), call(q, mask))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_scales_in_a_compiled_function(dynamic: bool | None) -> None:
+    """Each value is a compilation, as it is for torch's own attention."""
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q, s: attention(q, q, q, scale=s), fullgraph=True, backend="eager", dynamic=dynamic)
+    q = torch.randn(1, 2, 10, 8)
+    for scale in (0.5, 0.25, -0.125, 3):
+        assert torch.equal(compiled(q, scale), attention(q, q, q, scale=scale))
+    with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match="scale is nan"):
+        compiled(q, float("nan"))
+
+
+@pytest.mark.compile
+def test_a_scale_of_a_dynamic_shape() -> None:
+    torch.compiler.reset()
+    call = torch.compile(
+        lambda q: attention(q, q, q, scale=q.shape[-1] ** -0.5), fullgraph=True, backend="eager", dynamic=True
+    )
+    for dim in (8, 12, 16):
+        q = torch.randn(1, 2, 10, dim)
+        torch.testing.assert_close(call(q), attention(q, q, q))
+
+
+class Net(nn.Module):
+    """Attention under a mask that is given, or causal."""
+
+    def forward(self, q: Tensor, mask: Tensor | None) -> Tensor:
+        return attention(q, q, q, mask, is_causal=mask is None)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", ["causal", "tensor"])
+def test_export_for_lengths_on_both_sides_of_a_tile(kind: str) -> None:
+    length = torch.export.Dim("length", min=2, max=4096)
+
+    def mask(n: int) -> Tensor | None:
+        return _random(n, n) if kind == "tensor" else None
+
+    shapes = {"q": {2: length}, "mask": {0: length, 1: length} if kind == "tensor" else None}
+    program = torch.export.export(Net(), (torch.randn(1, 2, 300, 8), mask(300)), dynamic_shapes=shapes).module()
+    for n in (2, 100, 128, 129, 300, 520):
+        q, m = torch.randn(1, 2, n, 8), mask(n)
+        assert torch.equal(program(q, m), attention(q, q, q, m, is_causal=m is None))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_traced_graph_reads_its_mask(mode: str) -> None:
+    """Nothing is remembered there: the values of the tensor that was traced are not those of later calls."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q, mask = torch.randn(1, 2, 140, 8), _random(140, 140)
+    attention(q, q, q, mask)
+    graph = make_fx(lambda q, m: attention(q, q, q, m), tracing_mode=mode)(q, mask)
+    assert torch.equal(graph(q, ~mask), attention(q, q, q, ~mask))
+
+
 @pytest.mark.parametrize("kind", _masks(2))
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(kind: str, use_reentrant: bool) -> None:
@@ -244,7 +446,7 @@ def test_the_mask_reaches_backward_by_itself() -> None:
 @pytest.mark.parametrize(("q_len", "kv_len", "batch"), [(0, 5, 2), (5, 0, 2), (0, 0, 2), (5, 5, 0)])
 def test_fakes_agree_on_nothing(q_len: int, kv_len: int, batch: int) -> None:
     q, k, v = make_qkv(batch, 2, 1, q_len, kv_len, 4, 6, requires_grad=True)
-    torch.library.opcheck(ops.forward, (q, k, v, [], 0.5, None, False))
+    torch.library.opcheck(ops.forward_op, (q, k, v, [], 0.5, None, False))
 
 
 def test_packing_inside_a_compiled_function_shares_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Attention over tile lists in torch ops: the schedule of the kernels without a kernel compiler.
 
-One step is one line of tiles of one plane, for a few heads at a time, against up to `STEP_TILES` kv tiles, so temporary
+One step is one row of tiles of one plane, for a few heads at a time, against up to `STEP_TILES` kv tiles, so temporary
 memory is a few MiB whatever the lengths, and empty tiles cost nothing. Full tiles come first in a step; only the
 columns after them are masked. Letters as in docs/kernels.md.
 """
@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from anymask.block_mask import BlockMask
 from anymask.block_mask.bits import unpack_bits
+from anymask.precision import ieee_products
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE, tiles_over
 
@@ -38,19 +39,20 @@ def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None) -> str | None:
     return None
 
 
+@ieee_products
 def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> tuple[O, LSE]:
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
     call = _Call.of(q, k, v, block_mask)
-    o = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    lse = torch.full(q.shape[:3], -float("inf"), dtype=call.compute)
-    for line in call.lines():
-        q_line = call.live_rows(q, line) * (sm_scale * LOG2_E)
-        steady = call.is_steady(q_line, line)
-        acc = q_line.new_zeros(*q_line.shape[:-1], v.shape[3])
-        m = q_line.new_full(q_line.shape[:-1], 0.0 if steady else -float("inf"))
+    o = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_full(q.shape[:3], -float("inf"), dtype=call.compute)
+    for tile_row in call.tile_rows():
+        q_rows = call.used_rows(q, tile_row) * (sm_scale * LOG2_E)
+        steady = call.is_steady(q_rows, tile_row)
+        acc = q_rows.new_zeros(*q_rows.shape[:-1], v.shape[3])
+        m = q_rows.new_full(q_rows.shape[:-1], 0.0 if steady else -float("inf"))
         l = torch.zeros_like(m)  # noqa: E741
-        for step in call.steps(line):
-            s = step.hide(q_line @ call.tiles(call.k, line, step).mT)
+        for step in call.steps(tile_row):
+            s = step.mask_out(q_rows @ call.tiles(call.k, tile_row, step).mT)
             if not steady:
                 m_new = torch.maximum(m, s.amax(-1))
                 # a row with no key yet has m = -inf, and -inf - -inf would be NaN
@@ -62,14 +64,15 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
                 m = m_new
             p = s.exp2_()
             l += p.sum(-1)  # noqa: E741
-            acc += p @ call.tiles(call.v, line, step)
+            acc += p @ call.tiles(call.v, tile_row, step)
         acc /= torch.where(l == 0, 1, l)[..., None]
-        call.put_rows(o, line, acc)
+        call.put_rows(o, tile_row, acc)
         # in fp64, so that leaving base 2 rounds once
-        call.put_rows(lse[..., None], line, (m.double() + l.double().log2())[..., None] / LOG2_E)
+        call.put_rows(lse[..., None], tile_row, (m.double() + l.double().log2())[..., None] / LOG2_E)
     return o, lse
 
 
+@ieee_products
 def backward(
     q: Q,
     k: K,
@@ -91,33 +94,33 @@ def backward(
     if dlse is not None:
         delta = delta - dlse.to(call.compute)
     # queries without a key give and receive nothing, whatever q, do or dlse hold there
-    lives = lse != -float("inf")
-    delta = torch.where(lives, delta, 0)
-    lse2 = torch.where(lives, lse * LOG2_E, 0)
-    for line in call.lines():
-        q_line, do_line = (call.live_rows(t, line) for t in (q, do))
-        lse_line, delta_line = (call.rows(t[..., None], line) for t in (lse2, delta))
-        q_scaled = q_line * (sm_scale * LOG2_E)
-        steady = call.is_steady(q_scaled, line)
+    has_key = lse != -float("inf")
+    delta = torch.where(has_key, delta, 0)
+    lse2 = torch.where(has_key, lse * LOG2_E, 0)
+    for tile_row in call.tile_rows():
+        q_rows, do_rows = (call.used_rows(t, tile_row) for t in (q, do))
+        lse_rows, delta_rows = (call.rows(t[..., None], tile_row) for t in (lse2, delta))
+        q_scaled = q_rows * (sm_scale * LOG2_E)
+        steady = call.is_steady(q_scaled, tile_row)
         if steady:
             # p = 2^s * 2^-lse: the second factor goes to the rows of do and delta, which are far smaller than p
-            do_line, delta_line = (t * torch.exp2(-lse_line) for t in (do_line, delta_line))
-        dq_line = torch.zeros_like(q_line)
-        for step in call.steps(line):
-            k_step, v_step = call.tiles(call.k, line, step), call.tiles(call.v, line, step)
-            s = step.hide(q_scaled @ k_step.mT)
-            p = (s if steady else s.sub_(lse_line)).exp2_()
-            ds = (do_line @ v_step.mT).sub_(delta_line).mul_(p)
-            dq_line += ds @ k_step
-            call.add_tiles(dk_t, line, step, q_line.mT @ ds)
-            call.add_tiles(dv_t, line, step, do_line.mT @ p)
-        call.put_rows(dq, line, dq_line * sm_scale)
+            do_rows, delta_rows = (t * torch.exp2(-lse_rows) for t in (do_rows, delta_rows))
+        dq_rows = torch.zeros_like(q_rows)
+        for step in call.steps(tile_row):
+            k_step, v_step = call.tiles(call.k, tile_row, step), call.tiles(call.v, tile_row, step)
+            s = step.mask_out(q_scaled @ k_step.mT)
+            p = (s if steady else s.sub_(lse_rows)).exp2_()
+            ds = (do_rows @ v_step.mT).sub_(delta_rows).mul_(p)
+            dq_rows += ds @ k_step
+            call.add_tiles(dk_t, tile_row, step, q_rows.mT @ ds)
+            call.add_tiles(dv_t, tile_row, step, do_rows.mT @ p)
+        call.put_rows(dq, tile_row, dq_rows * sm_scale)
     return dq, call.key_gradient(dk_t * sm_scale, k.dtype), call.key_gradient(dv_t, v.dtype)
 
 
 @dataclass(frozen=True)
-class _Line:
-    """One line of tiles of one plane, for samples `b` and kv heads `g` (with all, or one, of their query heads)."""
+class _TileRow:
+    """One row of tiles of one plane, for samples `b` and kv heads `g` (with all, or one, of their query heads)."""
 
     b: slice
     g: slice
@@ -132,7 +135,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Step:
-    """Up to `STEP_TILES` kv tiles of a line: the full ones, then the partial ones."""
+    """Up to `STEP_TILES` kv tiles of a row of tiles: the full ones, then the partial ones."""
 
     # a slice where they are neighbours, which makes keys and values a view
     tiles: slice | Tensor
@@ -140,7 +143,7 @@ class _Step:
     # [rows, 128 * n_partial], 0 where the pair attends, -inf where not
     bias: Tensor
 
-    def hide(self, s: Tensor) -> Tensor:
+    def mask_out(self, s: Tensor) -> Tensor:
         """Scores `[1, kv_heads, group * rows, 128 * n]` with -inf, in place, where the pair does not attend."""
         s.unflatten(2, (-1, self.bias.shape[0]))[..., self.n_full * TILE :].add_(self.bias)
         return s
@@ -172,12 +175,12 @@ class _Call:
         k, v = (t.contiguous().unflatten(2, (-1, TILE)) for t in (k, v))
         return _Call(mask, q.shape[1] // k.shape[1], compute, k, v, q.shape[0], k.norm(dim=-1))
 
-    def is_steady(self, q_scaled: Tensor, line: _Line) -> bool:
-        """Whether every score of the line is within `STEADY`, by the Cauchy-Schwarz bound."""
-        k_norm = self._live(self.k_norm[line.b, line.g, :, :, None], line).amax((-1, -2, -3))
+    def is_steady(self, q_scaled: Tensor, tile_row: _TileRow) -> bool:
+        """Whether every score of the row of tiles is within `STEADY`, by the Cauchy-Schwarz bound."""
+        k_norm = self._zero_unused(self.k_norm[tile_row.b, tile_row.g, :, :, None], tile_row).amax((-1, -2, -3))
         return bool((q_scaled.norm(dim=-1).amax(-1) * k_norm <= STEADY).all())
 
-    def lines(self) -> Iterator[_Line]:
+    def tile_rows(self) -> Iterator[_TileRow]:
         """Lines in blocks of heads whose scores fit `STEP_SCORES`."""
         mask, lists = self.mask, self.mask.rows
         full, partial = lists.full_offsets.tolist(), lists.partial_offsets.tolist()
@@ -186,9 +189,9 @@ class _Call:
             n_tiles = full[n + 1] - full[n] + partial[n + 1] - partial[n]
             if not n_tiles:
                 continue
-            plane, line = divmod(n, q_tiles)
+            plane, q_tile = divmod(n, q_tiles)
             plane_b, plane_h = divmod(plane, mask.heads)
-            rows = slice(line * TILE, min((line + 1) * TILE, mask.q_len))
+            rows = slice(q_tile * TILE, min((q_tile + 1) * TILE, mask.q_len))
             samples = range(self.batch) if mask.batch == 1 else (plane_b,)
             if mask.heads == 1:
                 head, kv_range = None, range(kv_heads)
@@ -198,7 +201,7 @@ class _Call:
             at_once = max(1, STEP_SCORES // scores)
             for b in samples:
                 for g in range(kv_range.start, kv_range.stop, at_once):
-                    yield _Line(
+                    yield _TileRow(
                         slice(b, b + 1),
                         slice(g, min(g + at_once, kv_range.stop)),
                         head,
@@ -209,13 +212,13 @@ class _Call:
                         slice(partial[n], partial[n + 1]),
                     )
 
-    def steps(self, line: _Line) -> Iterator[_Step]:
-        tiles, words = torch.cat([line.full, line.partial]), self.mask.rows.words[line.words]
-        rows = line.rows.stop - line.rows.start
+    def steps(self, tile_row: _TileRow) -> Iterator[_Step]:
+        tiles, words = torch.cat([tile_row.full, tile_row.partial]), self.mask.rows.words[tile_row.words]
+        rows = tile_row.rows.stop - tile_row.rows.start
         for first in range(0, tiles.numel(), STEP_TILES):
             chunk = tiles[first : first + STEP_TILES]
-            n_full = max(0, min(line.full.numel() - first, chunk.numel()))
-            begin = first + n_full - line.full.numel()
+            n_full = max(0, min(tile_row.full.numel() - first, chunk.numel()))
+            begin = first + n_full - tile_row.full.numel()
             # [rows, n_partial, 4]: the words are turned, before there are 32 times as many bits to turn
             chosen = words[begin : begin + chunk.numel() - n_full, :rows].transpose(0, 1)
             bias = unpack_bits(chosen).flatten(1).to(self.compute).reciprocal_().neg_().add_(1)
@@ -223,43 +226,43 @@ class _Call:
             neighbours = stop - start == chunk.numel() and bool((chunk.diff() == 1).all())
             yield _Step(slice(start, stop) if neighbours else chunk, n_full, bias)
 
-    def rows(self, t: Tensor, line: _Line) -> Tensor:
-        """Query rows of the line `[1, kv_heads, group * rows, dim]` in the compute dtype."""
-        return self._rows(t, line).to(self.compute).flatten(2, 3)
+    def rows(self, t: Tensor, tile_row: _TileRow) -> Tensor:
+        """Query rows of the row of tiles `[1, kv_heads, group * rows, dim]` in the compute dtype."""
+        return self._rows(t, tile_row).to(self.compute).flatten(2, 3)
 
-    def live_rows(self, t: Tensor, line: _Line) -> Tensor:
+    def used_rows(self, t: Tensor, tile_row: _TileRow) -> Tensor:
         """`rows` with 0 for queries that have no key."""
-        rows = self.rows(t, line)
-        live = self.mask.rows.live
-        if live.numel():
-            of_line = live.view(self.mask.batch, self.mask.heads, -1)[line.plane][line.rows, None] != 0
-            rows = torch.where(of_line, rows.unflatten(2, (-1, of_line.shape[0])), 0).flatten(2, 3)
+        rows = self.rows(t, tile_row)
+        used = self.mask.rows.live
+        if used.numel():
+            has_pair = used.view(self.mask.batch, self.mask.heads, -1)[tile_row.plane][tile_row.rows, None] != 0
+            rows = torch.where(has_pair, rows.unflatten(2, (-1, has_pair.shape[0])), 0).flatten(2, 3)
         return rows
 
-    def put_rows(self, t: Tensor, line: _Line, rows: Tensor) -> None:
-        target = self._rows(t, line)
+    def put_rows(self, t: Tensor, tile_row: _TileRow, rows: Tensor) -> None:
+        target = self._rows(t, tile_row)
         target.copy_(rows.view(target.shape))
 
-    def _rows(self, t: Tensor, line: _Line) -> Tensor:
-        grouped: Tensor = t.unflatten(1, (-1, self.group))[line.b, line.g, :, line.rows]
-        return grouped if line.head is None else grouped[:, :, line.head : line.head + 1]
+    def _rows(self, t: Tensor, tile_row: _TileRow) -> Tensor:
+        grouped: Tensor = t.unflatten(1, (-1, self.group))[tile_row.b, tile_row.g, :, tile_row.rows]
+        return grouped if tile_row.head is None else grouped[:, :, tile_row.head : tile_row.head + 1]
 
-    def tiles(self, t: Tensor, line: _Line, step: _Step) -> Tensor:
+    def tiles(self, t: Tensor, tile_row: _TileRow, step: _Step) -> Tensor:
         """Keys or values of the step `[1, kv_heads, 128 * n, dim]`; those no query attends to are 0."""
-        return self._live(t[line.b, line.g, step.tiles], line, step.tiles).flatten(2, 3)
+        return self._zero_unused(t[tile_row.b, tile_row.g, step.tiles], tile_row, step.tiles).flatten(2, 3)
 
-    def _live(self, t: Tensor, line: _Line, tiles: slice | Tensor = slice(None)) -> Tensor:
+    def _zero_unused(self, t: Tensor, tile_row: _TileRow, tiles: slice | Tensor = slice(None)) -> Tensor:
         """`t [1, kv_heads, n, 128, dim]`, of these tiles, with 0 for keys that no query of the plane attends to."""
-        live = self.mask.cols.live
-        if live.numel():
-            of_plane = live.view(self.mask.batch, self.mask.heads, -1)[line.plane]
+        used = self.mask.cols.live
+        if used.numel():
+            of_plane = used.view(self.mask.batch, self.mask.heads, -1)[tile_row.plane]
             by_tile = pad(of_plane, (0, self.k.shape[2] * TILE - of_plane.numel())).view(-1, TILE)[tiles]
             t = torch.where(by_tile[..., None] != 0, t, 0)
         return t
 
-    def add_tiles(self, grad_t: Tensor, line: _Line, step: _Step, of_step: Tensor) -> None:
+    def add_tiles(self, grad_t: Tensor, tile_row: _TileRow, step: _Step, of_step: Tensor) -> None:
         """Add the transposed gradient of the step's keys or values to that of all of them."""
-        grad_t[line.b, line.g, :, step.tiles] += of_step.unflatten(3, (-1, TILE))
+        grad_t[tile_row.b, tile_row.g, :, step.tiles] += of_step.unflatten(3, (-1, TILE))
 
     def key_gradient(self, grad_t: Tensor, dtype: torch.dtype) -> Tensor:
         """A gradient like k or v, from its transposed and padded form."""

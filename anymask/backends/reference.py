@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anymask.block_mask import BlockMask
+from anymask.precision import ieee_products
 from anymask.shapes import LSE, K, O, Q, V
 
 
@@ -16,6 +17,7 @@ def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None) -> str | None:
     return None
 
 
+@ieee_products
 def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> tuple[O, LSE]:
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
     qf, kf, vf, mask = _prepare(q, k, v, block_mask)
@@ -23,6 +25,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     return (p @ vf).to(q.dtype), lse
 
 
+@ieee_products
 def backward(
     q: Q,
     k: K,
@@ -63,9 +66,9 @@ def _prepare(q: Q, k: K, v: V, block_mask: BlockMask | None) -> tuple[Tensor, Te
     else:
         mask = block_mask.to_dense()
     kf, vf = (t.to(compute).repeat_interleave(group, dim=1) for t in (k, v))
-    key_lives = mask.any(-2)[..., None]
+    has_query = mask.any(-2)[..., None]
     qf = torch.where(mask.any(-1, keepdim=True), q.to(compute), 0)
-    return qf, torch.where(key_lives, kf, 0), torch.where(key_lives, vf, 0), mask
+    return qf, torch.where(has_query, kf, 0), torch.where(has_query, vf, 0), mask
 
 
 def _softmax(q: Tensor, k: Tensor, mask: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,11 @@ class BlockMask:
     __iter__ = None
 
     @property
+    def ndim(self) -> int:
+        """4, as of the scores that the mask is for."""
+        return 4
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, heads, q_len, kv_len), those of `to_dense()`: 1 where a dimension is shared."""
         return self.batch, self.heads, self.q_len, self.kv_len

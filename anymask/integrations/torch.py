@@ -26,7 +26,7 @@ def replace_sdpa() -> Iterator[None]:
     """
     functional, mha = torch.nn.functional, torch.backends.mha
     before, fast = functional.scaled_dot_product_attention, mha.get_fastpath_enabled()
-    functional.scaled_dot_product_attention = scaled_dot_product_attention
+    setattr(functional, "scaled_dot_product_attention", scaled_dot_product_attention)  # noqa: B010
     mha.set_fastpath_enabled(False)
     try:
         yield

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymask import formats
 from anymask.api import attention
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask, causal, document, from_function, key_padding
@@ -90,7 +91,7 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     found: Tensor | Mask | BlockMask | None = attention_mask
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
-        found = _from_additive(attention_mask)
+        found = formats.from_additive(attention_mask)
     elif attention_mask is None and is_causal and query.shape[2] > 1:
         found = causal()
     if key.shape[0] != query.shape[0]:
@@ -214,7 +215,8 @@ class _Plane:
     def chunks(self, size: int, left_padding: Tensor) -> Mask:
         """Tokens of the same chunk of `size`, counted in each sample from the end of its padding `[batch]`."""
         start = left_padding.to(self.device)[:, None]
-        q, k = ((at - start).div(size, rounding_mode="floor") for at in (self.q_positions(), self.kv_positions()))
+        # no chunk is -1, which would be padding to `document`
+        q, k = ((at - start).div(size, rounding_mode="floor") + FAR for at in (self.q_positions(), self.kv_positions()))
         return document(q, kv_ids=k)
 
     def remapped(self, fn: Callable[..., Any], positions: Tensor) -> Mask | None:
@@ -240,13 +242,13 @@ class _Plane:
         """A function that is called, on the positions of tiles that others leave open."""
 
         def of_indices(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            indices = b, h, q + self.q_offset, k + self.kv_offset
-            return _by_scalars(fn, indices) if self.use_vmap else fn(*indices)
+            found: Tensor = fn(b, h, q + self.q_offset, k + self.kv_offset)
+            return found
 
-        return from_function(of_indices, batch=self.batch)
+        return from_function(of_indices, batch=self.batch, vectorised=not self.use_vmap)
 
     def _fold(self, masks: list[Any], join: Callable[[Mask, Mask], Mask]) -> Mask:
-        found = masks[0]
+        found: Mask = masks[0]
         for other in masks[1:]:
             found = join(found, other)
         return found
@@ -306,22 +308,3 @@ def _closure(fn: Callable[..., Any]) -> dict[str, Any]:
     code = getattr(fn, "__code__", None)
     cells = getattr(fn, "__closure__", None) or ()
     return {} if code is None else dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
-
-
-def _by_scalars(fn: Callable[..., Any], indices: tuple[Tensor, ...]) -> Tensor:
-    """`fn` called once for each pair, with scalars, by `torch.vmap`."""
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-
-    shape = torch.broadcast_shapes(*(t.shape for t in indices))
-    with TransformGetItemToIndex():
-        found: Tensor = torch.vmap(fn)(*(t.expand(shape).reshape(-1) for t in indices))
-    return found.view(shape)
-
-
-def _from_additive(bias: Tensor) -> Tensor:
-    """bool: True where a float mask is 0; elsewhere it must be -inf, or the minimum of a dtype."""
-    seen = bias == 0
-    hidden = bias <= torch.finfo(torch.float16).min
-    if not bool((seen | hidden).all()):
-        raise ValueError("attention_mask adds values other than 0 and -inf; anymask takes masks, not biases")
-    return seen

@@ -11,7 +11,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class _IndexByTensors(TorchFunctionMode):
-    """`table[b]` and `table[b, 3]` stay tensor operations; torch would ask a single index for its value."""
+    """`table[b]` and `table[b, 3]` read no value of an index: `torch.vmap` has none, a GPU would wait."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__:

@@ -54,4 +54,11 @@ def pack(
     place = torch.device(device or "cpu")
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
-    return implementation(place).pack_mask(mask.to(place), Grid(q_len, kv_len, place))
+    if torch.compiler.is_compiling():
+        # one operator of `anymask.ops`, which compilers do not look into
+        leaves: list[Tensor] = []
+        spec = mask.to(place).spec(leaves)
+        return BlockMask.from_tensors(torch.ops.anymask.pack(leaves, spec, q_len, kv_len, place), q_len, kv_len)
+    # tensors of inference mode could not be saved for a backward pass
+    with torch.inference_mode(False):
+        return implementation(place).pack_mask(mask.to(place), Grid(q_len, kv_len, place))

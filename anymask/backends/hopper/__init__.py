@@ -16,6 +16,7 @@ from anymask.backends.gpu import target
 from anymask.backends.gpu.arguments import (
     LOG2_E,
     MAX_GRID,
+    has_pair,
     kernel_options,
     mask_lists,
     plane_strides,
@@ -28,7 +29,7 @@ from anymask.launch import device_guard, launch
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16)
-# below, the portable kernels pad less; above, the accumulators do not fit the registers
+# below, the Triton kernels pad less; above, the accumulators do not fit the registers
 MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 128
 
 # queries of a consumer warpgroup in the forward kernel
@@ -43,7 +44,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
     reason = _why_not(q.device, q.dtype, q.shape, v.shape[3], layout)
     if reason is not None:
         return reason
-    if block_mask is not None and block_mask.cols.live.numel() and block_mask.heads > 1 and q.shape[1] > k.shape[1]:
+    has_own_planes = block_mask is not None and block_mask.heads > 1 and q.shape[1] > k.shape[1]
+    if has_own_planes and has_pair(block_mask, "cols") is not None:
         return "the query heads of a group have different masks, some with keys that no query attends to"
     return None
 

@@ -1,6 +1,6 @@
 """Launch options of the Hopper kernels: literal tables and no search.
 
-Chosen among what was timed on an NVIDIA H200 (Triton 3.6, fp16, L8192) on 2026-11-22; docs/kernels.md says what the
+Chosen among what was timed on an NVIDIA H200 (Triton 3.6, fp16, L8192) on 2026-11-22; docs/journal.md says what the
 others took, and `python -m benchmarks.tune --kernels hopper --head-dim 128` times them again.
 """
 

@@ -145,7 +145,8 @@ def _allow_tf32(q: Tensor) -> bool:
     """Whether torch's own fp32 products of CUDA tensors may be TF32 now.
 
     That is so after `torch.set_float32_matmul_precision("high")` or "medium", and read where those products read it:
-    `torch.get_float32_matmul_precision()` raises once `fp32_precision` of a backend was set.
+    `torch.get_float32_matmul_precision()` raises once `fp32_precision` of a backend was set. Forward and backward each
+    ask when they run.
     """
     return q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 

@@ -46,9 +46,9 @@ def _column_at(index, schedule, HAS_MASK: gl.constexpr):
     lists, strides, sizes = schedule.lists, schedule.plane_strides, schedule.sizes
     group, kv_tiles, n_work_tiles = sizes.group, sizes.kv_tiles, schedule.n_work_tiles
     work = gl.minimum(work_index(index // group, schedule.worker), n_work_tiles - 1)
-    place = decode_work_tile(work, kv_tiles, sizes.kv_heads, n_work_tiles, schedule.swizzle_heads)
-    tile, sample = place.tile, place.sample
-    first_head = place.head * group
+    work_tile = decode_work_tile(work, kv_tiles, sizes.kv_heads, n_work_tiles, schedule.swizzle_heads)
+    tile, sample = work_tile.tile, work_tile.sample
+    first_head = work_tile.head * group
     head = first_head + index % group
     plane = sample * strides.sample + head * strides.head
     if HAS_MASK:
@@ -154,7 +154,7 @@ def _load_words(words, column, j, offs):
 
 @gluon.jit
 def _opaque_zero(step):
-    """0, which the compiler does not know: it computes addresses that never change early, and spills them."""
+    """0, which the compiler does not know (docs/kernels.md, finding 2)."""
     return step >> 30
 
 
@@ -384,7 +384,7 @@ def _bwd_kernel(
     worker = Worker(gl.program_id(0), gl.num_programs(0))
     strides = PlaneStrides(sample_planes, head_planes)
     schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
-    # argument lists are written inline: through a variable constexprs would become tensors
+    # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
             (_consume, (dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg)),

@@ -273,7 +273,7 @@ def _fwd_kernel(
     sizes = ForwardSizes(q_tiles, q_heads, q_len, kv_len, mask_rows)
     schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads)
     a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 0, CONSUMER_PAIRS)
-    # argument lists are written inline: through a variable constexprs would become tensors
+    # argument lists are written inline (docs/kernels.md, finding 8)
     if CONSUMER_PAIRS == 1:
         gl.warp_specialize(
             [

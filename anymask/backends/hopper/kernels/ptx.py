@@ -121,7 +121,7 @@ def _update_row_asm(n: int, row: int, has_words: bool):
 
 @gluon.constexpr_function
 def update_row_max_operands(n: int, has_words: bool):
-    """Constraints of `update_row_max_asm`."""
+    """Constraints of `update_row_max_asm`: outputs are tied to inputs (docs/kernels.md, finding 4)."""
     return ",".join(["=f"] * n + ["=r"] * n + [str(i) for i in range(2 * n)] + ["r"] * (n * has_words))
 
 

@@ -1,7 +1,8 @@
 """What the parts of the Hopper kernels hand to each other.
 
 Triton flattens a record to its fields, in their order: records cost nothing, but another order of fields that a loop
-carries may give other registers. A field must not be called `index` or `count`, which are methods of tuples.
+carries may give other registers (docs/kernels.md, finding 11). A field must not be called `index` or `count`, which are
+methods of tuples.
 """
 
 from typing import Any, NamedTuple

@@ -1,0 +1,83 @@
+"""Stand-ins: other libraries' calls, under their own signatures, by `attention`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask import ops, validate
+from anymask.api import attention
+from anymask.shapes import K, O, Q, V
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` under the same signature, by `attention`.
+
+    Args:
+        query, key, value: 2 to 4 dimensions, `[..., length, dim]`.
+        attn_mask: None or a bool tensor, True = attend, broadcastable to the scores, or whatever `attention` takes.
+        dropout_p: 0.0.
+        is_causal: upper-left aligned; excludes `attn_mask`.
+        scale: default `1 / sqrt(head_dim)`.
+        enable_gqa: allow fewer key and value heads than query heads.
+
+    Raises:
+        ValueError: what `attention` raises, and for what it does not do: dropout, a float mask, 5 or more dimensions,
+            head counts that differ without `enable_gqa`.
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        validate.check_tensor(name, t)
+        if t.dim() != query.dim() or not 2 <= t.dim() <= 4:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; allowed are 2 to 4 dimensions, as many as query, which has "
+                f"shape {tuple(query.shape)}"
+            )
+    if dropout_p != 0.0:
+        raise ValueError(f"dropout_p is {dropout_p}; allowed is 0.0")
+    if not enable_gqa and query.dim() > 2 and query.shape[-3] != key.shape[-3]:
+        raise ValueError(
+            f"query has {query.shape[-3]} heads and key has {key.shape[-3]}; allowed are equal counts, "
+            "or enable_gqa=True"
+        )
+    lead = (None,) * (4 - query.dim())
+    o = attention(query[lead], key[lead], value[lead], attn_mask, is_causal=is_causal, scale=scale)
+    return o.view(*query.shape[:-1], value.shape[-1])
+
+
+def flash_attention_custom_mask(q: Q, k: K, v: V, mask: Tensor | None = None, sm_scale: float | None = None) -> O:
+    """Attention under a tensor mask, with the call of the package `flashattention2-custom-mask`.
+
+    Args:
+        q, k, v: as in `attention`.
+        mask: any dtype, non-zero = attend, broadcastable to `[batch, heads, q_len, kv_len]`, on the device of q.
+        sm_scale: factor of the scores; None means `1 / sqrt(head_dim)`.
+
+    Returns:
+        `o [batch, heads, q_len, v_dim]` in the dtype of q. Rows with no key are 0.
+
+    Raises:
+        ValueError: as `attention`; and a float mask that holds -inf, NaN or values up to -1e4, which is made to be
+            added to scores. TypeError: as `attention`.
+    """
+    q, k, v = validate.autocast(q, k, v)
+    sm_scale = validate.check_call(q, k, v, sm_scale, False, None, False, None, scale_name="sm_scale")
+    if mask is not None:
+        validate.check_tensor("mask", mask)
+        if torch.compiler.is_compiling():
+            mask = ops.attended_op(mask)
+    lazy = validate.fitting_mask(q, k, mask, any_dtype=True)
+    check = None if mask is None else partial(validate.check_not_additive, mask)
+    return attention(q, k, v, ops.pack_for(q, lazy, k.shape[2], check), scale=sm_scale)

@@ -1,0 +1,249 @@
+"""What is remembered between calls of `attention`: masks that it packed."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from anymask.block_mask import BlockMask
+from anymask.mask import Mask
+from anymask.mask.leaves import Function
+from anymask.packing import pack
+
+MAX_ENTRIES = 64
+# of packed masks; the last one is kept whatever its size
+MAX_BYTES = 2**30
+
+
+class TensorKey(NamedTuple):
+    """What a tensor is. Equal keys of tensors that are alive mean the same values."""
+
+    # addresses of the tensor that it is a view of, or of itself, and of its storage
+    base: int
+    storage: int
+    data_ptr: int
+    version: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class MaskKey(NamedTuple):
+    """What a packed mask depends on."""
+
+    # the expression without its tensors
+    spec: str
+    tensors: tuple[TensorKey, ...]
+    q_len: int
+    kv_len: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Entry:
+    packed: BlockMask
+    # weak, and of storages: a weak reference to a tensor forbids `torch.utils.swap_tensors`
+    storages: tuple[weakref.ref[Any], ...]
+    # the CUDA stream on which it was packed; 0 elsewhere
+    stream: int
+
+
+class MaskCache:
+    """Masks packed for `attention`, least recently used first.
+
+    A mask is found again by its expression, the lengths, the device, and what each of its tensors *is*: storage, place
+    in it, sizes, strides, dtype and version. So `mask[:, None]` made anew in each layer is one mask, and so are
+    `causal() & m` and `causal() & m` with one `m` that `document(ids)` returned; `document(ids)` called twice is two,
+    as each copies what it is given. A write to a tensor counts its version up, a parameter that moves has another
+    storage: both are another mask.
+
+    - An entry goes with the first of its storages, with a write, when `MAX_ENTRIES` or `MAX_BYTES` are reached, or by
+      `forget`. It keeps no tensor of the user alive.
+    - Not remembered: `from_function`, as what the function reads may change; tensors made in inference mode, which
+      count no version; subclasses of `Tensor`; and a tensor whose storage others than its own views hold, as they may
+      write to it with a count of their own (`.data`; `detach()` is taken for one too).
+    - Not seen are writes that no version counts: through `.data`, NumPy, DLPack or shared memory, by collectives of
+      `torch.distributed` (DDP's sync of buffers too), replays of CUDA graphs, and kernels of other libraries. Call
+      `forget`, or `pack` the mask, after such a write.
+    - In a CUDA graph that is being captured only masks without tensors are looked up, and they are kept for good:
+      a replay reads them, and would not see a new value of a tensor.
+    - Threads may call at once; two that miss the same mask both pack it, and both results are the same.
+    """
+
+    def __init__(self, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> None:
+        self._max_entries, self._max_bytes = max_entries, max_bytes
+        # a storage that dies while the lock is held takes it again
+        self._lock = threading.RLock()
+        self._entries: OrderedDict[MaskKey, _Entry] = OrderedDict()
+        self._captured: list[BlockMask] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed masks that are remembered."""
+        with self._lock:
+            return sum(entry.packed.nbytes for entry in self._entries.values())
+
+    def forget(self) -> None:
+        """Drop all entries."""
+        with self._lock:
+            self._entries.clear()
+
+    def pack(
+        self, mask: Mask, q_len: int, kv_len: int, device: torch.device, check: Callable[[], None] | None = None
+    ) -> BlockMask:
+        """`mask` packed, now or before. `check` is called before it is packed, and may raise.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and the mask would have to be packed.
+        """
+        if torch._C._are_functorch_transforms_active():
+            mask = _unwrapped(mask)
+        leaves: list[Tensor] = []
+        spec = mask.spec(leaves)
+        keys = [key for key in map(_tensor_key, leaves) if key is not None]
+        on_cuda = device.type == "cuda"
+        capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+        if len(keys) < len(leaves) or (capturing and keys):
+            return _pack(mask, q_len, kv_len, device, capturing, check)
+        key = MaskKey(spec, tuple(keys), q_len, kv_len, device)
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if on_cuda else 0
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries.move_to_end(key)
+        if entry is None:
+            packed = _pack(mask, q_len, kv_len, device, capturing, check)
+            if _has_function(mask):
+                return packed
+            if on_cuda:
+                # later calls may run on other streams
+                torch.cuda.current_stream(device).synchronize()
+            storages = tuple(weakref.ref(t.untyped_storage(), partial(self._drop, key)) for t in leaves)
+            entry = _Entry(packed, storages, stream)
+            self._add(key, entry)
+        elif entry.stream != stream:
+            for t in entry.packed.tensors():
+                t.record_stream(torch.cuda.current_stream(device))
+        if capturing:
+            self._captured.append(entry.packed)
+        return entry.packed
+
+    def _add(self, key: MaskKey, entry: _Entry) -> None:
+        with self._lock:
+            now = {(t.base, t.storage): t.version for t in key.tensors}
+            # older versions of a tensor can never be asked for again
+            for old in list(self._entries):
+                if any(now.get((t.base, t.storage), t.version) != t.version for t in old.tensors):
+                    self._entries.pop(old, None)
+            self._entries[key] = entry
+            while len(self._entries) > 1 and (len(self._entries) > self._max_entries or self.nbytes > self._max_bytes):
+                self._entries.popitem(last=False)
+
+    def _drop(self, key: MaskKey, _: weakref.ref[Any]) -> None:
+        with self._lock:
+            self._entries.pop(key, None)
+
+
+def _pack(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    device: torch.device,
+    capturing: bool,
+    check: Callable[[], None] | None,
+) -> BlockMask:
+    if capturing:
+        raise RuntimeError(
+            "mask would be packed, which waits for the GPU, while a CUDA graph is being captured; allowed are a "
+            "BlockMask that was packed before, and a mask without tensors that was used before"
+        )
+    with _apart():
+        if check is not None:
+            check()
+        return pack(mask, q_len=q_len, kv_len=kv_len, device=device)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Nothing records, watches or transforms what packing does: results serve later calls, which may run elsewhere."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if torch._C._len_torch_dispatch_stack():
+            # selective checkpointing counts operations, and must find as many when it computes again
+            from torch.utils._python_dispatch import _disable_current_modes
+
+            stack.enter_context(_disable_current_modes())
+        if torch._C._are_functorch_transforms_active():
+            # what is made inside a transform is a wrapper that dies with it
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        yield
+
+
+def _unwrapped(mask: Mask) -> Mask:
+    """The mask of the tensors inside those that a transform of torch.func has wrapped."""
+    parts: dict[str, Any] = {}
+    for name, part in vars(mask).items():
+        if isinstance(part, Mask):
+            parts[name] = _unwrapped(part)
+        elif isinstance(part, Tensor):
+            inner = part
+            while _functorch.is_functorch_wrapped_tensor(inner):
+                if _functorch.is_batchedtensor(inner):
+                    raise NotImplementedError(
+                        "mask is mapped by torch.vmap; allowed is one mask for all, or a batch instead of vmap"
+                    )
+                inner = _functorch.get_unwrapped(inner)
+            parts[name] = inner
+    return replace(cast(Any, mask), **parts) if parts else mask
+
+
+def _has_function(mask: Mask) -> bool:
+    """Whether a leaf is a function."""
+    left = [mask]
+    while left:
+        node = left.pop()
+        if isinstance(node, Function):
+            return True
+        left += [part for part in vars(node).values() if isinstance(part, Mask)]
+    return False
+
+
+def _tensor_key(t: Tensor) -> TensorKey | None:
+    """The key of a tensor, or None if its values may change without a trace."""
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_inference():
+        return None
+    base: Any = t if t._base is None else t._base
+    storage = base.untyped_storage()
+    # one count is of `storage` here; each view of a tensor holds both of them
+    if torch._C._storage_Use_Count(storage._cdata) - 1 > base._use_count():
+        return None
+    return TensorKey(base._cdata, storage._cdata, t.data_ptr(), t._version, t.dtype, t.size(), t.stride())
+
+
+# the masks that `attention` remembers
+masks = MaskCache()
+
+
+def forget() -> None:
+    """Forget every mask that `attention` has packed by itself.
+
+    Call it after a write to a mask that PyTorch does not count: through `.data`, NumPy, DLPack or shared memory, by a
+    collective of `torch.distributed`, by the replay of a CUDA graph, or by a kernel of another library.
+    """
+    masks.forget()

@@ -1,0 +1,222 @@
+"""What `attention` and its stand-ins accept: every check of their arguments, and the sentences of their errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask.block_mask import BlockMask
+from anymask.mask import Mask, causal, causal_lower_right
+from anymask.mask.parts import as_mask, dense
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# a float mask with a smaller value is an additive one: BERT's holds -10000, others -1e9 or the least of a dtype
+LEAST = -1e4
+
+# keyword of another library -> what to do here
+_ELSEWHERE = {
+    **dict.fromkeys(("attn_mask", "attention_mask", "block_mask", "custom_mask", "attn_bias"), "write mask=..."),
+    **dict.fromkeys(("softmax_scale", "sm_scale", "scaling"), "write scale=..."),
+    "causal": "write is_causal=... or mask=causal()",
+    **dict.fromkeys(("window_size", "window", "sliding_window"), "write mask=sliding_window(...)"),
+    "cu_seqlens": "write mask=document(cu_seqlens=...)",
+    "enable_gqa": "leave it out: k and v may have fewer heads than q",
+    **dict.fromkeys(("dropout_p", "dropout"), "leave it out: there is no dropout"),
+    "score_mod": "leave it out: masks are boolean, and a mask_mod is mask=from_function(mask_mod)",
+    **dict.fromkeys(("return_attn_probs", "return_softmax_lse"), "write return_lse=..."),
+}
+
+
+def refuse_keywords(unknown: dict[str, Any]) -> None:
+    """Raise TypeError for the first keyword that is not an argument."""
+    for name in unknown:
+        hint = _ELSEWHERE.get(name)
+        allowed = "mask, scale, is_causal, return_lse, deterministic and backend"
+        raise TypeError(f"{name} is no argument; " + (hint or f"allowed keywords are {allowed}"))
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in the dtype of an enclosing `torch.autocast`, as torch's own attention has it; fp64 is left alone."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, t)
+    # torch raises for the device meta, which has no autocast
+    if q.is_meta or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
+    return q, k, v
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise unless it is a tensor with sizes, strides and memory of its own."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; allowed is a torch.Tensor")
+    if value.is_nested:
+        raise ValueError(
+            f"{name} is a nested tensor; allowed are dense ones: sequences in one row under mask=document(...), or "
+            "padded under mask=key_padding(...)"
+        )
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}; allowed is torch.strided: pass {name}.to_dense()")
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    is_causal: bool,
+    mask: Any,
+    return_lse: bool,
+    deterministic: bool | None,
+    scale_name: str = "scale",
+) -> float:
+    """The scale to use, once every argument but the mask's shape is known to fit."""
+    _check_qkv(q, k, v)
+    for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r} of type {type(flag).__name__}; allowed is a bool")
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic is {deterministic!r}; allowed are None and a bool")
+    if is_causal and mask is not None:
+        raise ValueError("is_causal is True and mask is given; allowed is one of them: pass mask=causal() & ...")
+    if scale is None:
+        return 1 / math.sqrt(q.shape[3])
+    checked: float = _checked_scale(scale_name, scale)
+    return checked
+
+
+def _checked_scale(name: str, scale: Any) -> Any:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} is a {type(scale).__name__}; allowed are None and a float")
+    # not math.isfinite, which takes no symbol of a compiled function; a NaN is not smaller than anything
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{name} is {scale}; allowed are finite numbers")
+    if not isinstance(scale, int):
+        return scale
+    try:
+        return float(scale)
+    except OverflowError as error:
+        raise ValueError(f"{name} is an int of {scale.bit_length()} bits; allowed are finite numbers") from error
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError for the first property of q, k, v that does not fit."""
+    # read once: torch makes these objects anew for each reading, which takes as long as comparing them
+    q_shape, k_shape, v_shape, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
+    for name, t, shape in (("q", q, q_shape), ("k", k, k_shape), ("v", v, v_shape)):
+        if len(shape) != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(shape)}, {len(shape)} dimensions; allowed are 4, [batch, heads, length, dim]"
+            )
+        if t.dtype not in FLOATS:
+            raise ValueError(f"{name} has dtype {t.dtype}; allowed are {', '.join(map(str, FLOATS))}")
+    batch, q_heads, _, head_dim = q_shape
+    kv_batch, kv_heads, kv_len, k_dim = k_shape
+    for name, t, size in (("k", k, kv_batch), ("v", v, v_shape[0])):
+        if t.dtype != dtype:
+            raise ValueError(f"{name} has dtype {t.dtype} but q has {dtype}; allowed is one dtype for q, k and v")
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device} but q is on {device}; allowed is one device for q, k and v")
+        if size != batch:
+            raise ValueError(f"{name}.batch is {size} but q.batch is {batch}; allowed are equal sizes")
+    for name, size, expected in (("heads", v_shape[1], kv_heads), ("length", v_shape[2], kv_len)):
+        if size != expected:
+            raise ValueError(f"v.{name} is {size} but k.{name} is {expected}; allowed are equal sizes")
+    if k_dim != head_dim or head_dim == 0:
+        raise ValueError(f"k.head_dim is {k_dim} but q.head_dim is {head_dim}; allowed are equal sizes from 1")
+    if q_heads and (kv_heads == 0 or q_heads % kv_heads):
+        raise ValueError(
+            f"q has {q_heads} heads and k has {kv_heads}; allowed is a number of q heads that is a multiple of "
+            "the number of k heads"
+        )
+
+
+def fitting_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Mask | BlockMask | None:
+    """The mask as an expression, or packed if it was, once it is known to fit q and k.
+
+    Args:
+        q, k: of a valid call.
+        mask: what `attention` takes.
+        any_dtype: a tensor may have any dtype, non-zero = attend.
+
+    Raises:
+        ValueError: it does not fit. TypeError: it is no mask.
+    """
+    if mask is None:
+        return None
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if isinstance(mask, BlockMask):
+        if (mask.q_len, mask.kv_len) != (q_len, kv_len):
+            raise ValueError(
+                f"mask was packed for q_len={mask.q_len}, kv_len={mask.kv_len} but q and k have {q_len} and {kv_len}"
+            )
+        _check_planes((mask.batch, mask.heads), q)
+        _check_device(mask.device, q)
+        return mask
+    lazy: Mask | None = mask if isinstance(mask, Mask) else None
+    if lazy is None and type(mask) is not Tensor:
+        lazy = _of_elsewhere(mask, q_len, kv_len)
+    if lazy is not None:
+        planes: tuple[int, ...] = lazy.planes
+    else:
+        if isinstance(mask, Tensor):
+            check_tensor("mask", mask)
+        lazy = dense(mask) if any_dtype else as_mask(mask, "None, a bool tensor, a Mask, a BlockMask")
+        _check_device(mask.device, q)
+        # of the tensor as it came: `dense` narrows dimensions that are expanded
+        planes = (1, 1, *mask.shape)[-4:-2]
+    lazy.check(q_len, kv_len)
+    _check_planes(planes, q)
+    return lazy
+
+
+def _of_elsewhere(mask: Any, q_len: int, kv_len: int) -> Mask | None:
+    """The `Mask` of a mask object of another library; None if it is no such object."""
+    where, name = type(mask).__module__, type(mask).__name__
+    if where == "torch.nn.attention.flex_attention":
+        from anymask import formats
+
+        return formats.from_flex(mask)
+    if where == "torch.nn.attention.bias":
+        if (mask.seq_len_q, mask.seq_len_kv) != (q_len, kv_len):
+            raise ValueError(
+                f"mask is a {name} of {mask.seq_len_q} queries and {mask.seq_len_kv} keys but q and k have {q_len} and "
+                f"{kv_len}; allowed are equal lengths"
+            )
+        return causal() if mask.variant.name == "UPPER_LEFT" else causal_lower_right()
+    if where.startswith("xformers."):
+        raise TypeError(f"mask is a {name} of xformers; pass anymask.formats.from_xformers(mask, q_len, kv_len)")
+    return None
+
+
+def check_not_additive(mask: Tensor) -> None:
+    """Raise ValueError for a float mask whose values are added to scores: it would be read as its inverse.
+
+    Reads the tensor, and waits for its device.
+    """
+    if not mask.is_floating_point():
+        return
+    values = mask if mask.element_size() > 1 else mask.float()
+    if not bool((values > LEAST).all()):
+        raise ValueError(
+            f"mask is a float tensor that holds -inf, NaN or values up to {LEAST:g}, as additive masks do; allowed are "
+            "masks with non-zero = attend: pass mask == 0"
+        )
+
+
+def _check_planes(planes: tuple[int, ...], q: Tensor) -> None:
+    shape = q.shape
+    for dim, name in ((0, "batch"), (1, "q_heads")):
+        if planes[dim] not in (1, shape[dim]):
+            raise ValueError(
+                f"mask has {planes[dim]} along {name} but q has {shape[dim]}; allowed are 1 and {shape[dim]}"
+            )
+
+
+def _check_device(device: torch.device, q: Tensor) -> None:
+    if device != q.device:
+        raise ValueError(f"mask is on {device} but q is on {q.device}; allowed is the device of q")
