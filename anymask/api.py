@@ -15,6 +15,7 @@ from anymask import backends, ops
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask, causal
 from anymask.mask.builders import dense, from_dense
+from anymask.mask.program import program_of
 from anymask.packing import pack
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE
@@ -350,11 +351,11 @@ def _block_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Blo
     _check_planes(lazy.planes, q)
     if isinstance(mask, Tensor):
         _check_device(mask.device, q)
-    leaves: list[Tensor] = []
-    spec = lazy.spec(leaves)
-    if torch.compiler.is_compiling():
-        return BlockMask.from_tensors(ops.pack_op(leaves, spec, q_len, kv_len, q.device), q_len, kv_len)
-    if not leaves:
+    program = program_of(lazy)
+    if program is not None and torch.compiler.is_compiling():
+        return BlockMask.from_tensors(ops.pack_op(*program, q_len, kv_len, q.device), q_len, kv_len)
+    # what a function has captured may change
+    if program is not None and not program.tensors:
         return _pack_symbolic(lazy, q_len, kv_len, q.device)
     if not isinstance(mask, Tensor) or mask.is_inference():
         return pack(lazy, q_len=q_len, kv_len=kv_len, device=q.device)

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from anymask import backends
 from anymask.block_mask import BlockMask
-from anymask.mask.leaves import mask_from_spec
+from anymask.mask.program import mask_from_program
 from anymask.packing import pack
 from anymask.tiles import TILE, WORDS, tiles_over
 
@@ -31,14 +31,15 @@ torch.library.define(
     "str? backend, bool deterministic) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
-    "anymask::pack", "(Tensor[] leaves, str spec, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]"
+    "anymask::pack",
+    "(int[] nodes, SymInt[] numbers, Tensor[] tensors, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]",
 )
 
 # `(o, lse)` of validated inputs by the named backend, or by the first that can
 forward = torch.ops.anymask.forward.default
 # `(dq, dk, dv)`, contiguous
 backward = torch.ops.anymask.backward.default
-# tensors of `pack(mask_from_spec(spec, leaves), ...)`: packing inside a compiled function
+# tensors of `pack(mask_from_program(nodes, numbers, tensors), ...)`: packing inside a compiled function
 pack_op = torch.ops.anymask.pack.default
 
 
@@ -187,15 +188,19 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @torch.library.impl("anymask::pack", "CompositeExplicitAutograd")
-def _pack(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
-    packed = pack(mask_from_spec(spec, leaves), q_len=q_len, kv_len=kv_len, device=device)
+def _pack(
+    nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
+) -> list[Tensor]:
+    packed = pack(mask_from_program(nodes, numbers, tensors), q_len=q_len, kv_len=kv_len, device=device)
     # what an operator returns may not share memory, as all but the words, the large ones, may
     return [t if t is packed.rows.words or t is packed.cols.words else t.clone() for t in packed.tensors()]
 
 
 @torch.library.register_fake("anymask::pack")
-def _pack_fake(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
-    batch, heads = mask_from_spec(spec, leaves).planes
+def _pack_fake(
+    nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
+) -> list[Tensor]:
+    batch, heads = mask_from_program(nodes, numbers, tensors).planes
     context = torch.library.get_ctx()
     n_full, n_partial = context.new_dynamic_size(), context.new_dynamic_size()
 

@@ -10,8 +10,9 @@ from torch import Tensor
 import anymask
 from anymask import Mask, causal, causal_lower_right, from_dense, pack, sliding_window
 from anymask.mask.builders import dense as dense_any_dtype
-from anymask.mask.expr import Grid
-from anymask.mask.leaves import Band, Dense, mask_from_spec
+from anymask.mask.expr import TileGrid
+from anymask.mask.leaves import Band, Dense
+from anymask.mask.program import mask_from_program, program_of
 from anymask.testing import MASKS, assert_same_block_mask
 from anymask.tiles import EMPTY, FULL, PARTIAL, TILE
 
@@ -41,14 +42,14 @@ def _evaluated(mask: Mask, q_len: int, kv_len: int) -> Tensor:
     """The meaning of a mask, pair by pair: `[mask_batch, mask_heads, q_len, kv_len]`."""
     batch, heads = mask.planes
     index = torch.meshgrid(*(torch.arange(n) for n in (batch, heads, q_len, kv_len)), indexing="ij")
-    return mask.evaluate(Grid(q_len, kv_len, CPU), *index)
+    return mask.evaluate(TileGrid(q_len, kv_len, CPU), *index)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS, ids=str)
 @pytest.mark.parametrize("name", SYMBOLIC)
 def test_classification_never_contradicts_evaluation(name: str, q_len: int, kv_len: int) -> None:
-    mask, grid = SYMBOLIC[name], Grid(q_len, kv_len, CPU)
-    kinds = mask.classify(grid)
+    mask, grid = SYMBOLIC[name], TileGrid(q_len, kv_len, CPU)
+    kinds = mask.classify(grid, grid.rows)
     assert kinds.dtype == torch.int8
     dense = _evaluated(mask, q_len, kv_len)
     kinds = kinds.expand(*mask.planes, grid.q_tiles, grid.kv_tiles)
@@ -63,8 +64,8 @@ def test_classification_never_contradicts_evaluation(name: str, q_len: int, kv_l
 def test_bands_classify_every_tile_they_can(name: str) -> None:
     # a band that leaves an empty or full tile unknown still gives the right answer, but costs its evaluation
     for q_len, kv_len in LENGTHS:
-        mask, grid = SYMBOLIC[name], Grid(q_len, kv_len, CPU)
-        kinds = mask.classify(grid)[0, 0]
+        mask, grid = SYMBOLIC[name], TileGrid(q_len, kv_len, CPU)
+        kinds = mask.classify(grid, grid.rows)[0, 0]
         dense = _evaluated(mask, q_len, kv_len)[0, 0]
         for i in range(grid.q_tiles):
             for j in range(grid.kv_tiles):
@@ -95,16 +96,18 @@ def test_bands_whose_edge_meets_a_tile(edge: int) -> None:
         (~sliding_window(edge, edge), distance.abs() > edge),
     ):
         tiles = dense.unflatten(1, (3, TILE)).unflatten(0, (3, TILE)).transpose(1, 2).flatten(2)
-        assert torch.equal(mask.classify(Grid(384, 384, CPU))[0, 0], (tiles.any(-1).to(torch.int8) + tiles.all(-1)))
+        assert torch.equal(
+            mask.classify(TileGrid(384, 384, CPU), range(3))[0, 0], (tiles.any(-1).to(torch.int8) + tiles.all(-1))
+        )
         assert torch.equal(pack(mask, q_len=384, kv_len=384).to_dense()[0, 0], dense)
 
 
 def test_kleene_tables() -> None:
     kinds = {EMPTY: ~Band(None, None), FULL: Band(None, None), PARTIAL: from_dense(torch.ones(4, 4, dtype=torch.bool))}
-    grid = Grid(4, 4, CPU)
+    grid = TileGrid(4, 4, CPU)
 
     def kind(mask: Mask) -> int:
-        return int(mask.classify(grid).flatten()[0])
+        return int(mask.classify(grid, grid.rows).flatten()[0])
 
     for a, left in kinds.items():
         assert kind(~left) == FULL - a
@@ -152,19 +155,18 @@ def test_masks_are_frozen() -> None:
 
 
 @pytest.mark.parametrize("name", SYMBOLIC)
-def test_spec_reads_back(name: str) -> None:
-    leaves: list[Tensor] = []
-    spec = SYMBOLIC[name].spec(leaves)
-    again = mask_from_spec(spec, leaves)
+def test_program_reads_back(name: str) -> None:
+    program = program_of(SYMBOLIC[name])
+    assert program is not None
+    again = mask_from_program(*program)
     assert_same_block_mask(pack(SYMBOLIC[name], q_len=200, kv_len=130), pack(again, q_len=200, kv_len=130))
     assert again.planes == SYMBOLIC[name].planes
 
 
 def test_ids_that_are_compared_with_themselves_are_one_leaf() -> None:
-    leaves: list[Tensor] = []
-    spec = anymask.document(torch.arange(9) // 3).spec(leaves)
-    assert len(leaves) == 2
-    assert spec.startswith("('between', 0, 0, 1, ")
+    program = program_of(anymask.document(torch.arange(9) // 3))
+    assert program is not None
+    assert len(program.tensors) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anymask.mask.expr import Mask
-from anymask.mask.leaves import Band, Between, Blocks, Dense, Function, Positions, Stride
+from anymask.mask.leaves import Band, Between, Blocks, Dense, Equal, Function, Positions, Stride
 
 
 def causal(offset: int = 0) -> Mask:
@@ -399,7 +399,7 @@ def whole_numbers(name: str, t: Tensor | None, dims: tuple[int, ...]) -> Tensor:
 
 def _flagged(name: str, flags: Tensor, of_query: bool) -> Mask:
     """Attends where the flag of the query, or else of the key, is set."""
-    one = torch.ones((1, 1, 1), dtype=torch.long, device=flags.device)
+    one = torch.ones((1, 1), dtype=torch.long, device=flags.device)
     return Between(_per_token(name, flags.long()), one, one + 1, of_query, name)
 
 
@@ -407,7 +407,7 @@ def _same(name: str, ids: Tensor, kv_ids: Tensor | None = None) -> Mask:
     """Attends where query and key have the same number; the keys have those of the queries, or `kv_ids`."""
     labels = _per_token(name, ids)
     kv_labels = labels if kv_ids is None else _per_token("kv_ids", kv_ids)
-    return Between(labels, kv_labels, kv_labels + 1, of_query=True, name=name)
+    return Equal(labels, kv_labels, name, name if kv_ids is None else "kv_ids")
 
 
 def _of_own_part(name: str, ids: Tensor) -> Mask:
@@ -417,7 +417,7 @@ def _of_own_part(name: str, ids: Tensor) -> Mask:
 
 def _first(lengths: Tensor, name: str) -> Mask:
     """Attends to the first `lengths [batch]` keys."""
-    end = lengths.long()[:, None, None]
+    end = lengths.long()[:, None]
     return Between(None, torch.zeros_like(end), end, False, name)
 
 

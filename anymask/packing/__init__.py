@@ -5,11 +5,15 @@ from torch import Tensor
 
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask, from_dense
-from anymask.mask.expr import Grid
+from anymask.mask.expr import TileGrid
 from anymask.mask.leaves import Dense
 from anymask.packing.changes import extend as extend
 from anymask.packing.changes import slice_queries as slice_queries
 from anymask.packing.device import implementation
+from anymask.tiles import TILE
+
+# positions, also those of a last tile that is not whole, are int32 in kernels
+LONGEST = 2**31 - TILE
 
 
 def pack(
@@ -46,12 +50,12 @@ def pack(
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
         if value is None:
             raise ValueError(f"{name} is None; a {type(mask).__name__} mask has no length, pass {name}=...")
-        if value < 0:
-            raise ValueError(f"{name} is {value}; allowed are 0 and more tokens")
+        if not 0 <= value <= LONGEST:
+            raise ValueError(f"{name} is {value}; allowed are 0 and more tokens, up to {LONGEST}")
     assert q_len is not None
     assert kv_len is not None
     mask.check(q_len, kv_len)
     place = torch.device(device or "cpu")
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
-    return implementation(place).pack_mask(mask.to(place), Grid(q_len, kv_len, place))
+    return implementation(place).pack_mask(mask.to(place), TileGrid(q_len, kv_len, place))
