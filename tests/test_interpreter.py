@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import anymask
 from anymask import BlockMask, attention, causal, causal_lower_right, gallery, pack
-from anymask.mask.expr import Grid, Mask
+from anymask.mask.expr import Mask, TileGrid
 from anymask.mask.leaves import Dense, Positions, Stride
 from anymask.packing.definition import tile_words, words_of_tiles
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, reference
@@ -234,7 +234,7 @@ def test_packing_is_the_same_on_the_device(name: str, q_len: int, kv_len: int) -
     from anymask.packing import triton as triton_pack
 
     mask, dense = MASKS[name](2, 2, q_len, kv_len)
-    space = Grid(q_len, kv_len, CPU)
+    space = TileGrid(q_len, kv_len, CPU)
     if isinstance(mask, Mask):
         expected = pack(mask, q_len=q_len, kv_len=kv_len)
         assert_same_block_mask(triton_pack.lists_from_tiles(*tile_words(mask, space), space), expected)
@@ -268,7 +268,7 @@ def test_packing_nothing_is_the_same_on_the_device(q_len: int, kv_len: int) -> N
 def _pack_expression(mask: Mask, q_len: int, kv_len: int) -> BlockMask:
     from anymask.packing import triton as triton_pack
 
-    packed = triton_pack.pack_expression(mask, Grid(q_len, kv_len, CPU))
+    packed = triton_pack.pack_expression(mask, TileGrid(q_len, kv_len, CPU))
     assert packed is not None
     return packed
 
@@ -337,14 +337,14 @@ def test_functions_are_left_to_torch() -> None:
         anymask.from_function(lambda b, h, q, k: q > k),
         causal() & anymask.from_function(lambda b, h, q, k: q > k),
     ):
-        assert triton_pack.pack_expression(mask, Grid(300, 300, CPU)) is None
+        assert triton_pack.pack_expression(mask, TileGrid(300, 300, CPU)) is None
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(300, 257), (128, 384)], ids=str)
 def test_words_of_tiles_are_the_same_on_the_device(q_len: int, kv_len: int) -> None:
     from anymask.packing import triton as triton_pack
 
-    space = Grid(q_len, kv_len, CPU)
+    space = TileGrid(q_len, kv_len, CPU)
     # as nonzero() leaves them on a GPU
     places = torch.cartesian_prod(*map(torch.arange, (1, 2, space.q_tiles, space.kv_tiles))).T.contiguous().T
     n = len(places)
@@ -394,7 +394,7 @@ def test_packing_any_form_is_the_same_on_the_device(form: str) -> None:
     if form in ("aligned", "base of 4", "odd base", "transposed"):
         # the last rows of the plane, and columns that all exist
         tiles = tensor.flatten(0, 1)[:, 4:132, :128]
-        space = Grid(140, 144, CPU)
+        space = TileGrid(140, 144, CPU)
         found = [(torch.empty(n, TILE, WORDS, dtype=torch.int32), torch.empty(n, dtype=torch.int8)) for _ in range(2)]
         triton_pack.words_of_tiles(tiles, places.expand(n, 4), space, *found[0])
         words_of_tiles(tiles, places.expand(n, 4), space, *found[1])

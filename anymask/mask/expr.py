@@ -142,13 +142,16 @@ class Operator(Mask):
             leaf.check(q_len, kv_len)
 
     def classify(self, grid: TileGrid, rows: range) -> TileKinds:
-        return fold(self, lambda leaf: leaf.classify(grid, rows), lambda node, *kinds: node.of_kinds(*kinds))
+        found: TileKinds = fold(self, lambda leaf: leaf.classify(grid, rows), lambda node, *x: node.of_kinds(*x))
+        return found
 
     def evaluate(self, grid: TileGrid, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return fold(self, lambda leaf: leaf.evaluate(grid, b, h, q, k), lambda node, *pairs: node.of_pairs(*pairs))
+        found: Tensor = fold(self, lambda leaf: leaf.evaluate(grid, b, h, q, k), lambda node, *x: node.of_pairs(*x))
+        return found
 
     def to(self, device: torch.device | str) -> Mask:
-        return fold(self, lambda leaf: leaf.to(device), lambda node, *masks: node.of_masks(*masks))
+        moved: Mask = fold(self, lambda leaf: leaf.to(device), lambda node, *masks: node.of_masks(*masks))
+        return moved
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Operator) and _signature(self) == _signature(other)
@@ -306,8 +309,8 @@ def _leaves(mask: Mask) -> list[Mask]:
 
 def _signature(mask: Mask, as_written: bool = False) -> tuple[Mask | str, ...]:
     """Leaves and names of operators: what makes two expressions equal."""
-    names = {Not: lambda node: "not", Binary: lambda node: node.op}
-    return tuple(names[type(n)](n) if isinstance(n, Operator) else n for n in postfix(mask, as_written))
+    nodes = postfix(mask, as_written)
+    return tuple(["not" if isinstance(n, Not) else n.op if isinstance(n, Binary) else n for n in nodes])
 
 
 def _brief(value: Any) -> str:

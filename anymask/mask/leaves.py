@@ -98,7 +98,8 @@ class Positions(Leaf):
 
     @classmethod
     def read(cls, parts: Parts) -> Positions:
-        return cls(*parts.numbers, of_query=parts.flag)
+        low, high = parts.numbers
+        return cls(low, high, parts.flag)
 
     def classify(self, grid: TileGrid, rows: range) -> TileKinds:
         low, high = near(self.low), near(self.high)

@@ -7,6 +7,7 @@ of 512 and one of 513 are the same graph and the same kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -53,7 +54,9 @@ class Leaf(Mask):
         raise NotImplementedError(f"{cls.__name__} is never lowered")
 
 
-class Node(NamedTuple):
+# no NamedTuple: as an element of a constant, Triton 3.6 takes the names of its fields away
+@dataclass(frozen=True)
+class Node:
     """A leaf, or an operator of the results before it."""
 
     code: int
@@ -66,8 +69,11 @@ class Node(NamedTuple):
     third: int
 
 
+NODE_WIDTH = len(fields(Node))
+
+
 class Program(NamedTuple):
-    """A mask: `nodes` in the order of `expr.postfix`, six integers each, see `Node`; `numbers` fit int64."""
+    """A mask: `nodes` in the order of `expr.postfix`, NODE_WIDTH integers each, see `Node`; `numbers` fit int64."""
 
     nodes: tuple[int, ...]
     numbers: tuple[int, ...]
@@ -113,8 +119,7 @@ def _place(t: Tensor, tensors: list[Tensor]) -> int:
 
 def read_nodes(flat: Sequence[int]) -> list[Node]:
     """`Program.nodes` as records."""
-    width = len(Node._fields)
-    return [Node(*flat[at : at + width]) for at in range(0, len(flat), width)]
+    return [Node(*flat[at : at + NODE_WIDTH]) for at in range(0, len(flat), NODE_WIDTH)]
 
 
 def mask_from_program(nodes: Sequence[int], numbers: Sequence[int], tensors: Sequence[Tensor]) -> Mask:

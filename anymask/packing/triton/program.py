@@ -5,6 +5,7 @@ window of 512 and one of 513, or two lengths, share it.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from anymask.launch import launch, tensor_key
 from anymask.mask.expr import Mask, TileGrid
 from anymask.mask.leaves import Between, Blocks, Equal
-from anymask.mask.program import NO_TENSOR, Node, program_of, read_nodes
+from anymask.mask.program import NO_TENSOR, NODE_WIDTH, Node, program_of, read_nodes
 from anymask.packing.triton.kernels.bits import LAUNCH
 from anymask.packing.triton.kernels.lists import prepare_kernel
 from anymask.packing.triton.kernels.program import PACKED, Layout
@@ -80,7 +81,7 @@ def _device_nodes(flat: tuple[int, ...], n_tensors: int) -> tuple[tuple[Node, ..
         if node.code in (Between.code, Equal.code):
             ranged += [place for place in (node.first, node.second, node.third) if place != NO_TENSOR]
         elif node.code == Blocks.code and not node.flag:
-            nodes[at] = node._replace(second=n_tensors + len(summed))
+            nodes[at] = replace(node, second=n_tensors + len(summed))
             summed.append(node.first)
     return tuple(nodes), tuple(dict.fromkeys(ranged)), tuple(summed)
 
@@ -88,7 +89,7 @@ def _device_nodes(flat: tuple[int, ...], n_tensors: int) -> tuple[tuple[Node, ..
 def mask_program(mask: Mask, grid: TileGrid) -> MaskProgram | None:
     """The mask for kernels on the device of `grid`; None if it must be evaluated by torch."""
     program = program_of(mask)
-    if program is None or max(grid.q_len, grid.kv_len) > FAR or len(program.nodes) > MAX_NODES * len(Node._fields):
+    if program is None or max(grid.q_len, grid.kv_len) > FAR or len(program.nodes) > MAX_NODES * NODE_WIDTH:
         return None
     nodes, ranged, summed = _device_nodes(program.nodes, len(program.tensors))
     if len(program.tensors) + len(summed) > MAX_TENSORS:
@@ -108,7 +109,7 @@ def mask_program(mask: Mask, grid: TileGrid) -> MaskProgram | None:
         else:
             t = t if t.dtype in READABLE else t != 0
             tensors[place] = t.view(torch.uint8) if t.dtype == torch.bool else t
-            layout = Layout(*_strides(t), 0, 0, 0)
+            layout = _grid_layout(t)
         layouts += layout
     numbers = encode(max(-FAR, min(n, FAR)) for n in program.numbers)
     return _program(nodes, numbers, tensors, layouts, ranged, ranges, first)
@@ -118,7 +119,7 @@ def packed_program(kinds: Tensor, words: Tensor) -> MaskProgram:
     """The mask whose tiles have `kinds [batch, heads, q_tiles, kv_tiles]` and, if partial, `words` in row order."""
     place = (kinds == PARTIAL).flatten().cumsum(0, dtype=torch.int32) - 1
     nodes = (Node(PACKED.value, 0, 0, 0, 1, 2),)
-    return _program(nodes, encode(()), [kinds, place, words], [*Layout(*kinds.stride(), 0, 0, 0)], (), [], 0)
+    return _program(nodes, encode(()), [kinds, place, words], [*_grid_layout(kinds)], (), [], 0)
 
 
 def _program(
@@ -147,8 +148,10 @@ def _ranged_layout(t: Tensor, first: int) -> tuple[Layout, int]:
     return layout, batch * heads * tiles
 
 
-def _strides(t: Tensor) -> list[int]:
-    return [stride if n > 1 else 0 for n, stride in zip(t.shape, t.stride(), strict=True)]
+def _grid_layout(t: Tensor) -> Layout:
+    """Of a tensor `[batch, heads, rows, columns]`."""
+    batch, head, row, col = (stride if n > 1 else 0 for n, stride in zip(t.shape, t.stride(), strict=True))
+    return Layout(batch, head, row, col, 0, 0, 0)
 
 
 def _sums(layout: Tensor) -> Tensor:

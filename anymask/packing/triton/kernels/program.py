@@ -16,11 +16,8 @@ from anymask.packing.triton.kernels.bits import FULL, PARTIAL, TILE, WORDS, word
 NOT, AND, OR = tl.constexpr(program.NOT), tl.constexpr(program.AND), tl.constexpr(program.OR)
 BAND, STRIDE = tl.constexpr(leaves.Band.code), tl.constexpr(leaves.Stride.code)
 POSITIONS, BETWEEN = tl.constexpr(leaves.Positions.code), tl.constexpr(leaves.Between.code)
-EQUAL, BLOCKS, DENSE = (
-    tl.constexpr(leaves.Equal.code),
-    tl.constexpr(leaves.Blocks.code),
-    tl.constexpr(leaves.Dense.code),
-)
+EQUAL, BLOCKS = tl.constexpr(leaves.Equal.code), tl.constexpr(leaves.Blocks.code)
+DENSE = tl.constexpr(leaves.Dense.code)
 # a mask of which kinds and words are known already; its tensors are kinds, places in words, words
 PACKED = tl.constexpr(-1)
 NO_TENSOR = tl.constexpr(program.NO_TENSOR)
