@@ -3,6 +3,8 @@
 Skipped unless TRITON_INTERPRET=1 is set before Triton is imported: test_interpreted.py runs this file so.
 """
 
+import functools
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -399,6 +401,49 @@ def test_packing_any_form_is_the_same_on_the_device(form: str) -> None:
         triton_pack.words_of_tiles(tiles, places.expand(n, 4), space, *found[0])
         words_of_tiles(tiles, places.expand(n, 4), space, *found[1])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("form", ["aligned", "base of 4", "odd base"])
+def test_any_byte_of_a_bool_that_is_not_0_is_true_on_the_device(form: str) -> None:
+    from anymask.packing import triton as triton_pack
+
+    tensor = _forms()[form][0][:1, :2]
+    # as it lies in memory, so that it may be read as many bytes at a time
+    octets = torch.empty(0, dtype=torch.uint8).set_(
+        torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.uint8).untyped_storage(),
+        tensor.storage_offset(), tensor.shape, tensor.stride(),
+    )  # fmt: skip
+    octets.copy_(tensor * torch.tensor([1, 2, 3, 128, 254, 255], dtype=torch.uint8)[torch.randint(6, tensor.shape)])
+    # one plane of plain bytes
+    octets[0, 0] = tensor[0, 0]
+    odd = octets.view(torch.bool)
+    assert_same_block_mask(triton_pack.pack_dense(odd, *odd.shape[2:]), pack(tensor))
+
+
+def test_the_largest_ids_and_numbers_pack_the_same_on_the_device() -> None:
+    ids = torch.tensor([2**63 - 1, -(2**63), 0, -1, 2**63 - 2])[torch.arange(140) // 30]
+    _check_expression(anymask.document(ids) & causal(10**20) | Stride(2**63), 140, 140)
+    _check_expression(~anymask.document(ids, kv_ids=ids[:60]) | Positions(-(10**20), 7, of_query=True), 140, 60)
+
+
+def test_tile_minima_of_each_head_are_its_own() -> None:
+    # ids that are the same in a whole tile, and other ones for each sample and head: bounds alone decide
+    ids = torch.randint(0, 2, (2, 3, 3)).repeat_interleave(TILE, 2)[..., :300]
+    _check_expression(anymask.document(ids), 300, 300)
+
+
+def test_what_is_too_large_for_kernels_is_left_to_torch() -> None:
+    from anymask.packing.triton import program as device_program
+
+    deep = Positions(0, 1, of_query=True) | Positions(0, 1, of_query=False)
+    while deep.held < 8:
+        deep = deep | deep
+    assert device_program.mask_program(deep, TileGrid(9, 9, CPU)) is None
+    assert device_program.mask_program(causal(), TileGrid(1, 2**28, CPU)) is not None
+    assert device_program.mask_program(causal(), TileGrid(1, 2**28 + 1, CPU)) is None
+    many = [anymask.document(torch.arange(9) + i) for i in range(33)]
+    assert device_program.mask_program(functools.reduce(operator.or_, many), TileGrid(9, 9, CPU)) is None
+    assert device_program.mask_program(functools.reduce(operator.or_, many[:32]), TileGrid(9, 9, CPU)) is not None
 
 
 def test_packing_on_the_device_shares_memory_that_nobody_sees(tmp_path: Path) -> None:

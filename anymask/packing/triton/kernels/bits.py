@@ -42,11 +42,6 @@ def words_of_bits(bits, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _either(a, b):
-    return a | b
-
-
-@triton.jit
 def load_words_t(tile, row_stride, col_stride, q_left, kv_left, ALIGN: tl.constexpr):
     """Transposed words of the tile at a pointer, of which `q_left` rows and `kv_left` columns exist; non-zero = attend.
 
@@ -65,7 +60,7 @@ def load_words_t(tile, row_stride, col_stride, q_left, kv_left, ALIGN: tl.conste
         ptrs = tile.to(tl.pointer_type(tl.uint32)) + far * (ALIGN // 4) + fours
         x = tl.load(ptrs, mask=(row < q_left) & (fours < (kv_left // ALIGN) * (ALIGN // 4)), other=0)
         # bytes of a bool are 0 and 1 but for those that were another dtype's: asking is cheaper than converting
-        if tl.reduce(x & 0xFEFEFEFE, None, _either) != 0:
+        if tl.max(x & 0xFEFEFEFE) != 0:
             # a sum reaches the highest bit of a byte that is not 0, and no other byte
             x = ((((x & 0x7F7F7F7F) + 0x7F7F7F7F) | x) >> 7) & 0x01010101
         x = x.to(tl.int32)
