@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anymask import Mask, causal, causal_lower_right, from_dense, pack, sliding_window
-from anymask.mask.expr import Grid
-from anymask.mask.leaves import mask_from_spec
+from anymask.mask.expr import TileGrid
+from anymask.mask.program import mask_from_program, program_of
 from anymask.testing import MASKS, Case, assert_dead_is_zero, assert_same_block_mask, check, reference, run
 from anymask.testing.cases import Inputs, make_qkv
 
@@ -51,7 +51,7 @@ def _masks(draw: st.DrawFn, batch: int, heads: int, q_len: int, kv_len: int) -> 
 
 def _meaning(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int) -> torch.Tensor:
     index = torch.meshgrid(*(torch.arange(n) for n in (*mask.planes, q_len, kv_len)), indexing="ij")
-    return mask.evaluate(Grid(q_len, kv_len, torch.device("cpu")), *index).expand(batch, heads, -1, -1)
+    return mask.evaluate(TileGrid(q_len, kv_len, torch.device("cpu")), *index).expand(batch, heads, -1, -1)
 
 
 @given(st.data(), COUNTS, LENGTHS, LENGTHS)
@@ -67,9 +67,9 @@ def test_packing_keeps_every_pair(
     planes = dense[: packed.batch, : packed.heads]
     assert_same_block_mask(packed, pack(planes))
     assert packed.density() == pytest.approx(planes.double().mean().item(), abs=1e-12)
-    leaves: list[torch.Tensor] = []
-    spec = mask.spec(leaves)
-    assert_same_block_mask(packed, pack(mask_from_spec(spec, leaves), q_len=q_len, kv_len=kv_len))
+    program = program_of(mask)
+    assert program is not None
+    assert_same_block_mask(packed, pack(mask_from_program(*program), q_len=q_len, kv_len=kv_len))
 
 
 @given(st.data(), COUNTS, LENGTHS, LENGTHS, st.sampled_from([1, 7, 16, 33]), st.sampled_from([None, -0.7, 0.0, 2.0]))
