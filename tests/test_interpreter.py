@@ -461,7 +461,7 @@ def test_packing_on_the_device_shares_memory_that_nobody_sees(tmp_path: Path) ->
     assert_same_block_mask(BlockMask.load(tmp_path / "mask.safetensors"), packed)
     assert_same_block_mask(pytree.tree_map(torch.clone, packed), packed)
     q = torch.randn(1, 1, 1000, 16, requires_grad=True)
-    torch.library.opcheck(anymask.ops.forward, (q, q, q, tensors, 0.25, "cpu", False))
+    torch.library.opcheck(anymask.ops.forward_op, (q, q, q, tensors, 0.25, "cpu", False))
     call = torch.compile(lambda q, mask: attention(q, q, q, mask), fullgraph=True, backend="aot_eager")
     expected = attention(q, q, q, packed.to_dense())
     for o in (call(q, packed), expected):

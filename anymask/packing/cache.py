@@ -181,7 +181,6 @@ def _pack(
 def _apart() -> Iterator[None]:
     """Nothing records, watches or transforms what packing does: results serve later calls, which may run elsewhere."""
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         if torch._C._len_torch_dispatch_stack():
             # selective checkpointing counts operations, and must find as many when it computes again
