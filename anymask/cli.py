@@ -21,6 +21,7 @@ import anymask
 from anymask import bench, gallery, mask_argument, viz
 from anymask import demo as work
 from anymask.block_mask.files import check_target
+from anymask.check import command as check_command
 from anymask.collect_env import collect_env
 from anymask.mask_argument import MOST_TOKENS
 
@@ -240,6 +241,12 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="For a machine to r
 
 
 app.command("bench")(bench.command)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def check(context: typer.Context) -> None:
+    """Is attention on this machine correct? --quick, about a minute, or --full; --help has the options."""
+    raise typer.Exit(check_command.main(context.args))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

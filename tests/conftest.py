@@ -100,7 +100,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print, for each dtype and tensor, the largest error ratio of the passed tests and where it was."""
     worst: dict[str, tuple[float, str]] = {}
     for report in terminalreporter.stats.get("passed", []):
-        if "test_testing" in report.nodeid:
+        # their cases fail on purpose
+        if any(name in report.nodeid for name in ("test_testing", "test_check")):
             continue
         for key, ratio in dict(report.user_properties).get("worst_ratios", {}).items():
             worst[key] = max(worst.get(key, (0.0, "")), (ratio, report.nodeid))
