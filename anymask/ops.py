@@ -23,7 +23,7 @@ from torch.autograd.function import _SingleLevelFunction
 from anymask import backends, flops, validate
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
-from anymask.mask.leaves import mask_from_spec
+from anymask.mask.program import mask_from_program, program_of
 from anymask.packing import cache, pack
 from anymask.tiles import TILE, WORDS, tiles_over
 
@@ -36,14 +36,16 @@ _LIBRARY.define(
     "backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, Tensor? dlse, Tensor[] mask, "
     "float sm_scale, str? backend, bool deterministic) -> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.define("pack(Tensor[] leaves, str spec, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]")
+_LIBRARY.define(
+    "pack(int[] nodes, SymInt[] numbers, Tensor[] tensors, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]"
+)
 _LIBRARY.define("attended(Tensor mask) -> Tensor")
 
 # `(o, lse)` of validated inputs by the named backend, or by the first that can
 forward_op = torch.ops.anymask.forward.default
 # `(dq, dk, dv)`, contiguous
 backward_op = torch.ops.anymask.backward.default
-# tensors of `pack(mask_from_spec(spec, leaves), ...)`: packing inside a compiled function
+# tensors of `pack(mask_from_program(nodes, numbers, tensors), ...)`: packing inside a compiled function
 pack_op = torch.ops.anymask.pack.default
 # `mask != 0` of a mask that is not an additive one: `check_not_additive` inside a compiled function
 attended_op = torch.ops.anymask.attended.default
@@ -322,10 +324,10 @@ def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any =
     if torch.compiler.is_compiling() or _is_traced():
         if isinstance(mask, BlockMask):
             return mask
-        leaves: list[Tensor] = []
-        spec = mask.spec(leaves)
-        q_len = q.shape[2]
-        return BlockMask.from_tensors(pack_op(leaves, spec, q_len, kv_len, q.device), q_len, kv_len)
+        program, q_len = program_of(mask), q.shape[2]
+        if program is None:
+            raise ValueError("mask is a from_function mask inside a traced function; allowed is its BlockMask")
+        return BlockMask.from_tensors(pack_op(*program, q_len, kv_len, q.device), q_len, kv_len)
     if q.is_meta or (type(q) not in _PLAIN and _is_fake(q)):
         # there are no values to mask, and sizes do not depend on it
         return None
@@ -349,15 +351,19 @@ def _is_fake(t: Tensor) -> bool:
 
 
 @torch.library.impl("anymask::pack", "CompositeExplicitAutograd")
-def _pack(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
-    packed = pack(mask_from_spec(spec, leaves), q_len=q_len, kv_len=kv_len, device=device)
+def _pack(
+    nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
+) -> list[Tensor]:
+    packed = pack(mask_from_program(nodes, numbers, tensors), q_len=q_len, kv_len=kv_len, device=device)
     # what an operator returns may not share memory, as all but the words, the large ones, may
     return [t if t is packed.rows.words or t is packed.cols.words else t.clone() for t in packed.tensors()]
 
 
 @torch.library.register_fake("anymask::pack")
-def _pack_fake(leaves: list[Tensor], spec: str, q_len: int, kv_len: int, device: torch.device) -> list[Tensor]:
-    batch, heads = mask_from_spec(spec, leaves).planes
+def _pack_fake(
+    nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
+) -> list[Tensor]:
+    batch, heads = mask_from_program(nodes, numbers, tensors).planes
     n_full, n_partial = _unknown_size(), _unknown_size()
 
     def empty(*shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:

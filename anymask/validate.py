@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from anymask.mask.parts import as_mask, dense
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # a float mask with a smaller value is an additive one: BERT's holds -10000, others -1e9 or the least of a dtype
 LEAST = -1e4
+# the largest finite float
+MOST = sys.float_info.max
 
 # keyword of another library -> what to do here
 _ELSEWHERE = {
@@ -92,15 +95,11 @@ def check_call(
 def _checked_scale(name: str, scale: Any) -> Any:
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} is a {type(scale).__name__}; allowed are None and a float")
-    # not math.isfinite, which takes no symbol of a compiled function; a NaN is not smaller than anything
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"{name} is {scale}; allowed are finite numbers")
-    if not isinstance(scale, int):
-        return scale
-    try:
-        return float(scale)
-    except OverflowError as error:
-        raise ValueError(f"{name} is an int of {scale.bit_length()} bits; allowed are finite numbers") from error
+    # not math.isfinite, which takes no symbol of a compiled function; no comparison with a NaN is true
+    if not -MOST <= scale <= MOST:
+        shown = f"an int of {scale.bit_length()} bits" if isinstance(scale, int) else scale
+        raise ValueError(f"{name} is {shown}; allowed are finite numbers")
+    return float(scale) if isinstance(scale, int) else scale
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

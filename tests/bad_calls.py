@@ -243,6 +243,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "scale is an int of 1329 bits; allowed are finite numbers",
     ),
+}
+
+# these, which Dynamo reads before the call does
+BAD_EAGER: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "sparse q": (
         lambda: attention(Q.to_sparse(), K, V),
         ValueError,
@@ -258,10 +262,6 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "mask has layout torch.sparse_csr; allowed is torch.strided",
     ),
-}
-
-# these, which Dynamo reads before the call does
-BAD_EAGER: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "nested k": (
         lambda: attention(Q, torch.nested.nested_tensor([torch.randn(2, 5, 8)]), V),
         ValueError,

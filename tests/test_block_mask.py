@@ -195,7 +195,7 @@ def test_growth_evaluates_new_tiles_only() -> None:
         seen.append(torch.broadcast_tensors(q_idx // 128, kv_idx // 128))
         return (q_idx + kv_idx) % 3 == 0
 
-    mask = anymask.from_function(fn)
+    mask = anymask.from_function(fn, vectorised=True)
     small = pack(mask, q_len=384, kv_len=300)
     seen.clear()
     big = anymask.extend(small, mask, 384, 520)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import anymask
 from anymask import Mask, attention, causal, pack
-from anymask.mask.expr import Grid
-from anymask.mask.leaves import mask_from_spec
+from anymask.mask.expr import TileGrid
+from anymask.mask.program import mask_from_program, program_of
 from anymask.testing import assert_same_block_mask, make_qkv
 from anymask.tiles import EMPTY, FULL, TILE
 
@@ -153,9 +152,9 @@ def test_is_its_definition(name: str, length: int) -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", CASES)
 def test_classification_never_contradicts_the_definition(name: str, length: int) -> None:
-    mask, grid = CASES[name][0](length), Grid(length, length, CPU)
+    mask, grid = CASES[name][0](length), TileGrid(length, length, CPU)
     mask.check(length, length)
-    kinds = mask.classify(grid).expand(1, 1, grid.q_tiles, grid.kv_tiles)[0, 0]
+    kinds = mask.classify(grid, grid.rows).expand(1, 1, grid.q_tiles, grid.kv_tiles)[0, 0]
     for i, rows in enumerate(_dense(name, length).split(TILE)):
         for j, tile in enumerate(rows.split(TILE, 1)):
             assert kinds[i, j] != EMPTY or not tile.any()
@@ -169,20 +168,22 @@ def test_classification_never_contradicts_the_definition(name: str, length: int)
 def test_no_tile_is_left_unknown_for_nothing(name: str) -> None:
     # runs of positions say all there is to know about a tile
     length = 512
-    mask, grid = CASES[name][0](length), Grid(length, length, CPU)
+    mask, grid = CASES[name][0](length), TileGrid(length, length, CPU)
     tiles = _dense(name, length).unflatten(1, (4, TILE)).unflatten(0, (4, TILE)).transpose(1, 2).flatten(2)
     exact = tiles.any(-1).to(torch.int8) + tiles.all(-1)
-    assert torch.equal(mask.classify(grid).expand(1, 1, 4, 4)[0, 0], exact)
+    assert torch.equal(mask.classify(grid, grid.rows).expand(1, 1, 4, 4)[0, 0], exact)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("function")])
-def test_spec_reads_back(name: str) -> None:
-    mask, leaves = CASES[name][0](300), []
-    again = mask_from_spec(mask.spec(leaves), leaves)
+def test_program_reads_back(name: str) -> None:
+    mask = CASES[name][0](300)
+    program = program_of(mask)
+    assert program is not None
+    again = mask_from_program(*program)
     assert again.planes == mask.planes
     assert_same_block_mask(pack(again, q_len=300, kv_len=300), pack(mask, q_len=300, kv_len=300))
     # symbolic masks are remembered by attention, which needs equality
-    assert leaves or again == mask == CASES[name][0](300)
+    assert program.tensors or again == mask == CASES[name][0](300)
 
 
 @pytest.mark.parametrize("block", [16, 128])
@@ -278,10 +279,10 @@ def test_inside_a_compiled_function() -> None:
 
 def test_tensors_follow_the_mask_to_a_device() -> None:
     mask = anymask.document(_ids(9)) & ~(causal() | anymask.key_padding(torch.tensor([3])))
-    leaves: list[Tensor] = []
-    mask.to("meta").spec(leaves)
-    assert len(leaves) == 5
-    assert {t.device.type for t in leaves} == {"meta"}
+    program = program_of(mask.to("meta"))
+    assert program is not None
+    assert len(program.tensors) == 4
+    assert {t.device.type for t in program.tensors} == {"meta"}
     assert causal().to("meta") == causal()
     assert mask.to("cpu") is mask
 
@@ -293,9 +294,9 @@ def test_strips_classify_like_the_whole(name: str, monkeypatch: pytest.MonkeyPat
     # by its module: the package's `pack` is the function
     monkeypatch.setattr(sys.modules["anymask.packing.definition"], "STRIP_TILES", 4)
     assert_same_block_mask(pack(mask, q_len=512, kv_len=512), whole)
-    grid = Grid(512, 512, CPU)
-    kinds = mask.classify(grid).expand(1, 1, 4, 4)
-    strip = mask.classify(replace(grid, first=1, last=3)).expand(1, 1, 2, 4)
+    grid = TileGrid(512, 512, CPU)
+    kinds = mask.classify(grid, grid.rows).expand(1, 1, 4, 4)
+    strip = mask.classify(grid, range(1, 3)).expand(1, 1, 2, 4)
     assert torch.equal(strip, kinds[:, :, 1:3])
 
 
@@ -335,9 +336,9 @@ def test_lines_or_columns_whichever_have_fewer_runs() -> None:
     # every second key block: many runs in a line, one in a column
     layout = (torch.arange(40) % 2 == 0).expand(3, 40)
     mask = anymask.block_sparse(layout, (torch.tensor([3, 4, 5]), torch.full((40,), 2)))
-    leaves: list[Tensor] = []
-    mask.spec(leaves)
-    assert len(leaves) == 3
+    program = program_of(mask)
+    assert program is not None
+    assert len(program.tensors) == 3
     assert torch.equal(
         pack(mask, q_len=12, kv_len=80).to_dense()[0, 0], layout[:1].repeat_interleave(2, 1).expand(12, 80)
     )
@@ -382,7 +383,7 @@ def test_a_function_of_one_pair_reads_no_value_of_an_index(name: str) -> None:
     mask = anymask.from_function(ONE_PAIR[name])
     at = torch.zeros(1, 1, 1, dtype=torch.int64)
     with _Operations() as operations:
-        mask.evaluate(Grid(1, 1, CPU), at, at, at, at)
+        mask.evaluate(TileGrid(1, 1, CPU), at, at, at, at)
     assert "index.Tensor" in operations.names
     assert "_local_scalar_dense.default" not in operations.names
 

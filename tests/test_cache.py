@@ -140,7 +140,11 @@ class TestMisses:
         mask = torch.randint(0, 2, (10, 20)).to(torch.uint8)
         as_bool = mask.view(torch.bool)
         assert torch.equal(flash_attention_custom_mask(Q, K, V, mask), attention(Q, K, V, as_bool))
-        with pytest.raises(ValueError, match=r"mask has dtype torch\.uint8"):
+        # as fp16 it is -0.0
+        mask = torch.full((10, 20), -(2**15), dtype=torch.int16)
+        for values in (mask, mask.view(torch.float16)):
+            assert torch.equal(flash_attention_custom_mask(Q, K, V, values), _expected(values != 0))
+        with pytest.raises(ValueError, match=r"mask has dtype torch\.int16"):
             attention(Q, K, V, mask)
 
     def test_a_parameter_that_moves(self, packs: list[str]) -> None:
@@ -175,6 +179,7 @@ class TestMisses:
         for _ in range(20):
             buffer.copy_(_random())
             assert torch.equal(attention(Q, K, V, buffer.data), _expected(buffer))
+        assert len(cache.masks) == 0
         mask = _random()
         mask.logical_not_()
         attention(Q, K, V, mask)
@@ -332,7 +337,9 @@ class TestWatched:
     def test_what_a_transform_packed_outlives_it(self, packs: list[str]) -> None:
         mask = _random()
         torch.func.grad(lambda x: attention(x, K, V, mask).sum())(Q)
-        torch.vmap(lambda x: attention(x, K, V, causal()))(Q[None])
+        torch.func.grad(lambda x: attention(x, K, V, causal()).sum())(Q)
+        for entry in cache.masks._entries.values():
+            assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, entry.packed.tensors()))
         assert torch.equal(attention(Q, K, V, mask), _expected(mask))
         assert torch.equal(attention(Q, K, V, causal()), _expected(_tril()))
         # the copies of `_expected` too

@@ -28,7 +28,7 @@ from anymask import (
     sliding_window,
 )
 from anymask.backends import triton as backend
-from anymask.mask.expr import Grid
+from anymask.mask.expr import TileGrid
 from anymask.mask.leaves import Stride
 from anymask.packing import triton as triton_pack
 
@@ -156,10 +156,10 @@ def test_packing_fits(compiled, monkeypatch, target):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [3, 3, 384, 384])
     triton_pack.pack_dense(torch.zeros(1, 1, 384, 384, dtype=torch.bool), 384, 384)
     kinds, words = torch.ones(1, 1, 3, 3, dtype=torch.int8), torch.zeros(3, 128, 4, dtype=torch.int32)
-    triton_pack.lists_from_tiles(kinds, words, Grid(384, 384, torch.device("cpu")))
-    lists = ["_scan_kernel", "_fill_kernel"]
-    dense = ["_prepare_kernel", "_dense_kernel", *lists, "_copy_kernel"]
-    assert_fits(kernels, target, [*dense, "_prepare_kernel", "_tiles_kernel", *lists, "_words_kernel"])
+    triton_pack.lists_from_tiles(kinds, words, TileGrid(384, 384, torch.device("cpu")))
+    lists = ["scan_kernel", "fill_kernel"]
+    dense = ["prepare_kernel", "dense_kernel", *lists, "copy_kernel"]
+    assert_fits(kernels, target, [*dense, "prepare_kernel", "tiles_kernel", *lists, "words_kernel"])
     assert_packing_spills_little(kernels, target)
 
 
@@ -170,7 +170,7 @@ def test_packing_dense_tensors_of_any_form_fits(compiled, monkeypatch, target):
     tensor = torch.zeros(1, 1, 384, 400, dtype=torch.bool)
     for form in (tensor[..., :384], tensor[..., 4:388], tensor[..., 1:385], tensor.mT, tensor.float(), tensor.double()):
         triton_pack.pack_dense(form, *form.shape[2:])
-    dense = [k for k in kernels if k.metadata.name == "_dense_kernel"]
+    dense = [k for k in kernels if k.metadata.name == "dense_kernel"]
     assert len(set(map(id, dense))) == len(dense) == 6
     assert_packing_spills_little(kernels, target)
     if target == "sm_90":
@@ -197,18 +197,18 @@ EXPRESSIONS = {
 def test_packing_expressions_fits(compiled, monkeypatch, target, name):
     kernels = compiled(target)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [3, 3, 384, 384])
-    triton_pack.pack_expression(EXPRESSIONS[name](384), Grid(384, 384, torch.device("cpu")))
-    lists = ["_tiles_kernel", "_scan_kernel", "_fill_kernel", "_words_kernel"]
-    assert_fits(kernels, target, ["_prepare_kernel", *lists])
+    triton_pack.pack_expression(EXPRESSIONS[name](384), TileGrid(384, 384, torch.device("cpu")))
+    lists = ["tiles_kernel", "scan_kernel", "fill_kernel", "words_kernel"]
+    assert_fits(kernels, target, ["prepare_kernel", *lists])
     assert_packing_spills_little(kernels, target)
 
 
 def test_words_of_tiles_fit(compiled):
     kernels = compiled("sm_90")
-    space, places = Grid(384, 384, torch.device("cpu")), torch.zeros(3, 4, dtype=torch.long)
+    space, places = TileGrid(384, 384, torch.device("cpu")), torch.zeros(3, 4, dtype=torch.long)
     words, kinds = torch.zeros(3, 128, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int8)
     triton_pack.words_of_tiles(torch.zeros(3, 128, 128, dtype=torch.bool), places, space, words, kinds)
-    assert_fits(kernels, "sm_90", ["_tile_words_kernel"])
+    assert_fits(kernels, "sm_90", ["tile_words_kernel"])
     assert_packing_spills_little(kernels, "sm_90")
 
 
@@ -217,6 +217,6 @@ def test_new_numbers_and_lengths_of_an_expression_compile_nothing(compiled, monk
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [3, 3, 1, 1])
     for n in (1, 2, 16, 129, 384, 4096):
         mask = sliding_window(n, n - 1) & document(torch.arange(n)[None].expand(n % 3 + 1, n)) & dilated(n, 1)
-        triton_pack.pack_expression(mask, Grid(n, n, torch.device("cpu")))
-    names = ["_prepare_kernel", "_tiles_kernel", "_scan_kernel", "_fill_kernel", "_words_kernel"]
+        triton_pack.pack_expression(mask, TileGrid(n, n, torch.device("cpu")))
+    names = ["prepare_kernel", "tiles_kernel", "scan_kernel", "fill_kernel", "words_kernel"]
     assert {name: len({id(k) for k in kernels if k.metadata.name == name}) for name in names} == dict.fromkeys(names, 1)

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from anymask import attention, causal, document, formats, pack, sliding_window
+from anymask.mask.program import program_of
 from anymask.testing import MASKS, assert_same_block_mask, make_qkv
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -311,9 +312,9 @@ def test_ranges_that_share_one_query() -> None:
 
 def test_ten_thousand_ranges() -> None:
     rows = list(range(10_000))
-    leaves: list[Tensor] = []
-    mask = formats.from_ranges([(i, i + 1) for i in rows], [(0, i + 1) for i in rows])
-    mask.spec(leaves)
+    program = program_of(formats.from_ranges([(i, i + 1) for i in rows], [(0, i + 1) for i in rows]))
+    assert program is not None
+    leaves = program.tensors
     # one range of keys for each query
     assert [t.shape for t in leaves] == [(1, 1, 10_000)] * 2
     assert torch.equal(leaves[0].flatten(), torch.zeros(10_000))

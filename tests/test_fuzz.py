@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from anymask import Mask, pack
-from anymask.mask.leaves import mask_from_spec
+from anymask.mask.program import mask_from_program, program_of
 from anymask.testing import BUILDERS, MASKS, Case, assert_same_block_mask, check, make_mask
 from anymask.testing.expressions import names_of
 from anymask.testing.properties import check_packing
@@ -25,8 +25,9 @@ def test_packing_keeps_every_pair(case: Case) -> None:
     if not isinstance(mask, Mask) or "from_function" in case.mask:
         return
     # what an operator of a compiled graph is told of a mask
-    leaves: list[torch.Tensor] = []
-    again = mask_from_spec(mask.spec(leaves), leaves)
+    program = program_of(mask)
+    assert program is not None
+    again = mask_from_program(*program)
     lens = {"q_len": case.q_len, "kv_len": case.kv_len}
     packed = pack(mask, **lens)
     assert_same_block_mask(pack(again, **lens), packed)

@@ -27,6 +27,7 @@ from anymask import (
     sliding_window,
 )
 from anymask.block_mask.bits import unpack_bits
+from anymask.mask.program import program_of
 from anymask.testing import MASKS, assert_same_block_mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -93,9 +94,9 @@ class TestPacking:
         assert_same_block_mask(BlockMask.load(tmp_path / "mask.safetensors"), packed.to("cpu"))
 
     def test_inside_a_compiled_function(self, device: str) -> None:
-        leaves: list[torch.Tensor] = []
-        spec = (causal() & document(torch.arange(300, device=device) // 90)).spec(leaves)
-        torch.library.opcheck(ops.pack_op, (leaves, spec, 300, 300, torch.device(device)))
+        program = program_of(causal() & document(torch.arange(300, device=device) // 90))
+        assert program is not None
+        torch.library.opcheck(ops.pack_op, (*program, 300, 300, torch.device(device)))
 
     def test_of_nothing(self, device: str) -> None:
         for q_len, kv_len in ((0, 0), (0, 200), (200, 0)):
@@ -138,11 +139,10 @@ class TestPacking:
             assert_same_block_mask(pack(from_function(fn), **lens, device=device).to("cpu"), expected)
 
     def test_new_numbers_and_lengths_compile_nothing(self, device: str) -> None:
-        from anymask.packing import triton as triton_pack
-        from anymask.packing.triton import program as triton_expr
+        from anymask.packing.triton.kernels import lists, tiles
 
         def compiled() -> int:
-            kernels = triton_expr._prepare_kernel, triton_pack._tiles_kernel, triton_pack._words_kernel
+            kernels = lists.prepare_kernel, tiles.tiles_kernel, tiles.words_kernel
             return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
         counts = set()

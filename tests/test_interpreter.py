@@ -3,6 +3,8 @@
 Skipped unless TRITON_INTERPRET=1 is set before Triton is imported: test_interpreted.py runs this file so.
 """
 
+import functools
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 import anymask
 from anymask import BlockMask, attention, causal, causal_lower_right, gallery, pack
-from anymask.mask.expr import Grid, Mask
+from anymask.mask.expr import Mask, TileGrid
 from anymask.mask.leaves import Dense, Positions, Stride
 from anymask.packing.definition import tile_words, words_of_tiles
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, reference
@@ -234,7 +236,7 @@ def test_packing_is_the_same_on_the_device(name: str, q_len: int, kv_len: int) -
     from anymask.packing import triton as triton_pack
 
     mask, dense = MASKS[name](2, 2, q_len, kv_len)
-    space = Grid(q_len, kv_len, CPU)
+    space = TileGrid(q_len, kv_len, CPU)
     if isinstance(mask, Mask):
         expected = pack(mask, q_len=q_len, kv_len=kv_len)
         assert_same_block_mask(triton_pack.lists_from_tiles(*tile_words(mask, space), space), expected)
@@ -268,7 +270,7 @@ def test_packing_nothing_is_the_same_on_the_device(q_len: int, kv_len: int) -> N
 def _pack_expression(mask: Mask, q_len: int, kv_len: int) -> BlockMask:
     from anymask.packing import triton as triton_pack
 
-    packed = triton_pack.pack_expression(mask, Grid(q_len, kv_len, CPU))
+    packed = triton_pack.pack_expression(mask, TileGrid(q_len, kv_len, CPU))
     assert packed is not None
     return packed
 
@@ -337,14 +339,14 @@ def test_functions_are_left_to_torch() -> None:
         anymask.from_function(lambda b, h, q, k: q > k),
         causal() & anymask.from_function(lambda b, h, q, k: q > k),
     ):
-        assert triton_pack.pack_expression(mask, Grid(300, 300, CPU)) is None
+        assert triton_pack.pack_expression(mask, TileGrid(300, 300, CPU)) is None
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(300, 257), (128, 384)], ids=str)
 def test_words_of_tiles_are_the_same_on_the_device(q_len: int, kv_len: int) -> None:
     from anymask.packing import triton as triton_pack
 
-    space = Grid(q_len, kv_len, CPU)
+    space = TileGrid(q_len, kv_len, CPU)
     # as nonzero() leaves them on a GPU
     places = torch.cartesian_prod(*map(torch.arange, (1, 2, space.q_tiles, space.kv_tiles))).T.contiguous().T
     n = len(places)
@@ -394,11 +396,54 @@ def test_packing_any_form_is_the_same_on_the_device(form: str) -> None:
     if form in ("aligned", "base of 4", "odd base", "transposed"):
         # the last rows of the plane, and columns that all exist
         tiles = tensor.flatten(0, 1)[:, 4:132, :128]
-        space = Grid(140, 144, CPU)
+        space = TileGrid(140, 144, CPU)
         found = [(torch.empty(n, TILE, WORDS, dtype=torch.int32), torch.empty(n, dtype=torch.int8)) for _ in range(2)]
         triton_pack.words_of_tiles(tiles, places.expand(n, 4), space, *found[0])
         words_of_tiles(tiles, places.expand(n, 4), space, *found[1])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("form", ["aligned", "base of 4", "odd base"])
+def test_any_byte_of_a_bool_that_is_not_0_is_true_on_the_device(form: str) -> None:
+    from anymask.packing import triton as triton_pack
+
+    tensor = _forms()[form][0][:1, :2]
+    # as it lies in memory, so that it may be read as many bytes at a time
+    octets = torch.empty(0, dtype=torch.uint8).set_(
+        torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.uint8).untyped_storage(),
+        tensor.storage_offset(), tensor.shape, tensor.stride(),
+    )  # fmt: skip
+    octets.copy_(tensor * torch.tensor([1, 2, 3, 128, 254, 255], dtype=torch.uint8)[torch.randint(6, tensor.shape)])
+    # one plane of plain bytes
+    octets[0, 0] = tensor[0, 0]
+    odd = octets.view(torch.bool)
+    assert_same_block_mask(triton_pack.pack_dense(odd, *odd.shape[2:]), pack(tensor))
+
+
+def test_the_largest_ids_and_numbers_pack_the_same_on_the_device() -> None:
+    ids = torch.tensor([2**63 - 1, -(2**63), 0, -1, 2**63 - 2])[torch.arange(140) // 30]
+    _check_expression(anymask.document(ids) & causal(10**20) | Stride(2**63), 140, 140)
+    _check_expression(~anymask.document(ids, kv_ids=ids[:60]) | Positions(-(10**20), 7, of_query=True), 140, 60)
+
+
+def test_tile_minima_of_each_head_are_its_own() -> None:
+    # ids that are the same in a whole tile, and other ones for each sample and head: bounds alone decide
+    ids = torch.randint(0, 2, (2, 3, 3)).repeat_interleave(TILE, 2)[..., :300]
+    _check_expression(anymask.document(ids), 300, 300)
+
+
+def test_what_is_too_large_for_kernels_is_left_to_torch() -> None:
+    from anymask.packing.triton import program as device_program
+
+    deep = Positions(0, 1, of_query=True) | Positions(0, 1, of_query=False)
+    while deep.held < 8:
+        deep = deep | deep
+    assert device_program.mask_program(deep, TileGrid(9, 9, CPU)) is None
+    assert device_program.mask_program(causal(), TileGrid(1, 2**28, CPU)) is not None
+    assert device_program.mask_program(causal(), TileGrid(1, 2**28 + 1, CPU)) is None
+    many = [anymask.document(torch.arange(9) + i) for i in range(33)]
+    assert device_program.mask_program(functools.reduce(operator.or_, many), TileGrid(9, 9, CPU)) is None
+    assert device_program.mask_program(functools.reduce(operator.or_, many[:32]), TileGrid(9, 9, CPU)) is not None
 
 
 def test_packing_on_the_device_shares_memory_that_nobody_sees(tmp_path: Path) -> None:
@@ -416,7 +461,7 @@ def test_packing_on_the_device_shares_memory_that_nobody_sees(tmp_path: Path) ->
     assert_same_block_mask(BlockMask.load(tmp_path / "mask.safetensors"), packed)
     assert_same_block_mask(pytree.tree_map(torch.clone, packed), packed)
     q = torch.randn(1, 1, 1000, 16, requires_grad=True)
-    torch.library.opcheck(anymask.ops.forward, (q, q, q, tensors, 0.25, "cpu", False))
+    torch.library.opcheck(anymask.ops.forward_op, (q, q, q, tensors, 0.25, "cpu", False))
     call = torch.compile(lambda q, mask: attention(q, q, q, mask), fullgraph=True, backend="aot_eager")
     expected = attention(q, q, q, packed.to_dense())
     for o in (call(q, packed), expected):

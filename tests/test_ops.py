@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anymask
 from anymask import BlockMask, attention, causal, document, from_dense, ops, pack, sliding_window
+from anymask.mask.program import program_of
 from anymask.testing import MASKS, Case, make_inputs, make_qkv
 
 # torch.compile imports parts of torch that warn on their own
@@ -65,9 +66,9 @@ class TestOpcheck:
     def test_pack(self, kind: str) -> None:
         mask = MASK_KINDS[kind]
         lazy = from_dense(mask) if isinstance(mask, Tensor) else mask
-        leaves: list[Tensor] = []
-        spec = (lazy & sliding_window(3, 3)).spec(leaves)
-        torch.library.opcheck(ops.pack_op, (leaves, spec, 5, 7, torch.device("cpu")))
+        program = program_of(lazy & sliding_window(3, 3))
+        assert program is not None
+        torch.library.opcheck(ops.pack_op, (*program, 5, 7, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -461,6 +462,6 @@ def test_packing_inside_a_compiled_function_shares_no_memory(monkeypatch: pytest
         return BlockMask.from_tensors(tensors, packed.q_len, packed.kv_len)
 
     monkeypatch.setattr(ops, "pack", sharing)
-    leaves: list[Tensor] = []
-    spec = (causal() & document(torch.arange(300) // 90)).spec(leaves)
-    torch.library.opcheck(ops.pack_op, (leaves, spec, 300, 300, torch.device("cpu")))
+    program = program_of(causal() & document(torch.arange(300) // 90))
+    assert program is not None
+    torch.library.opcheck(ops.pack_op, (*program, 300, 300, torch.device("cpu")))

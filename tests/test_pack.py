@@ -154,9 +154,10 @@ def test_non_contiguous_and_broadcast_tensors() -> None:
 @pytest.mark.parametrize("name", ["random", "composed_deep", "causal_key_padding", "causal"])
 def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = _packed(name, 900, 700)
-    for tiles in (1, 5, 7):
-        for limit in ("CHUNK_TILES", "GROUP_TILES", "STRIP_TILES"):
-            monkeypatch.setattr(pack_module, limit, tiles)
+    for chunk, group, strip in ((1, 3, 9), (5, 11, 13), (7, 7, 100)):
+        monkeypatch.setattr(pack_module, "CHUNK_TILES", chunk)
+        monkeypatch.setattr(pack_module, "GROUP_TILES", group)
+        monkeypatch.setattr(pack_module, "STRIP_TILES", strip)
         assert_same_block_mask(_packed(name, 900, 700)[0], whole)
 
 
@@ -282,6 +283,7 @@ def test_a_dense_tensor_is_read_in_bounded_chunks() -> None:
         ({"q_len": 4}, "causal() has no length, pass kv_len=..."),
         ({"q_len": -1, "kv_len": 4}, "q_len is -1; allowed are 0 and more"),
         ({"q_len": 4, "kv_len": -3}, "kv_len is -3; allowed are 0 and more"),
+        ({"q_len": 4, "kv_len": 2**31}, "kv_len is 2147483648; allowed are 0 and more tokens, up to 2147483520"),
     ],
 )
 def test_bad_lengths(kwargs: dict[str, int], message: str) -> None:

@@ -13,7 +13,6 @@ from anymask.mask.expr import FEW, Mask, brief
 
 P = ParamSpec("P")
 # numbers in tokens: their sums and products fit int64
-LIMIT = 2**31
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32)
 
 
@@ -42,11 +41,9 @@ def builder(fn: Callable[P, Mask]) -> Callable[P, Mask]:
 
 
 def check_int(name: str, value: int) -> int:
-    """`value`, once it is known to be an int of less than 2**31 tokens either way."""
+    """`value`, once it is known to be an int."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} is {brief(value)} of type {type(value).__name__}; allowed is an int")
-    if not -LIMIT < value < LIMIT:
-        raise ValueError(f"{name} is {value}; allowed are numbers between -2**31 and 2**31")
     return value
 
 

@@ -150,7 +150,7 @@ def preorder(parents: list[int]) -> tuple[list[int], list[int]]:
 
 def flagged(name: str, flags: Tensor, of_query: bool) -> Mask:
     """Attends where the flag of the query, or else of the key, is set."""
-    one = torch.ones((1, 1, 1), dtype=torch.long, device=flags.device)
+    one = torch.ones((1, 1), dtype=torch.long, device=flags.device)
     return Between(per_token(name, flags.byte()), one, one + 1, of_query, name)
 
 
@@ -184,7 +184,7 @@ def _after(numbers: Tensor) -> Tensor:
 
 def first_keys(lengths: Tensor, name: str) -> Mask:
     """Attends to the first `lengths [batch]` keys."""
-    end = lengths.to(torch.int64, copy=True)[:, None, None]
+    end = lengths.to(torch.int64, copy=True)[:, None]
     return Between(None, torch.zeros_like(end), end, False, name)
 
 

@@ -6,12 +6,17 @@ from torch import Tensor
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.arguments import check_natural
-from anymask.mask.expr import Grid
+from anymask.mask.expr import TileGrid
 from anymask.mask.leaves import Dense
 from anymask.mask.parts import as_mask
+from anymask.mask.program import program_of
 from anymask.packing.changes import extend as extend
 from anymask.packing.changes import slice_queries as slice_queries
 from anymask.packing.device import implementation
+from anymask.tiles import TILE
+
+# positions, also those of a last tile that is not whole, are int32 in kernels
+LONGEST = 2**31 - TILE
 
 
 def pack(
@@ -47,7 +52,8 @@ def pack(
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
         if value is None:
             raise ValueError(f"{mask!r} has no length, pass {name}=...")
-        check_natural(name, value)
+        if check_natural(name, value) > LONGEST:
+            raise ValueError(f"{name} is {value}; allowed are 0 and more tokens, up to {LONGEST}")
     assert q_len is not None
     assert kv_len is not None
     mask.check(q_len, kv_len)
@@ -56,9 +62,9 @@ def pack(
         place = torch.device("cuda", torch.cuda.current_device())
     if torch.compiler.is_compiling():
         # one operator of `anymask.ops`, which compilers do not look into
-        leaves: list[Tensor] = []
-        spec = mask.to(place).spec(leaves)
-        return BlockMask.from_tensors(torch.ops.anymask.pack(leaves, spec, q_len, kv_len, place), q_len, kv_len)
+        program = program_of(mask.to(place))
+        assert program is not None
+        return BlockMask.from_tensors(torch.ops.anymask.pack(*program, q_len, kv_len, place), q_len, kv_len)
     # tensors of inference mode could not be saved for a backward pass
     with torch.inference_mode(False):
-        return implementation(place).pack_mask(mask.to(place), Grid(q_len, kv_len, place))
+        return implementation(place).pack_mask(mask.to(place), TileGrid(q_len, kv_len, place))

@@ -17,7 +17,8 @@ from torch._C import _functorch
 
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
-from anymask.mask.leaves import Function
+from anymask.mask.expr import fold
+from anymask.mask.program import program_of
 from anymask.packing import pack
 
 MAX_ENTRIES = 64
@@ -41,8 +42,9 @@ class TensorKey(NamedTuple):
 class MaskKey(NamedTuple):
     """What a packed mask depends on."""
 
-    # the expression without its tensors
-    spec: str
+    # the expression without its tensors, see `Program`
+    nodes: tuple[int, ...]
+    numbers: tuple[int, ...]
     tensors: tuple[TensorKey, ...]
     q_len: int
     kv_len: int
@@ -111,14 +113,15 @@ class MaskCache:
         """
         if torch._C._are_functorch_transforms_active():
             mask = _unwrapped(mask)
-        leaves: list[Tensor] = []
-        spec = mask.spec(leaves)
+        program = program_of(mask)
+        leaves = () if program is None else program.tensors
         keys = [key for key in map(_tensor_key, leaves) if key is not None]
         on_cuda = device.type == "cuda"
         capturing = on_cuda and torch.cuda.is_current_stream_capturing()
-        if len(keys) < len(leaves) or (capturing and keys):
+        # what a function has captured may change
+        if program is None or len(keys) < len(leaves) or (capturing and keys):
             return _pack(mask, q_len, kv_len, device, capturing, check)
-        key = MaskKey(spec, tuple(keys), q_len, kv_len, device)
+        key = MaskKey(program.nodes, program.numbers, tuple(keys), q_len, kv_len, device)
         stream = torch._C._cuda_getCurrentRawStream(device.index) if on_cuda else 0
         with self._lock:
             entry = self._entries.get(key)
@@ -126,8 +129,6 @@ class MaskCache:
                 self._entries.move_to_end(key)
         if entry is None:
             packed = _pack(mask, q_len, kv_len, device, capturing, check)
-            if _has_function(mask):
-                return packed
             if on_cuda:
                 # later calls may run on other streams
                 torch.cuda.current_stream(device).synchronize()
@@ -180,7 +181,6 @@ def _pack(
 def _apart() -> Iterator[None]:
     """Nothing records, watches or transforms what packing does: results serve later calls, which may run elsewhere."""
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         if torch._C._len_torch_dispatch_stack():
             # selective checkpointing counts operations, and must find as many when it computes again
@@ -197,31 +197,23 @@ def _apart() -> Iterator[None]:
 
 def _unwrapped(mask: Mask) -> Mask:
     """The mask of the tensors inside those that a transform of torch.func has wrapped."""
-    parts: dict[str, Any] = {}
-    for name, part in vars(mask).items():
-        if isinstance(part, Mask):
-            parts[name] = _unwrapped(part)
-        elif isinstance(part, Tensor):
-            inner = part
-            while _functorch.is_functorch_wrapped_tensor(inner):
-                if _functorch.is_batchedtensor(inner):
-                    raise NotImplementedError(
-                        "mask is mapped by torch.vmap; allowed is one mask for all, or a batch instead of vmap"
-                    )
-                inner = _functorch.get_unwrapped(inner)
-            parts[name] = inner
-    return replace(cast(Any, mask), **parts) if parts else mask
+    inner: Mask = fold(mask, _unwrapped_leaf, lambda node, *operands: node.of_masks(*operands))
+    return inner
 
 
-def _has_function(mask: Mask) -> bool:
-    """Whether a leaf is a function."""
-    left = [mask]
-    while left:
-        node = left.pop()
-        if isinstance(node, Function):
-            return True
-        left += [part for part in vars(node).values() if isinstance(part, Mask)]
-    return False
+def _unwrapped_leaf(leaf: Mask) -> Mask:
+    inner = {name: _unwrapped_tensor(t) for name, t in vars(leaf).items() if isinstance(t, Tensor)}
+    return replace(cast(Any, leaf), **inner) if inner else leaf
+
+
+def _unwrapped_tensor(t: Tensor) -> Tensor:
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            raise NotImplementedError(
+                "mask is mapped by torch.vmap; allowed is one mask for all, or a batch instead of vmap"
+            )
+        t = _functorch.get_unwrapped(t)
+    return t
 
 
 def _tensor_key(t: Tensor) -> TensorKey | None:

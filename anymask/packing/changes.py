@@ -5,10 +5,11 @@ import torch
 from anymask.block_mask import BlockMask
 from anymask.block_mask.tables import tile_tables
 from anymask.mask import Mask
-from anymask.mask.expr import Grid
-from anymask.packing.definition import CHUNK_TILES, kind_of_words, no_words, tile_words
+from anymask.mask.expr import TileGrid
+from anymask.packing.definition import CHUNK_TILES, WriteWords, classified, evaluated, kind_of_words, no_words
 from anymask.packing.device import implementation
-from anymask.tiles import EMPTY, FULL, PARTIAL, TILE, WORDS
+from anymask.shapes import TileKinds, Words
+from anymask.tiles import EMPTY, FULL, PARTIAL, TILE, WORDS, tiles_over
 
 
 def slice_queries(block_mask: BlockMask, start: int, stop: int) -> BlockMask:
@@ -31,7 +32,7 @@ def slice_queries(block_mask: BlockMask, start: int, stop: int) -> BlockMask:
             f"queries {start} to {stop} of a mask with q_len={q_len}; allowed are 0 <= start <= stop <= q_len"
         )
     rows, shift = block_mask.rows, start % TILE
-    grid = Grid(stop - start, block_mask.kv_len, block_mask.device)
+    grid = TileGrid(stop - start, block_mask.kv_len, block_mask.device)
     # the old tiles that are covered, and one line below them
     kinds, number = (t.flatten(0, 1) for t in tile_tables(block_mask, start // TILE, grid.q_tiles + 1))
     found = torch.full((kinds.shape[0], grid.q_tiles, grid.kv_tiles), EMPTY, dtype=torch.int8, device=grid.device)
@@ -84,6 +85,26 @@ def extend(block_mask: BlockMask, mask: Mask, q_len: int, kv_len: int) -> BlockM
         raise ValueError("mask counts from the last query and key, which move; pack it again")
     mask = mask.to(block_mask.device)
     mask.check(q_len, kv_len)
-    grid = Grid(q_len, kv_len, block_mask.device)
+    grid = TileGrid(q_len, kv_len, block_mask.device)
     twin = implementation(grid.device)
-    return twin.lists_from_tiles(*tile_words(mask, grid, block_mask, twin.words_of_tiles), grid)
+    return twin.lists_from_tiles(*_extended_tile_words(block_mask, mask, grid, twin.words_of_tiles), grid)
+
+
+def _extended_tile_words(
+    known: BlockMask, mask: Mask, grid: TileGrid, write_words: WriteWords
+) -> tuple[TileKinds, Words]:
+    """`definition.tile_words`, where tiles that lie whole in `known` are taken from it."""
+    kinds = classified(mask, grid)
+    old_kinds, old_number = tile_tables(known, 0, tiles_over(known.q_len))
+    whole = ..., slice(known.q_len // TILE), slice(known.kv_len // TILE)
+    kinds[whole] = old_kinds[whole]
+    unknown = kinds == PARTIAL
+    unknown[whole] = False
+    words = evaluated(mask, grid, kinds, unknown, write_words)
+    # where the words of each tile are: those of old tiles, then the new ones
+    number = torch.full(kinds.shape, -1, dtype=torch.int64, device=grid.device)
+    number[whole] = old_number[whole]
+    new = kinds == PARTIAL
+    new[whole] = False
+    number[new] = known.rows.words.shape[0] + torch.arange(words.shape[0], device=grid.device)
+    return kinds, torch.cat([known.rows.words, words])[number[kinds == PARTIAL]]

@@ -4,19 +4,18 @@ Two stages. `tile_words` finds the kind of every tile and the words of the parti
 into the row and column lists of a `BlockMask`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from anymask.block_mask.bits import pack_bits, transpose_bits
 from anymask.block_mask.block_mask import BlockMask, TileLists
-from anymask.block_mask.tables import tile_tables
-from anymask.mask.expr import Grid, Mask
+from anymask.mask.expr import Mask, TileGrid
 from anymask.mask.leaves import Dense
 from anymask.shapes import TileBits, TileKinds, Words
-from anymask.tiles import EMPTY, FULL, PARTIAL, TILE, WORDS, tiles_over
+from anymask.tiles import EMPTY, FULL, PARTIAL, TILE, WORDS
 
 # tiles evaluated at a time: 16 MiB of booleans, and as int64 the positions they are computed from, 128 MiB
 CHUNK_TILES = 1024
@@ -28,46 +27,46 @@ GROUP_TILES = 2**15
 STRIP_TILES = 2**21
 
 
-def pack_mask(mask: Mask, grid: Grid) -> BlockMask:
+def pack_mask(mask: Mask, grid: TileGrid) -> BlockMask:
     """The `BlockMask` of a mask whose tensors are on the device of `grid`."""
     return lists_from_tiles(*tile_words(mask, grid), grid)
 
 
-def tile_words(
-    mask: Mask,
-    grid: Grid,
-    known: BlockMask | None = None,
-    write_words: Callable[[TileBits, Tensor, Grid, Words, Tensor], None] | None = None,
-) -> tuple[TileKinds, Words]:
-    """Kinds of all tiles, and the words of the partial ones in row order (plane, query tile, kv tile).
+class WriteWords(Protocol):
+    """`words_of_tiles`, or its twin on a GPU."""
 
-    Tiles that lie whole in `known`, the same mask of a smaller plane, are taken from it. `write_words` is
-    `words_of_tiles`, or its twin on the device of `grid`.
-    """
-    write_words = write_words or words_of_tiles
-    if isinstance(mask, Dense) and known is None:
+    def __call__(self, tiles: TileBits, places: Tensor, grid: TileGrid, words: Words, kinds: Tensor, /) -> None:
+        """Write the words and the kinds of tiles."""
+
+
+def tile_words(mask: Mask, grid: TileGrid, write_words: WriteWords | None = None) -> tuple[TileKinds, Words]:
+    """Kinds of all tiles, and the words of the partial ones in row order (plane, query tile, kv tile)."""
+    if isinstance(mask, Dense):
         return _tile_words_dense(mask.tensor, grid)
+    kinds = classified(mask, grid)
+    return kinds, evaluated(mask, grid, kinds, kinds == PARTIAL, write_words or words_of_tiles)
+
+
+def classified(mask: Mask, grid: TileGrid) -> TileKinds:
+    """int8 `[mask_batch, mask_heads, q_tiles, kv_tiles]`: from bounds; PARTIAL where those do not say."""
     batch, heads = mask.planes
     kinds = torch.empty(batch, heads, grid.q_tiles, grid.kv_tiles, dtype=torch.int8, device=grid.device)
-    lines = max(1, STRIP_TILES // max(1, batch * heads * grid.kv_tiles))
-    for first in range(0, grid.q_tiles, lines):
-        last = min(first + lines, grid.q_tiles)
-        kinds[:, :, first:last] = mask.classify(replace(grid, first=first, last=last))
+    step = max(1, STRIP_TILES // max(1, batch * heads * grid.kv_tiles))
+    for first in range(0, grid.q_tiles, step):
+        rows = grid.rows[first : first + step]
+        kinds[:, :, rows.start : rows.stop] = mask.classify(grid, rows)
     if grid.kv_len % TILE:
         # the columns beyond kv_len are off, so the last kv tile is full for nobody
         kinds[..., -1].clamp_(max=PARTIAL)
-    unknown = kinds == PARTIAL
-    if known is not None:
-        old, number = tile_tables(known, 0, tiles_over(known.q_len))
-        whole = ..., slice(known.q_len // TILE), slice(known.kv_len // TILE)
-        kinds[whole] = old[whole]
-        unknown[whole] = False
-        taken = number[whole][kinds[whole] == PARTIAL]
+    return kinds
+
+
+def evaluated(mask: Mask, grid: TileGrid, kinds: TileKinds, chosen: Tensor, write_words: WriteWords) -> Words:
+    """Words of the tiles of `chosen`, bool like `kinds`, that turn out partial, in row order; writes their `kinds`."""
     within = torch.arange(TILE, device=grid.device)
-    unknown = unknown.nonzero()
-    kept = []
     size = CUDA_CHUNK_TILES if grid.device.type == "cuda" else CHUNK_TILES
-    for group in unknown.split(GROUP_TILES):
+    kept = [no_words(grid)]
+    for group in chosen.nonzero().split(GROUP_TILES):
         words = torch.empty(len(group), TILE, WORDS, dtype=torch.int32, device=grid.device)
         found = torch.empty(len(group), dtype=torch.int8, device=grid.device)
         for chunk, *results in zip(group.split(size), words.split(size), found.split(size), strict=True):
@@ -78,18 +77,10 @@ def tile_words(
             write_words(bits, chunk, grid, *results)
         kinds[tuple(group.unbind(1))] = found
         kept.append(words[found == PARTIAL])
-    words = torch.cat(kept) if kept else no_words(grid)
-    if known is not None:
-        place = torch.full(kinds.shape, -1, dtype=torch.int64, device=grid.device)
-        place[whole][kinds[whole] == PARTIAL] = taken
-        # what is not taken is new, in the same order
-        new = (kinds == PARTIAL) & (place < 0)
-        place[new] = known.rows.words.shape[0] + torch.arange(words.shape[0], device=grid.device)
-        words = torch.cat([known.rows.words, words])[place[kinds == PARTIAL]]
-    return kinds, words
+    return torch.cat(kept)
 
 
-def words_of_tiles(tiles: TileBits, places: Tensor, grid: Grid, words: Words, kinds: Tensor) -> None:
+def words_of_tiles(tiles: TileBits, places: Tensor, grid: TileGrid, words: Words, kinds: Tensor) -> None:
     """Write the words and the kinds of tiles at `places [n, 4]`: plane batch, plane head, q tile, kv tile."""
     within = torch.arange(TILE, device=grid.device)
     q, k = (places[:, 2:, None] * TILE + within).unbind(1)
@@ -98,7 +89,7 @@ def words_of_tiles(tiles: TileBits, places: Tensor, grid: Grid, words: Words, ki
     kinds.copy_(kind_of_words(words, places[:, 2], grid))
 
 
-def _tile_words_dense(tensor: Tensor, grid: Grid) -> tuple[TileKinds, Words]:
+def _tile_words_dense(tensor: Tensor, grid: TileGrid) -> tuple[TileKinds, Words]:
     batch, heads = tensor.shape[:2]
     shape = (batch, heads, grid.q_tiles, grid.kv_tiles)
     kinds = torch.full(shape, EMPTY, dtype=torch.int8, device=grid.device)
@@ -121,12 +112,12 @@ def _tile_words_dense(tensor: Tensor, grid: Grid) -> tuple[TileKinds, Words]:
     return kinds, torch.cat(kept) if kept else no_words(grid)
 
 
-def no_words(grid: Grid) -> Words:
+def no_words(grid: TileGrid) -> Words:
     """Words of no tile."""
     return torch.zeros(0, TILE, WORDS, dtype=torch.int32, device=grid.device)
 
 
-def kind_of_words(words: Words, q_tile: Tensor, grid: Grid) -> Tensor:
+def kind_of_words(words: Words, q_tile: Tensor, grid: TileGrid) -> Tensor:
     """int8 `[n]`: kind of each tile `[n, 128, 4]`; rows beyond q_len count for neither empty nor full."""
     row = q_tile[:, None] * TILE + torch.arange(TILE, device=words.device)
     full = ((words == -1).all(-1) | (row >= grid.q_len)).all(-1)
@@ -134,7 +125,7 @@ def kind_of_words(words: Words, q_tile: Tensor, grid: Grid) -> Tensor:
     return PARTIAL + full.to(torch.int8) - empty.to(torch.int8)
 
 
-def lists_from_tiles(kinds: TileKinds, words: Words, grid: Grid) -> BlockMask:
+def lists_from_tiles(kinds: TileKinds, words: Words, grid: TileGrid) -> BlockMask:
     """The `BlockMask` of tile kinds and of the words of the partial tiles in row order."""
     rows = _lists(kinds, words, grid.q_len)
     number = torch.full(kinds.shape, -1, dtype=torch.int64, device=kinds.device)

@@ -7,20 +7,20 @@ from torch import Tensor
 
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
-from anymask.mask.expr import Grid
+from anymask.mask.expr import TileGrid
 from anymask.shapes import TileBits, TileKinds, Words
 
 
 class Implementation(Protocol):
     """The functions of `definition` that have a twin on a GPU."""
 
-    def pack_mask(self, mask: Mask, grid: Grid) -> BlockMask:
+    def pack_mask(self, mask: Mask, grid: TileGrid) -> BlockMask:
         """The `BlockMask` of a mask whose tensors are on the device of `grid`."""
 
-    def words_of_tiles(self, tiles: TileBits, places: Tensor, grid: Grid, words: Words, kinds: Tensor) -> None:
+    def words_of_tiles(self, tiles: TileBits, places: Tensor, grid: TileGrid, words: Words, kinds: Tensor) -> None:
         """Write the words and the kinds of tiles."""
 
-    def lists_from_tiles(self, kinds: TileKinds, words: Words, grid: Grid) -> BlockMask:
+    def lists_from_tiles(self, kinds: TileKinds, words: Words, grid: TileGrid) -> BlockMask:
         """The `BlockMask` of tile kinds and of the words of the partial tiles in row order."""
 
 

@@ -12,6 +12,7 @@ from anymask import tiles
 LAUNCH = {"enable_fp_fusion": False}
 TILE = tl.constexpr(tiles.TILE)
 WORDS = tl.constexpr(tiles.WORDS)
+EMPTY, PARTIAL, FULL = tl.constexpr(tiles.EMPTY), tl.constexpr(tiles.PARTIAL), tl.constexpr(tiles.FULL)
 
 
 @triton.jit
@@ -44,8 +45,8 @@ def words_of_bits(bits, ROWS: tl.constexpr):
 def load_words_t(tile, row_stride, col_stride, q_left, kv_left, ALIGN: tl.constexpr):
     """Transposed words of the tile at a pointer, of which `q_left` rows and `kv_left` columns exist; non-zero = attend.
 
-    uint8 holds nothing but 0 and 1. ALIGN 4 or 16: bytes without gaps, read as many at a time, where the address,
-    `row_stride` and `kv_left` are multiples of that. Without, ALIGN is 1.
+    ALIGN 4 or 16: bytes without gaps, read as many at a time, where the address, `row_stride` and `kv_left` are
+    multiples of that. Without, ALIGN is 1.
     """
     # rows by where they are in the words of a column, bit and then word: lanes share out the words, whose bits are all
     # in one thread
@@ -56,13 +57,13 @@ def load_words_t(tile, row_stride, col_stride, q_left, kv_left, ALIGN: tl.conste
     if ALIGN > 1:
         fours = tl.arange(0, 32)[None, :]
         # spelt so that Triton sees the factor
-        ptrs = tile.to(tl.pointer_type(tl.int32)) + far * (ALIGN // 4) + fours
+        ptrs = tile.to(tl.pointer_type(tl.uint32)) + far * (ALIGN // 4) + fours
         x = tl.load(ptrs, mask=(row < q_left) & (fours < (kv_left // ALIGN) * (ALIGN // 4)), other=0)
-        if tile.dtype.element_ty != tl.uint8:
-            # the lowest bit of a byte becomes any of its bits
-            x |= x >> 4
-            x |= x >> 2
-            x = (x | (x >> 1)) & 0x01010101
+        # bytes of a bool are 0 and 1 but for those that were another dtype's: asking is cheaper than converting
+        if tl.max(x & 0xFEFEFEFE) != 0:
+            # a sum reaches the highest bit of a byte that is not 0, and no other byte
+            x = ((((x & 0x7F7F7F7F) + 0x7F7F7F7F) | x) >> 7) & 0x01010101
+        x = x.to(tl.int32)
     else:
         column = tl.arange(0, TILE)[None, :]
         ptrs = tile + far + column.to(tl.int64) * col_stride
@@ -106,7 +107,7 @@ def transpose_words(words):
 
 @triton.jit
 def kind_of_words(words, rows, q_len):
-    """int32, 0 empty, 1 partial or 2 full, of a tile; rows `[TILE]` that do not exist count for neither."""
+    """int32, EMPTY, PARTIAL or FULL, of a tile; rows `[TILE]` that do not exist count for neither."""
     full = (words == -1) | (rows >= q_len)[None, :]
     return tl.min(full.to(tl.int32)) + tl.max((words != 0).to(tl.int32))
 

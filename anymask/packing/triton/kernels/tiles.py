@@ -1,0 +1,242 @@
+"""Kernels that look at tiles: their kinds, counted by row and by column, and the words of the partial ones."""
+
+import triton
+import triton.language as tl
+
+from anymask.packing.triton.kernels.bits import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    TILE,
+    WORDS,
+    kind_of_words,
+    live_of_words,
+    load_words_t,
+    tile_offsets,
+    transpose_words,
+    word_offsets,
+    words_of_bits,
+)
+from anymask.packing.triton.kernels.lists import padded, views
+from anymask.packing.triton.kernels.program import PACKED, MaskArgs, classify, inside, packed_place
+
+PLACES_AND_SHAPE = [
+    *("q_live", "kv_live", "extremes", "kinds"),
+    *("heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"),
+]
+
+
+@triton.jit
+def _rows_of(tile):
+    return tile * TILE + tl.arange(0, TILE)
+
+
+@triton.jit
+def _mark(live, plane, length, positions, lives):
+    """All programs write the same 1."""
+    tl.store(live + plane.to(tl.int64) * length + positions, lives.to(tl.uint8), mask=lives)
+
+
+@triton.jit(do_not_specialize=PLACES_AND_SHAPE)
+def tiles_kernel(
+    numbers,
+    tensors,
+    layouts,
+    memory,
+    q_live,
+    kv_live,
+    extremes,
+    kinds,
+    heads,
+    q_len,
+    kv_len,
+    q_tiles,
+    kv_tiles,
+    n_rows,
+    n_cols,
+    nodes: tl.constexpr,
+    STRIP: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """One program a line of SPAN tiles: their kinds, counted by row and by column, and what lives in partial ones."""
+    spans = tl.cdiv(kv_tiles, SPAN)
+    line = tl.program_id(0) // spans
+    first = (tl.program_id(0) % spans) * SPAN
+    plane, q_tile = line // q_tiles, line % q_tiles
+    b, h = plane // heads, plane % heads
+    lane = tl.arange(0, SPAN)
+    there = first + lane < kv_tiles
+    kv_tile = tl.minimum(first + lane, kv_tiles - 1)
+    mask = MaskArgs(numbers, tensors, layouts)
+    work = views(memory, q_live, kv_live, extremes, kinds)
+    kind = classify(nodes, mask, work.extremes, b, h, q_tile, kv_tile, q_len, kv_len)
+    # columns beyond kv_len are off, so the last kv tile is full for nobody
+    kind = tl.where((kv_tile + 1) * TILE > kv_len, tl.minimum(kind, PARTIAL), kind)
+    undecided = there & (kind == PARTIAL)
+    for _ in tl.range(0, tl.sum(undecided.to(tl.int32))):
+        at = tl.min(tl.where(undecided, lane, SPAN))
+        cols = _rows_of(first + at)
+        any_pair = tl.zeros([STRIP, TILE], tl.int32)
+        all_pairs = any_pair + 1
+        for start in tl.range(0, TILE, STRIP):
+            rows = q_tile * TILE + start + tl.arange(0, STRIP)
+            tile = inside(nodes, mask, b, h, rows[:, None], cols[None, :], q_len, kv_len)
+            any_pair = tl.maximum(any_pair, tile.to(tl.int32))
+            # rows that do not exist count for neither
+            all_pairs = tl.minimum(all_pairs, (tile | (rows >= q_len)[:, None]).to(tl.int32))
+            _mark(work.q_live, plane, q_len, rows, tl.max(tile.to(tl.int32), 1) != 0)
+        col_any = tl.max(any_pair, 0)
+        _mark(work.kv_live, plane, kv_len, cols, col_any != 0)
+        # 0, 1 or 2: EMPTY, PARTIAL or FULL
+        kind = tl.where(lane == at, tl.max(col_any) + tl.min(all_pairs), kind)
+        undecided = undecided & (lane != at)
+    at = line.to(tl.int64) * kv_tiles + first + lane
+    tl.store(work.kinds + at, kind.to(tl.int8), mask=there)
+    counts = work.counts
+    for of in tl.static_range(2):
+        # full, then partial
+        hit = there & (kind == FULL - of)
+        n = tl.sum(hit.to(tl.int32))
+        tl.atomic_add(counts + of * n_rows + line, n, mask=n > 0, sem="relaxed")
+        column = 2 * n_rows + of * n_cols + plane * kv_tiles + kv_tile
+        tl.atomic_add(counts + column, 1, mask=hit, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=PLACES_AND_SHAPE)
+def dense_kernel(
+    tensor,
+    memory,
+    words,
+    words_t,
+    strides,
+    q_live,
+    kv_live,
+    extremes,
+    kinds,
+    heads,
+    q_len,
+    kv_len,
+    q_tiles,
+    kv_tiles,
+    n_rows,
+    n_cols,
+    ALIGN: tl.constexpr,
+):
+    """One program a tile: as `tiles_kernel`, and if it is partial its words, in row order of tiles, and its transposed
+    words, in column order."""
+    number = tl.program_id(0)
+    line, kv_tile = number // kv_tiles, number % kv_tiles
+    plane, q_tile = line // q_tiles, line % q_tiles
+    rows, cols = _rows_of(q_tile), _rows_of(kv_tile)
+    # a multiple of ALIGN, and spelt so that Triton sees it
+    at = (plane // heads).to(tl.int64) * (strides[0] // ALIGN) + (plane % heads).to(tl.int64) * (strides[1] // ALIGN)
+    at = (at + (q_tile * TILE).to(tl.int64) * (strides[2] // ALIGN)) * ALIGN
+    at += (kv_tile * TILE).to(tl.int64) * strides[3]
+    q_left, kv_left = q_len - q_tile * TILE, kv_len - kv_tile * TILE
+    w_t = load_words_t(tensor + at, strides[2], strides[3], q_left, kv_left, ALIGN)
+    w = transpose_words(w_t)
+    kind = kind_of_words(w, rows, q_len)
+    work = views(memory, q_live, kv_live, extremes, kinds)
+    if kind == PARTIAL:
+        tl.store(words + number.to(tl.int64) * (TILE * WORDS) + tile_offsets(), w)
+        number_t = (plane * kv_tiles + kv_tile).to(tl.int64) * q_tiles + q_tile
+        tl.store(words_t + number_t * (TILE * WORDS) + tile_offsets(), w_t)
+        # full tiles are seen by their counts
+        _mark(work.q_live, plane, q_len, rows, live_of_words(w))
+        _mark(work.kv_live, plane, kv_len, cols, live_of_words(w_t))
+    tl.store(work.kinds + number, kind)
+    row = tl.where(kind == FULL, 0, n_rows) + line
+    tl.atomic_add(work.counts + row, 1, mask=kind != EMPTY, sem="relaxed")
+    column = 2 * n_rows + tl.where(kind == FULL, 0, n_cols) + plane * kv_tiles + kv_tile
+    tl.atomic_add(work.counts + column, 1, mask=kind != EMPTY, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["place_stride", "field_stride", "q_len", "kv_len"])
+def tile_words_kernel(
+    tiles, places, words, kinds, strides, place_stride, field_stride, q_len, kv_len, ALIGN: tl.constexpr
+):
+    """`words_of_tiles`, one program a tile."""
+    number = tl.program_id(0).to(tl.int64)
+    place = places + number * place_stride
+    q_tile = tl.load(place + 2 * field_stride).to(tl.int32)
+    kv_tile = tl.load(place + 3 * field_stride).to(tl.int32)
+    tile = tiles + number * (strides[0] // ALIGN) * ALIGN
+    w_t = load_words_t(tile, strides[1], strides[2], q_len - q_tile * TILE, kv_len - kv_tile * TILE, ALIGN)
+    w = transpose_words(w_t)
+    tl.store(words + number * (TILE * WORDS) + tile_offsets(), w)
+    tl.store(kinds + number, kind_of_words(w, _rows_of(q_tile), q_len))
+
+
+@triton.jit
+def _entry(tiles, lines, entry, is_row, n_full, n_partial):
+    """Tile and global line number of a partial tile of the rows, or else of the columns."""
+    at = entry + tl.where(is_row, 0, padded(n_partial))
+    return tl.load(tiles + 2 * padded(n_full).to(tl.int64) + at), tl.load(lines + at)
+
+
+@triton.jit(do_not_specialize=["n_full", "n_partial", "q_tiles", "kv_tiles"])
+def copy_kernel(tiles, lines, all_words, all_words_t, words, words_t, n_full, n_partial, q_tiles, kv_tiles):
+    """One program an entry of the rows, then of the columns: its words, out of those of all tiles."""
+    entry = tl.program_id(0)
+    offs = word_offsets(0, TILE)
+    if entry < n_partial:
+        tile, line = _entry(tiles, lines, entry, True, n_full, n_partial)
+        w = tl.load(all_words + (line.to(tl.int64) * kv_tiles + tile) * (TILE * WORDS) + offs)
+        tl.store(words + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
+    else:
+        entry -= n_partial
+        tile, line = _entry(tiles, lines, entry, False, n_full, n_partial)
+        w = tl.load(all_words_t + (line.to(tl.int64) * q_tiles + tile) * (TILE * WORDS) + offs)
+        tl.store(words_t + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
+
+
+@triton.jit(
+    do_not_specialize=["entries", "n_full", "n_partial", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"],
+)
+def words_kernel(
+    numbers,
+    tensors,
+    layouts,
+    tiles,
+    lines,
+    words,
+    words_t,
+    entries,
+    n_full,
+    n_partial,
+    heads,
+    q_len,
+    kv_len,
+    q_tiles,
+    kv_tiles,
+    nodes: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    """One program an entry of the rows, `entries` of them, then of the columns: its words from the tile again."""
+    entry = tl.program_id(0)
+    mask = MaskArgs(numbers, tensors, layouts)
+    if entry < entries:
+        tile, line = _entry(tiles, lines, entry, True, n_full, n_partial)
+        plane, cols = line // q_tiles, _rows_of(tile)
+        b, h = plane // heads, plane % heads
+        at = words + entry.to(tl.int64) * (TILE * WORDS)
+        for start in tl.range(0, TILE, STRIP):
+            rows = (line % q_tiles) * TILE + start + tl.arange(0, STRIP)
+            bits = inside(nodes, mask, b, h, rows[:, None], cols[None, :], q_len, kv_len)
+            tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
+    else:
+        entry -= entries
+        tile, line = _entry(tiles, lines, entry, False, n_full, n_partial)
+        plane, kv_tile = line // kv_tiles, line % kv_tiles
+        b, h = plane // heads, plane % heads
+        at = words_t + entry.to(tl.int64) * (TILE * WORDS)
+        if nodes[0].code == PACKED:
+            number = packed_place(nodes, 0, mask, b, h, tile, kv_tile)
+            w = tl.load(words + number * (TILE * WORDS) + tile_offsets())
+            tl.store(at + tile_offsets(), transpose_words(w))
+        else:
+            cols = _rows_of(tile)
+            for start in tl.range(0, TILE, STRIP):
+                rows = kv_tile * TILE + start + tl.arange(0, STRIP)
+                bits = inside(nodes, mask, b, h, cols[None, :], rows[:, None], q_len, kv_len)
+                tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
