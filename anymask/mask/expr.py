@@ -265,7 +265,7 @@ def postfix(mask: Mask, as_written: bool = False) -> list[Mask]:
     """
     found: list[Mask] = []
     todo = [mask]
-    # a node before its operands, the last one first: the other way round. `isinstance` of an ABC takes ten times as long
+    # a node before its operands, the last one first: the other way round; `isinstance` of an ABC takes far longer
     while todo:
         node = todo.pop()
         found.append(node)
