@@ -174,8 +174,3 @@ def test_a_machine_without_triton_says_so() -> None:
         "else:\n"
         "    raise AssertionError('no error')\n"
     )
-
-
-def test_files_stay_small() -> None:
-    for module, path in _modules().items():
-        assert len(path.read_text().splitlines()) <= 450, module
