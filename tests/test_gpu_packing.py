@@ -27,6 +27,7 @@ from anymask import (
     sliding_window,
 )
 from anymask.block_mask.bits import unpack_bits
+from anymask.mask.leaves import Positions
 from anymask.mask.program import program_of
 from anymask.testing import MASKS, assert_same_block_mask
 
@@ -85,6 +86,26 @@ class TestPacking:
             for _ in range(2):
                 packed = triton_pack.pack_dense(form, *form.shape[2:])
                 assert_same_block_mask(packed.to("cpu"), pack((form != 0).cpu()))
+
+    def test_of_a_bool_whose_bytes_are_any(self, device: str) -> None:
+        octets = torch.randint(0, 256, (2, 1, 700, 704), device=device, dtype=torch.uint8) * (
+            torch.rand(700, 704, device=device) < 0.5
+        )
+        for form in (octets, octets[..., 4:], octets[..., 1:], octets.mT):
+            assert_same_block_mask(pack(form.view(torch.bool)).to("cpu"), pack((form != 0).cpu()))
+
+    def test_of_a_chain_too_long_for_a_kernel(self, device: str) -> None:
+        chain = causal(-600)
+        for i in range(600):
+            chain = chain | Positions(i, i + 1, of_query=i % 2 == 0)
+        lens = {"q_len": 700, "kv_len": 700}
+        assert_same_block_mask(pack(chain, **lens, device=device).to("cpu"), pack(chain, **lens))
+
+    def test_of_the_largest_ids_and_numbers(self, device: str) -> None:
+        ids = torch.tensor([2**63 - 1, -(2**63), 0, -1, 2**63 - 2])[torch.arange(300) // 70]
+        lens = {"q_len": 300, "kv_len": 300}
+        for mask in (document(ids) & causal(10**20), ~document(ids) | Positions(-(10**20), 7, of_query=True)):
+            assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), pack(mask, **lens))
 
     def test_saves_what_shares_memory(self, device: str, tmp_path: Path) -> None:
         packed = pack(

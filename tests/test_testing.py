@@ -18,6 +18,7 @@ from anymask.testing import (
     assert_same_block_mask,
     check,
     eager,
+    magnitudes,
     make_inputs,
     make_qkv,
     reference,
@@ -223,3 +224,19 @@ def test_the_poison_poisons() -> None:
     assert torch.ones(3).new_empty(2, dtype=torch.float16).isnan().all()
     assert (torch.empty(2, dtype=torch.int32) == 0x6B6B6B6B).all()
     assert repr(pack(causal(), q_len=2, kv_len=2)).startswith("BlockMask")
+
+
+def test_the_rounding_of_lse_is_counted_where_it_cannot_be_escaped() -> None:
+    # queries of one key: p is 1 for eager torch, and exp(s - lse) of a rounded lse for who keeps only that
+    case = Case("diagonal", 64, 239, 32, torch.float32, scale=-0.7, layout="expanded", seed=1238581275)
+    inputs = make_inputs(case)
+    args = *inputs[:3], inputs.dense, case.scale, inputs.do, inputs.dlse
+    results, expected, near = run(inputs, case.scale, "cpu"), reference(*args), eager(*args)
+    plain, counted = magnitudes(*args), magnitudes(*args, stored_lse=True)
+    assert torch.equal(plain.o, counted.o)
+    assert_matches(results.dv, expected.dv, near.dv, case.dtype, "dv", magnitude=counted.dv)
+    with pytest.raises(AssertionError, match="dv: max"):
+        assert_matches(results.dv, expected.dv, near.dv, case.dtype, "dv", magnitude=plain.dv)
+    # and no more than that
+    with pytest.raises(AssertionError, match="dv: max"):
+        assert_matches(results.dv * (1 + 1e-5), expected.dv, near.dv, case.dtype, "dv", magnitude=counted.dv)

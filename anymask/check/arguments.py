@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -44,6 +45,13 @@ def _both(change: Callable[[Tensor], Tensor]) -> Callable[[Qkv], Qkv]:
     return lambda qkv: (qkv[0], change(qkv[1]), change(qkv[2]))
 
 
+def _nested(parts: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        # that they are new
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor(list(parts))
+
+
 # axis -> name of a choice -> (choice, arguments of which an error may name one; none if it is right)
 Choices = dict[str, tuple[Any, tuple[str, ...]]]
 
@@ -77,6 +85,9 @@ TENSORS: Choices = {
     "k of another head_dim": (_swap(1, lambda t: t[..., :8]), ("k", "q")),
     "v of other heads": (_swap(2, lambda t: t[:, :1]), ("v", "k")),
     "3 q heads": (_swap(0, lambda t: t[:, :3]), ("q", "k")),
+    "all on meta": (lambda qkv: tuple(t.detach().to("meta") for t in qkv), ("q", "k", "v")),
+    "q sparse": (_swap(0, lambda t: torch.ones(t.shape, device=t.device).to_sparse()), ("q",)),
+    "v nested": (_swap(2, lambda t: _nested(torch.ones(t.shape, device=t.device))), ("v",)),
     "head_dim 0": (lambda qkv: (qkv[0][..., :0], qkv[1][..., :0], qkv[2]), ("q", "k")),
 }
 LAYOUT: Choices = {name: (name, ()) for name in (*LAYOUTS, "unaligned")}
@@ -115,6 +126,8 @@ MASK: Choices = {
     "BlockMask of 3 more samples": (lambda b, h, m, n: pack(_random(b + 3, 1, m, n)), ("mask",)),
     "on meta": (lambda b, h, m, n: torch.ones(m, n, dtype=torch.bool, device="meta"), ("mask",)),
     "BlockMask on meta": (lambda b, h, m, n: pack(_random(m, n)).to("meta"), ("mask",)),
+    "sparse": (lambda b, h, m, n: _random(m, n).to_sparse(), ("mask",)),
+    "nested": (lambda b, h, m, n: _nested(torch.ones(2, m, n) > 0), ("mask",)),
     "a list": (lambda b, h, m, n: [[True]], ("mask",)),
     "a string": (lambda b, h, m, n: "causal", ("mask",)),
     "True": (lambda b, h, m, n: True, ("mask",)),
@@ -145,6 +158,7 @@ SCALE: Choices = {
     "True": (True, ("scale",)),
     "'0.3'": ("0.3", ("scale",)),
     "complex": (0.3j, ("scale",)),
+    "10**400": (10**400, ("scale",)),
     "a tensor of 2": (torch.ones(2), ("scale",)),
 }
 BACKEND: Choices = {

@@ -277,13 +277,13 @@ def postfix(mask: Mask, as_written: bool = False) -> list[Mask]:
     """
     found: list[Mask] = []
     todo = [mask]
-    # a node before its operands, the last one first: the other way round
+    # a node before its operands, the last one first: the other way round; `isinstance` of an ABC takes far longer
     while todo:
         node = todo.pop()
         found.append(node)
-        if isinstance(node, Not):
+        if type(node) is Not:
             todo.append(node.of)
-        elif isinstance(node, Binary):
+        elif type(node) is Binary:
             todo += [node.left, node.right] if as_written or node.left_first else [node.right, node.left]
     return found[::-1]
 
@@ -306,9 +306,9 @@ def fold(mask: Mask, leaf: Callable[[Mask], T], operator: Callable[..., T]) -> T
     done: list[T] = []
     for node in postfix(mask):
         # no name holds an operand's result longer than its use
-        if isinstance(node, Binary):
+        if type(node) is Binary:
             done.append(operator(node, done.pop(-2 if node.left_first else -1), done.pop()))
-        elif isinstance(node, Not):
+        elif type(node) is Not:
             done.append(operator(node, done.pop()))
         else:
             done.append(leaf(node))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -54,8 +54,9 @@ class Leaf(Mask):
         raise NotImplementedError(f"{cls.__name__} is never lowered")
 
 
-# no NamedTuple: as an element of a constant, Triton 3.6 takes the names of its fields away
-@dataclass(frozen=True)
+# no NamedTuple: as an element of a constant, Triton 3.6 takes the names of its fields away; compared by identity, as
+# each launch of a kernel hashes them
+@dataclass(frozen=True, eq=False)
 class Node:
     """A leaf, or an operator of the results before it."""
 
@@ -90,8 +91,8 @@ def program_of(mask: Mask) -> Program | None:
     numbers: list[int] = []
     tensors: list[Tensor] = []
     for node in postfix(mask):
-        if isinstance(node, (Not, Binary)):
-            code = NOT if isinstance(node, Not) else OPERATORS.index(node.op)
+        if type(node) is Not or type(node) is Binary:
+            code = NOT if type(node) is Not else OPERATORS.index(cast(Binary, node).op)
             nodes += [code, len(numbers), 0, NO_TENSOR, NO_TENSOR, NO_TENSOR]
             continue
         leaf = cast(Leaf, node)
@@ -140,6 +141,9 @@ def mask_from_program(nodes: Sequence[int], numbers: Sequence[int], tensors: Seq
 
 def near(n: int | None, unbounded: int = 0) -> int:
     """`n` as int64: a number beyond all positions becomes another such number, None becomes `unbounded`."""
-    # of symbols of a compiled function too, without a guard
-    bounds: Any = torch.sym_min(unbounded if n is None else n, FAR)
-    return cast(int, torch.sym_max(bounds, -FAR))
+    if n is None:
+        return unbounded
+    if isinstance(n, int):
+        return max(-FAR, min(n, FAR))
+    # a symbol of a compiled function, of which `min` would ask how large it is
+    return cast(int, torch.sym_max(torch.sym_min(n, FAR), -FAR))

@@ -104,7 +104,7 @@ def check(
 def judge_of(inputs: Inputs, case: Case, rows: int | None = None) -> Judge:
     """What the results of `inputs` are held against, made once for any number of backends; `rows` as of `Judge`."""
     args = *inputs[:3], inputs.dense, case.scale, inputs.do, inputs.dlse
-    return Judge(reference(*args), eager(*args), magnitudes(*args), case.dtype, inputs.dense, rows)
+    return Judge(reference(*args), eager(*args), magnitudes(*args, stored_lse=True), case.dtype, inputs.dense, rows)
 
 
 # the backends of one case follow one another in a test file, and so do the cases of one oracle

@@ -119,22 +119,36 @@ def eager(
 
 @torch.no_grad()
 def magnitudes(
-    q: Q, k: K, v: V, mask: Tensor | BlockMask | None, scale: float | None, do: O, dlse: LSE | None = None
+    q: Q,
+    k: K,
+    v: V,
+    mask: Tensor | BlockMask | None,
+    scale: float | None,
+    do: O,
+    dlse: LSE | None = None,
+    stored_lse: bool = False,
 ) -> Results:
     """What `reference` gives if every sum of its equations adds the absolute values of its terms, in fp64.
 
     Times eps, it is how far one rounding of each term moves a result, however much the terms cancel.
+
+    Args:
+        stored_lse: count the rounding of lse too, which `p = exp(s - lse)` of a backward pass cannot escape: it moves p
+            by |lse| times itself. Eager torch does for queries of one key, whose s and lse are one number.
     """
     q, k, v, do = (t.double() for t in (q, k, v, do))
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     s, lives = _scores(q, k, _dense(mask, q, k), scale)
     p = torch.softmax(s, -1) * lives
+    o = p @ v.abs()
     delta = ((p @ v) * do).sum(-1) - (0.0 if dlse is None else dlse.double())
+    lse = torch.logsumexp(s, -1).abs().masked_fill(~lives.squeeze(-1), 0.0)
+    if stored_lse:
+        p = p * (1 + lse[..., None])
     ds = p * ((do @ v.mT).abs() + delta.abs()[..., None]) * abs(1 / math.sqrt(q.shape[3]) if scale is None else scale)
     dk, dv = (torch.unflatten(x.mT @ y.abs(), 1, (-1, group)).sum(2) for x, y in ((ds, q), (p, do)))
-    lse = torch.logsumexp(s, -1).abs().masked_fill(~lives.squeeze(-1), 0.0)
-    return Results(p @ v.abs(), lse, ds @ k.abs(), dk, dv)
+    return Results(o, lse, ds @ k.abs(), dk, dv)
 
 
 def _dense(mask: Tensor | BlockMask | None, q: Q, k: K) -> Tensor:

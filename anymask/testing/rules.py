@@ -139,7 +139,8 @@ def assert_matches(
     make up the squares of `expected`, their sum squared over the sum of their squares: where few elements are large,
     the RMSE is how those were rounded. With n below 9 it is not judged: of two equally good gradients of two keys and
     one dimension, every tenth has 3 times the RMSE of the other. In fp32, where nothing is rounded to 16 bits and the
-    largest error is that of one row whose gradient is the difference of large terms, those terms set the floor.
+    largest error is that of one row whose gradient is the difference of large terms, those terms set the floor. So does
+    the rounding of lse, from which a backward pass computes p, where the magnitudes count it.
 
     Args:
         actual: the tensor under test, dtype `dtype` (lse: fp32, or fp64 for fp64 inputs).

@@ -73,7 +73,7 @@ class MaskProgram(NamedTuple):
 @lru_cache(maxsize=4096)
 def _device_nodes(flat: tuple[int, ...], n_tensors: int) -> tuple[tuple[Node, ...], tuple[int, ...], tuple[int, ...]]:
     """Nodes for kernels; places of ranged tensors; places of layouts of blocks whose sums are tensors too, after the
-    others, as `Node.second`."""
+    others, as `Node.second`. The same objects for the same nodes, by which kernels are found."""
     nodes = read_nodes(flat)
     ranged: list[int] = []
     summed: list[int] = []
