@@ -144,6 +144,16 @@ def test_dead_queries_reach_nothing(backend: str, case: Case, value: float) -> N
     grid.check_dead_queries_reach_nothing(case, backend, "cpu", value)
 
 
+@cases(BACKENDS, [Case("random", 40, 140, 16, F16, batch=1, q_heads=4)])
+def test_unused_rows_that_differ_by_head(backend: str, case: Case) -> None:
+    grid.check_unused_rows_that_differ_by_head(case, backend, "cpu", float("nan"))
+
+
+@cases(BACKENDS, [Case("empty_head", 40, 140, 16, F16, batch=1, q_heads=4)])
+def test_keys_that_one_head_of_a_group_has(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
 @cases(BACKENDS, [Case("random", 140, 200, 16, F16, batch=1)])
 def test_emptied_rows_leave_the_others(backend: str, case: Case) -> None:
     grid.check_emptied_rows_leave_the_others(case, backend, "cpu")
@@ -313,6 +323,23 @@ def test_expressions_with_planes_pack_the_same_on_the_device(q_len: int, kv_len:
 def test_many_tiles_pack_the_same_on_the_device(q_len: int, kv_len: int) -> None:
     ids, kv_ids = torch.arange(q_len) // 640, torch.arange(kv_len) // 640
     _check_expression(causal(900) & anymask.document(ids, kv_ids=kv_ids), q_len, kv_len)
+
+
+@pytest.mark.parametrize(
+    ("mask", "q_len", "kv_len"),
+    [
+        (causal(2100) & ~anymask.sliding_window(100, 300), 140, 2200),
+        (causal(900) & ~anymask.strided(700), 2200, 140),
+    ],
+    ids=["wide", "high"],
+)
+def test_narrow_spans_and_chunks_do_not_show(
+    mask: Mask, q_len: int, kv_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anymask.packing.triton.SPAN", 16)
+    monkeypatch.setattr("anymask.packing.triton.lists.CHUNK", 16)
+    monkeypatch.setattr("anymask.packing.triton.lists.LIVE_CHUNK", 128)
+    _check_expression(mask, q_len, kv_len)
 
 
 @pytest.mark.parametrize("block", [1, 60, 128, 256])
