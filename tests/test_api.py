@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bad_calls import BAD, BAD_EAGER, TRUE, K, Q, V, qkv
 
 import anymask
 from anymask import attention, causal, explain, flash_attention_custom_mask, pack, scaled_dot_product_attention
 from anymask.backends import NAMES, load
 from anymask.testing import LAYOUTS, MASKS, Case, make_inputs, make_qkv, reference
+from tests.helpers.bad_calls import BAD, BAD_EAGER, TRUE, K, Q, V, qkv
 
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
 

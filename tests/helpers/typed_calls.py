@@ -1,10 +1,10 @@
 """Calls whose types mypy checks in `make lint`; nobody runs them. An ignore that nothing needs is an error there."""
 
-from fa2_custom_mask import flash_attention_custom_mask
 from torch import Tensor
 from typing_extensions import assert_type
 
 from anymask import attention, causal, pack
+from fa2_custom_mask import flash_attention_custom_mask
 
 
 def typed_calls(q: Tensor, k: Tensor, v: Tensor, flag: bool) -> None:
