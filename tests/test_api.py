@@ -91,7 +91,7 @@ def test_sdpa_with_grouped_heads_and_gradients() -> None:
         (
             (Q, K, V),
             {"enable_gqa": True, "attn_mask": TRUE.float()},
-            "mask has dtype torch.float32; allowed is torch.bool",
+            "adds values other than 0 and -inf, such as 1.0; allowed are masks, not biases",
         ),
         ((Q, K, V), {"enable_gqa": True, "attn_mask": TRUE, "is_causal": True}, "is_causal is True and mask is given"),
         ((Q[None], K[None], V[None]), {}, "query has shape (1, 2, 4, 10, 8); allowed are 2 to 4 dimensions"),
