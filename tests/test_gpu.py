@@ -5,10 +5,8 @@ Head dimensions and mask forms are few on purpose: each combination compiles its
 
 from typing import Any
 
-import grid
 import pytest
 import torch
-from grid import BF16, F16, F32, cases
 
 from anymask import (
     attention,
@@ -19,6 +17,8 @@ from anymask import (
     pack,
 )
 from anymask.testing import LAYOUTS, MASKS, Case, check, make_inputs, make_qkv, run
+from tests.helpers import grid
+from tests.helpers.grid import BF16, F16, F32, cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 BACKENDS = ("hopper", "triton")

@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grid
 import pytest
 import torch
-from grid import BF16, F16, F32, cases
-from test_builders import CASES
 from torch.utils import _pytree as pytree
 
 import anymask
@@ -24,6 +21,9 @@ from anymask.mask.leaves import Dense, Positions, Stride
 from anymask.packing.definition import tile_words, words_of_tiles
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, reference
 from anymask.tiles import TILE, WORDS
+from tests.helpers import grid
+from tests.helpers.builder_cases import CASES
+from tests.helpers.grid import BF16, F16, F32, cases
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
@@ -34,9 +34,7 @@ pytestmark = [
 BACKENDS = ("triton",)
 # a kernel's paths: no mask, only full tiles, bits, dead keys, dead queries, planes by batch, by head and by both
 MASK_NAMES = ["none", "causal", "tiles", "empty_rows", "empty_columns", "per_batch", "per_head", "per_batch_head"]
-HEADS = [(4, 2), (7, 1)]
 CPU = torch.device("cpu")
-SCALES = (-0.3, 0.0, 1e-3, 3.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
