@@ -1,12 +1,16 @@
-# Everything from a fresh checkout, with Python 3.10 or newer and make:
-#   make demo    install, then show what the library does (two minutes after installation)
-#   make test    install, then run the tests
-#   make lint    install, then run the linters and the type checker
-# PYTHON picks the interpreter, VENV the folder, TORCH the torch to install.
+# Everything from a fresh checkout, with Python 3.10 or newer and make; each target installs what it needs first:
+#   make demo    show what the library does (two minutes)
+#   make test    linters, type checker, doctests, tests; the kernels of Hopper again with the oldest Triton
+#   make lint    linters and type checker alone
+#   make docs    the site, in site/
+#   make wheel   sdist and wheel, in dist/
+# PYTHON picks the interpreter, VENV the folder, TORCH the torch to install, WORKERS how many tests run at once.
+# TEST_FLAGS='tests/test_viz.py -x' runs these tests and nothing else.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 
@@ -15,20 +19,24 @@ RUN := $(VENV)/bin/python
 TORCH_DONE := $(VENV)/.done-torch
 DEMO_DONE := $(VENV)/.done-demo
 DEV_DONE := $(VENV)/.done-dev
+DOCS_DONE := $(VENV)/.done-docs
 # the oldest Triton that is supported, beside the installed one
 OLDEST := $(VENV)/oldest
 OLDEST_DONE := $(VENV)/.done-oldest
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs wheel clean
 
 demo: $(DEMO_DONE)
 	$(RUN) -m anymask demo $(DEMO_FLAGS)
 
 # threads that spin while they wait take the cores they wait for, if the machine has other work
 test: export OMP_WAIT_POLICY ?= passive
-test: $(DEV_DONE) $(OLDEST_DONE)
+ifneq ($(TEST_FLAGS),)
+test: $(DEV_DONE)
 	$(RUN) -m pytest $(TEST_FLAGS)
-ifeq ($(TEST_FLAGS),)
+else
+test: lint $(OLDEST_DONE)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 	@echo "==> kernels of Hopper with the oldest Triton"
 	@if [ -d $(OLDEST) ]; then PYTHONPATH=$(OLDEST) $(RUN) -m pytest -m compile tests/test_compile_hopper.py; fi
 endif
@@ -37,9 +45,17 @@ lint: $(DEV_DONE)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/zizmor --offline --quiet .github
+
+docs: $(DOCS_DONE)
+	$(RUN) -m mkdocs build --strict
+
+wheel: $(DEV_DONE)
+	rm -rf dist
+	$(RUN) -m build --no-isolation --outdir dist
 
 clean:
-	rm -rf $(TORCH_DONE) $(DEMO_DONE) $(DEV_DONE) $(OLDEST_DONE) $(OLDEST)
+	rm -rf $(TORCH_DONE) $(DEMO_DONE) $(DEV_DONE) $(DOCS_DONE) $(OLDEST_DONE) $(OLDEST) dist site
 
 $(TORCH_DONE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -59,6 +75,11 @@ $(DEMO_DONE): $(TORCH_DONE) pyproject.toml
 $(DEV_DONE): $(TORCH_DONE) pyproject.toml
 	@echo "==> anymask with what its tests and linters need"
 	$(RUN) -m pip install --progress-bar on '$(TORCH)' -e '.[dev]'
+	@touch $@
+
+$(DOCS_DONE): $(TORCH_DONE) pyproject.toml
+	@echo "==> anymask with what its site needs"
+	$(RUN) -m pip install --progress-bar on '$(TORCH)' -e '.[docs]'
 	@touch $@
 
 $(OLDEST_DONE): $(DEV_DONE)

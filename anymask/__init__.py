@@ -35,6 +35,7 @@ from anymask.packing import extend as extend
 from anymask.packing import pack as pack
 from anymask.packing import slice_queries as slice_queries
 from anymask.packing.cache import forget as forget
+from anymask.varlen import attention_varlen as attention_varlen
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "Explanation",
     "Mask",
     "attention",
+    "attention_varlen",
     "block_diffusion",
     "block_sparse",
     "causal",

@@ -26,7 +26,7 @@ def attention(
     is_causal: bool = False,
     return_lse: Literal[False] = False,
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: backends.Backend | None = None,
 ) -> O: ...
 @overload
 def attention(
@@ -39,8 +39,21 @@ def attention(
     is_causal: bool = False,
     return_lse: Literal[True],
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: backends.Backend | None = None,
 ) -> tuple[O, LSE]: ...
+@overload
+def attention(
+    q: Q,
+    k: K,
+    v: V,
+    mask: Tensor | Mask | BlockMask | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: bool,
+    deterministic: bool | None = None,
+    backend: backends.Backend | None = None,
+) -> O | tuple[O, LSE]: ...
 def attention(
     q: Q,
     k: K,
@@ -51,7 +64,7 @@ def attention(
     is_causal: bool = False,
     return_lse: bool = False,
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: backends.Backend | None = None,
     **unknown: Any,
 ) -> O | tuple[O, LSE]:
     """`softmax(scale * q @ k^T where mask, -inf elsewhere) @ v`, differentiable in q, k, v, exact under any mask.
@@ -149,7 +162,7 @@ def explain(
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    backend: str | None = None,
+    backend: backends.Backend | None = None,
     **unknown: Any,
 ) -> Explanation:
     """Which backend `attention` would run with these arguments, why not the others, and what the mask costs.

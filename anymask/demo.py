@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anymask.api import attention
+from anymask.backends import Backend
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask, causal, from_dense, sliding_window
 from anymask.packing import pack
@@ -321,7 +322,7 @@ def measure(name: str, mask: Mask | Tensor, dense: Tensor, sizes: Sizes, seed: i
         raise AssertionError(f"the packed mask {name!r} differs from its dense form")
     pack_ms = _milliseconds([lambda: pack(mask, q_len=length, kv_len=length, device=device)], device, 1)[0]
 
-    def grads(dtype: torch.dtype, backend: str | None) -> list[Tensor]:
+    def grads(dtype: torch.dtype, backend: Backend | None) -> list[Tensor]:
         x, y, z = (t.to(dtype).requires_grad_() for t in (q, k, v))
         o = attention(x, y, z, block_mask, backend=backend)
         return [o.detach(), *torch.autograd.grad(o, (x, y, z), do.to(dtype))]

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask import ops, validate
+from anymask import formats, ops, validate
 from anymask.api import attention
+from anymask.mask import Mask, from_dense
+from anymask.packing import cache
 from anymask.shapes import K, O, Q, V
 
 
@@ -27,16 +29,18 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention` under the same signature, by `attention`.
 
     Args:
-        query, key, value: 2 to 4 dimensions, `[..., length, dim]`.
-        attn_mask: None or a bool tensor, True = attend, broadcastable to the scores, or whatever `attention` takes.
+        query, key, value: 2 to 4 dimensions, `[..., length, dim]`. A batch, or heads without `enable_gqa`, of 1 is that
+            of all.
+        attn_mask: None or a bool tensor, True = attend, broadcastable to the scores; a float tensor of 0 and -inf, or
+            the least number of its dtype; or whatever `attention` takes. A query that sees nothing gives 0.
         dropout_p: 0.0.
         is_causal: upper-left aligned; excludes `attn_mask`.
         scale: default `1 / sqrt(head_dim)`.
         enable_gqa: allow fewer key and value heads than query heads.
 
     Raises:
-        ValueError: what `attention` raises, and for what it does not do: dropout, a float mask, 5 or more dimensions,
-            head counts that differ without `enable_gqa`.
+        ValueError: what `attention` raises, and for what it does not do: dropout, a float mask of other values, 5 or
+            more dimensions, head counts that differ without `enable_gqa`.
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         validate.check_tensor(name, t)
@@ -47,14 +51,56 @@ def scaled_dot_product_attention(
             )
     if dropout_p != 0.0:
         raise ValueError(f"dropout_p is {dropout_p}; allowed is 0.0")
-    if not enable_gqa and query.dim() > 2 and query.shape[-3] != key.shape[-3]:
-        raise ValueError(
-            f"query has {query.shape[-3]} heads and key has {key.shape[-3]}; allowed are equal counts, "
-            "or enable_gqa=True"
-        )
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
+        attn_mask = additive_mask(attn_mask)
     lead = (None,) * (4 - query.dim())
     o = attention(query[lead], key[lead], value[lead], attn_mask, is_causal=is_causal, scale=scale)
     return o.view(*query.shape[:-1], value.shape[-1])
+
+
+def additive_mask(tensor: Tensor) -> Mask:
+    """`formats.from_additive`, read once for as long as the tensor holds the same, and not at all where it is traced.
+
+    The graph of a compiled function checks it whenever it runs.
+    """
+    if ops.is_traced():
+        return from_dense(ops.seen_op(tensor))
+    if ops.has_no_values(tensor):
+        return from_dense(tensor == 0)
+    return cache.masks.build(("from_additive",), (tensor,), lambda: formats.from_additive(tensor))
+
+
+def _broadcast(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Batches and heads of 1 expanded as SDPA does; k and v of one head are left, as that of a group.
+
+    Raises:
+        ValueError: head counts that differ without `enable_gqa`.
+    """
+    if q.dim() == 4 and not q.shape[0] == k.shape[0] == v.shape[0]:
+        q, k, v = _expanded(0, q, k, v)
+    if q.dim() > 2:
+        if k.shape[-3] != v.shape[-3]:
+            k, v = _expanded(-3, k, v)
+        if not enable_gqa and q.shape[-3] != k.shape[-3] != 1:
+            if q.shape[-3] != 1:
+                raise ValueError(
+                    f"query has {q.shape[-3]} heads and key has {k.shape[-3]}; allowed are equal counts, or "
+                    "enable_gqa=True"
+                )
+            q, k = _expanded(-3, q, k)
+    return q, k, v
+
+
+def _expanded(dim: int, *tensors: Tensor) -> list[Tensor]:
+    """Those of size 1 along a dimension expanded to the size of the others, if that is one."""
+    size = next((t.shape[dim] for t in tensors if t.shape[dim] != 1), 1)
+    expanded = []
+    for t in tensors:
+        sizes = [-1] * t.dim()
+        sizes[dim] = size
+        expanded.append(t.expand(sizes) if t.shape[dim] == 1 else t)
+    return expanded
 
 
 def flash_attention_custom_mask(q: Q, k: K, v: V, mask: Tensor | None = None, sm_scale: float | None = None) -> O:

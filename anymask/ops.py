@@ -20,7 +20,7 @@ from torch._library.fake_impl import allocate_size
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from anymask import backends, flops, validate
+from anymask import backends, flops, formats, validate
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.program import mask_from_program, program_of
@@ -40,6 +40,7 @@ _LIBRARY.define(
     "pack(int[] nodes, SymInt[] numbers, Tensor[] tensors, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]"
 )
 _LIBRARY.define("attended(Tensor mask) -> Tensor")
+_LIBRARY.define("seen(Tensor additive) -> Tensor")
 
 # `(o, lse)` of validated inputs by the named backend, or by the first that can
 forward_op = torch.ops.anymask.forward.default
@@ -49,6 +50,8 @@ backward_op = torch.ops.anymask.backward.default
 pack_op = torch.ops.anymask.pack.default
 # `mask != 0` of a mask that is not an additive one: `check_not_additive` inside a compiled function
 attended_op = torch.ops.anymask.attended.default
+# `additive == 0` of a mask of 0 and minus infinity: `formats.from_additive` inside a compiled function
+seen_op = torch.ops.anymask.seen.default
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -277,7 +280,20 @@ def _attended_kernel(mask: Tensor) -> Tensor:
 
 torch.library.register_fake("anymask::attended", lambda mask: mask.new_empty(mask.shape, dtype=torch.bool))
 
-for _name, _kernel in (("forward", _forward_kernel), ("backward", run_backward), ("attended", _attended_kernel)):
+
+def _seen_kernel(additive: Tensor) -> Tensor:
+    formats.from_additive(additive)
+    return additive == 0
+
+
+torch.library.register_fake("anymask::seen", lambda additive: additive == 0)
+
+for _name, _kernel in (
+    ("forward", _forward_kernel),
+    ("backward", run_backward),
+    ("attended", _attended_kernel),
+    ("seen", _seen_kernel),
+):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 _LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
@@ -321,30 +337,35 @@ def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any =
     """
     if mask is None:
         return None
-    if torch.compiler.is_compiling() or _is_traced():
+    if is_traced():
         if isinstance(mask, BlockMask):
             return mask
         program, q_len = program_of(mask), q.shape[2]
         if program is None:
             raise ValueError("mask is a from_function mask inside a traced function; allowed is its BlockMask")
         return BlockMask.from_tensors(pack_op(*program, q_len, kv_len, q.device), q_len, kv_len)
-    if q.is_meta or (type(q) not in _PLAIN and _is_fake(q)):
-        # there are no values to mask, and sizes do not depend on it
+    if has_no_values(q):
+        # nothing to mask, and sizes do not depend on it
         return None
     if isinstance(mask, BlockMask):
         return mask
     return cache.masks.pack(mask, q.shape[2], kv_len, q.device, check)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether operations are written down to be run again, with other values."""
+    if torch.compiler.is_compiling():
+        return True
     if not _C._len_torch_dispatch_stack():
         return False
     modes = _C._TorchDispatchModeKey
     return any(_C._get_dispatch_mode(key) is not None for key in (modes.PROXY, modes.FUNCTIONAL))
 
 
-def _is_fake(t: Tensor) -> bool:
+def has_no_values(t: Tensor) -> bool:
+    """Whether a tensor is of the device meta, or a fake of another."""
+    if t.is_meta or type(t) in _PLAIN:
+        return t.is_meta
     from torch._subclasses.fake_tensor import is_fake
 
     return bool(is_fake(t))

@@ -1,4 +1,4 @@
-"""Every tensor shape named once; the names become checked types where jaxtyping is installed."""
+"""Every tensor shape named once; where jaxtyping is installed they are its types, and tests/test_shapes.py checks them."""
 
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,6 +24,6 @@ else:
         V = Float[Tensor, "batch kv_heads kv_len v_dim"]
         O = Float[Tensor, "batch q_heads q_len v_dim"]  # noqa: E741
         LSE = Float[Tensor, "batch q_heads q_len"]
-        Words = Int32[Tensor, "*tiles 128 4"]
-        TileBits = Bool[Tensor, "*tiles 128 128"]
+        Words = Int32[Tensor, "*rows 4"]
+        TileBits = Bool[Tensor, "*rows 128"]
         TileKinds = Int8[Tensor, "mask_batch mask_heads q_tiles kv_tiles"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -80,6 +81,16 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
         monkeypatch.setattr(matmul, name, False)
     return "cuda"
+
+
+@pytest.fixture
+def compiled() -> Iterator[Callable[[str], list[Any]]]:
+    """A function that makes a target current and returns the list that its compiled kernels are added to."""
+    # needs Triton
+    from tests.helpers.compile_only import Checking, compiling
+
+    with ExitStack() as stack:
+        yield lambda target: stack.enter_context(compiling(target, Checking()))
 
 
 @pytest.hookimpl(wrapper=True)

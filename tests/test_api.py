@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bad_calls import BAD, BAD_EAGER, TRUE, K, Q, V, qkv
 
 import anymask
 from anymask import attention, causal, explain, flash_attention_custom_mask, pack, scaled_dot_product_attention
 from anymask.backends import NAMES, load
 from anymask.testing import LAYOUTS, MASKS, Case, make_inputs, make_qkv, reference
+from tests.helpers.bad_calls import BAD, BAD_EAGER, TRUE, K, Q, V, qkv
 
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
 
@@ -91,7 +91,7 @@ def test_sdpa_with_grouped_heads_and_gradients() -> None:
         (
             (Q, K, V),
             {"enable_gqa": True, "attn_mask": TRUE.float()},
-            "mask has dtype torch.float32; allowed is torch.bool",
+            "adds values other than 0 and -inf, such as 1.0; allowed are masks, not biases",
         ),
         ((Q, K, V), {"enable_gqa": True, "attn_mask": TRUE, "is_causal": True}, "is_causal is True and mask is given"),
         ((Q[None], K[None], V[None]), {}, "query has shape (1, 2, 4, 10, 8); allowed are 2 to 4 dimensions"),

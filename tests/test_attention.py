@@ -4,19 +4,17 @@ import gc
 import weakref
 from typing import Any
 
-import grid
 import pytest
 import torch
-from grid import BF16, F16, F32, F64, cases
-from test_pack import AllocationMode
 
 from anymask import attention, causal, pack
 from anymask.backends import cpu
 from anymask.testing import LAYOUTS, MASKS, Case, check, make_inputs, reference, run
+from tests.helpers import grid
+from tests.helpers.grid import BF16, F16, F32, F64, cases
+from tests.helpers.memory import AllocationMode
 
 BACKENDS = ("cpu", "reference")
-SCALES = (-0.3, 0.0, 1e-3, 1.0, 3.0)
-LONG_MASKS = ("none", "random", "tiles", "documents", "empty_columns")
 
 
 @cases(BACKENDS, [Case(m, 239, 129, 64, t) for m in MASKS for t in (F16, BF16, F32, F64)])

@@ -1,7 +1,6 @@
 """Every builder equals its dense definition, written here with comparisons of positions only."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,131 +9,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anymask
-from anymask import Mask, attention, causal, pack
+from anymask import attention, causal, pack
 from anymask.mask.expr import TileGrid
 from anymask.mask.program import mask_from_program, program_of
 from anymask.testing import assert_same_block_mask, make_qkv
 from anymask.tiles import EMPTY, FULL, TILE
+from tests.helpers.builder_cases import CASES, diffusion, document_ids, random_flags
 
 CPU = torch.device("cpu")
 LENGTHS = [1, 5, 128, 300, 512]
-
-
-def _ids(length: int) -> Tensor:
-    """Documents of 70 tokens, and one id that comes back."""
-    ids = torch.arange(length) // 70
-    ids[ids == 4] = 1
-    return ids
-
-
-def _flags(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.2
-
-
-def _span_bounds(length: int) -> tuple[Tensor, Tensor]:
-    """Spans of 90 tokens after 60 tokens of text each."""
-    at = torch.arange(length)
-    inside = at % 150 >= 60
-    start = torch.where(inside, at // 150 * 150 + 60, 0)
-    return start, torch.where(inside, start + 90, 0)
-
-
-def _parents(length: int) -> Tensor:
-    """A tree in no particular order, with a second root."""
-    generator = torch.Generator().manual_seed(length)
-    parents = (torch.rand(length, generator=generator) * torch.arange(length)).long()
-    parents[0] = -1
-    parents[length // 2] = -1
-    places = torch.randperm(length, generator=generator)
-    moved = torch.empty(length, dtype=torch.long)
-    moved[places] = torch.where(parents < 0, -1, places[parents.clamp(min=0)])
-    return moved
-
-
-def _ancestors(parents: Tensor) -> Tensor:
-    found = torch.eye(len(parents), dtype=torch.bool)
-    for token, parent in enumerate(parents.tolist()):
-        while parent >= 0:
-            found[token, parent] = True
-            parent = int(parents[parent])
-    return found
-
-
-def _layout(length: int) -> Tensor:
-    return _flags(2, -(-length // 48), -(-length // 48))
-
-
-def _diffusion(length: int, block: int) -> Tensor:
-    i, j = torch.arange(2 * length)[:, None], torch.arange(2 * length)[None, :]
-    i_clean, j_clean = i >= length, j >= length
-    i_block, j_block = i % length // block, j % length // block
-    return torch.where(
-        i_clean, j_clean & (j_block <= i_block), torch.where(j_clean, j_block < i_block, i_block == j_block)
-    )
-
-
-# name -> (mask of a length, its definition by query i, key j and length)
-CASES: dict[str, tuple[Callable[[int], Mask], Callable[[Tensor, Tensor, int], Tensor]]] = {
-    "open window": (lambda n: anymask.sliding_window(None, 3, offset=-70), lambda i, j, n: j <= i - 70 + 3),
-    "window of documents": (
-        lambda n: anymask.document_window(torch.tensor([0, n // 3, n // 3, n]), 40, 9),
-        lambda i, j, n: ((i < n // 3) == (j < n // 3)) & (i - 40 <= j) & (j <= i + 9),
-    ),
-    "dilated": (lambda n: anymask.dilated(3, 50), lambda i, j, n: (j <= i) & (i - j <= 150) & ((i - j) % 3 == 0)),
-    "dilated 1": (lambda n: anymask.dilated(1, 9), lambda i, j, n: (j <= i) & (i - j <= 9)),
-    "strided": (lambda n: anymask.strided(40), lambda i, j, n: (j <= i) & ((i - j < 40) | ((i - j) % 40 == 0))),
-    "chunked": (lambda n: anymask.chunked(100), lambda i, j, n: i // 100 == j // 100),
-    "causal chunks": (lambda n: causal() & anymask.chunked(128), lambda i, j, n: (i // 128 == j // 128) & (j <= i)),
-    "blocks": (lambda n: anymask.block_diffusion(48), lambda i, j, n: j // 48 <= i // 48),
-    "document": (lambda n: anymask.document(_ids(n)), lambda i, j, n: _ids(n)[i] == _ids(n)[j]),
-    "cu_seqlens": (
-        lambda n: anymask.document(cu_seqlens=torch.tensor([0, n // 3, n // 3, n])),
-        lambda i, j, n: (i < n // 3) == (j < n // 3),
-    ),
-    "position_ids": (
-        lambda n: anymask.document(position_ids=torch.arange(n) % 90),
-        lambda i, j, n: i // 90 == j // 90,
-    ),
-    "lengths": (lambda n: anymask.key_padding(torch.tensor([n // 2])), lambda i, j, n: (j < n // 2) & (i >= 0)),
-    "keep": (lambda n: anymask.key_padding(_flags(1, n)), lambda i, j, n: _flags(1, n)[0][j] & (i >= 0)),
-    "prefix_lm": (lambda n: anymask.prefix_lm(130), lambda i, j, n: (j <= i) | (j < 130)),
-    "prefix_lm of samples": (lambda n: anymask.prefix_lm(torch.tensor([7])), lambda i, j, n: (j <= i) | (j < 7)),
-    "spans": (
-        lambda n: causal() | anymask.spans(*_span_bounds(n)),
-        lambda i, j, n: (j <= i) | ((i // 150 == j // 150) & (i % 150 >= 60) & (j % 150 >= 60)),
-    ),
-    "global_tokens": (lambda n: anymask.global_tokens(3), lambda i, j, n: (i < 3) | (j < 3)),
-    "global positions": (
-        lambda n: anymask.global_tokens(torch.tensor([5, 130, 3, 4, 131, 200])),
-        lambda i, j, n: sum((x == t) for x in (i, j) for t in (3, 4, 5, 130, 131, 200)) > 0,
-    ),
-    "no global position": (
-        lambda n: anymask.global_tokens(torch.tensor([], dtype=torch.int64)),
-        lambda i, j, n: (i < 0) & (j < 0),
-    ),
-    "global flags": (lambda n: anymask.global_tokens(_flags(n)), lambda i, j, n: _flags(n)[i] | _flags(n)[j]),
-    "shared_prefix": (
-        lambda n: causal() & anymask.shared_prefix(torch.arange(n) // 110),
-        lambda i, j, n: (j <= i) & ((j < 110) | (i // 110 == j // 110)),
-    ),
-    "shared_question": (
-        lambda n: causal() & anymask.shared_question(torch.arange(n) // 240, torch.arange(n) // 60 % 4),
-        lambda i, j, n: (j <= i) & (i // 240 == j // 240) & ((j // 60 % 4 == 0) | (i // 60 == j // 60)),
-    ),
-    "tree": (lambda n: anymask.tree(_parents(n)), lambda i, j, n: _ancestors(_parents(n))),
-    "block_sparse": (
-        lambda n: anymask.block_sparse(_layout(n)[0], 48),
-        lambda i, j, n: _layout(n)[0][i // 48, j // 48],
-    ),
-    "function": (
-        lambda n: anymask.from_function(lambda b, h, q_idx, kv_idx: (q_idx * kv_idx) % 3 == 1),
-        lambda i, j, n: (i * j) % 3 == 1,
-    ),
-    "function of queries": (
-        lambda n: anymask.from_function(lambda b, h, q_idx, kv_idx: q_idx > 4),
-        lambda i, j, n: (i > 4) & (j >= 0),
-    ),
-}
 
 
 def _dense(name: str, length: int) -> Tensor:
@@ -190,7 +73,7 @@ def test_program_reads_back(name: str) -> None:
 def test_block_diffusion_of_two_streams(block: int) -> None:
     length = 3 * block
     packed = pack(anymask.block_diffusion(block, length), q_len=2 * length, kv_len=2 * length)
-    assert torch.equal(packed.to_dense()[0, 0], _diffusion(length, block))
+    assert torch.equal(packed.to_dense()[0, 0], diffusion(length, block))
 
 
 @pytest.mark.parametrize(("shape", "kernel"), [((9, 14), 3), ((9, 14), (9, 5)), ((1, 20), (1, 7))], ids=str)
@@ -223,7 +106,7 @@ def test_planes_of_batch_and_heads() -> None:
     dense = (ids[:, None, :, None] == ids[:, None, None, :]) & (heads[..., None] == heads[..., None, :])
     dense = dense & (torch.arange(200) < torch.tensor([150, 80])[:, None, None, None])
     assert torch.equal(pack(mask, q_len=200, kv_len=200).to_dense(), dense)
-    layout = _flags(2, 3, 2, 2)
+    layout = random_flags(2, 3, 2, 2)
     assert anymask.block_sparse(layout, 100).planes == (2, 3)
     wide = layout.repeat_interleave(100, 2).repeat_interleave(100, 3)
     assert torch.equal(pack(anymask.block_sparse(layout, 100), q_len=200, kv_len=200).to_dense(), wide)
@@ -278,7 +161,7 @@ def test_inside_a_compiled_function() -> None:
 
 
 def test_tensors_follow_the_mask_to_a_device() -> None:
-    mask = anymask.document(_ids(9)) & ~(causal() | anymask.key_padding(torch.tensor([3])))
+    mask = anymask.document(document_ids(9)) & ~(causal() | anymask.key_padding(torch.tensor([3])))
     program = program_of(mask.to("meta"))
     assert program is not None
     assert len(program.tensors) == 4
@@ -311,7 +194,7 @@ def test_windows_with_open_sides(left: int | None, right: int | None, offset: in
 
 @pytest.mark.parametrize("sizes", [(64, 100), (128, 48), (1, 300)])
 def test_blocks_of_two_sizes(sizes: tuple[int, int]) -> None:
-    layout = _flags(2, 3, 300 // sizes[0], 300 // sizes[1])
+    layout = random_flags(2, 3, 300 // sizes[0], 300 // sizes[1])
     dense = layout.repeat_interleave(sizes[0], 2).repeat_interleave(sizes[1], 3)
     packed = pack(anymask.block_sparse(layout, sizes), q_len=dense.shape[2], kv_len=dense.shape[3])
     assert torch.equal(packed.to_dense(), dense)

@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-import grid
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from anymask import attention, causal, flash_attention_custom_mask, from_dense, 
 from anymask.block_mask import bits
 from anymask.testing import MASKS, Case, Results, assert_matches, check, eager, make_qkv, reference, run
 from anymask.testing.cases import Inputs
+from tests.helpers import grid
 
 F16, BF16, F32 = grid.F16, grid.BF16, grid.F32
 

@@ -4,17 +4,12 @@ The launchers run as they are, on CPU tensors, against a driver that knows only 
 compilation.
 """
 
-import re
-from contextlib import ExitStack
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 import triton
-from helpers import compile_only
-from helpers.compile_only import TARGETS, nvidia_tool
 
 from anymask import (
     block_sparse,
@@ -31,68 +26,20 @@ from anymask.backends import triton as backend
 from anymask.mask.expr import TileGrid
 from anymask.mask.leaves import Stride
 from anymask.packing import triton as triton_pack
+from tests.helpers.compile_only import (
+    PASSES,
+    TARGETS,
+    assert_fits,
+    causal_mask,
+    compile_passes,
+    padded_mask,
+    spilled_bytes,
+)
 
 pytestmark = [
     pytest.mark.compile,
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"),
 ]
-
-PASSES = ["_fwd_kernel", "_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel"]
-
-
-class Forgetful(compile_only.Forgetful):
-    """Of `launch`: finds no kernel, so that every launch compiles, and knows that equal keys mean the same kernel."""
-
-    def __setitem__(self, key, kernel):
-        assert self.setdefault(key, kernel) is kernel, f"{kernel.metadata.name} depends on more than {key}"
-        # a launch of the compiled kernel takes constants by position
-        params, constants = kernel.src.fn.params, kernel.src.constants
-        last = [i for i, param in enumerate(params) if param.is_constexpr]
-        assert last == list(range(len(params)))[len(params) - len(last) :]
-        assert tuple(constants[(i,)] for i in last) == key[len(key) - len(last) :]
-
-
-@pytest.fixture
-def compiled():
-    """A function that makes a target current and returns the list that its compiled kernels are added to."""
-    with ExitStack() as stack:
-        yield lambda target: stack.enter_context(compile_only.compiling(target, Forgetful()))
-
-
-def spilled_bytes(kernel) -> int:
-    """Bytes a thread keeps in local memory (CUDA), or registers spilled (AMD)."""
-    if "amdgcn" in kernel.asm:
-        return sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]))
-    usage = nvidia_tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
-    found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage)
-    assert found, usage
-    return sum(map(int, found.groups()))
-
-
-def compile_passes(dtype, dim, mask, v_dim=None, shape=(2, 2, 300), group=1):
-    """Forward and backward over zeros: a launcher reads their shapes, strides and addresses only."""
-    batch, kv_heads, length = shape
-    q, k = (torch.zeros(batch, heads, length, dim, dtype=dtype) for heads in (kv_heads * group, kv_heads))
-    v = torch.zeros(*shape, v_dim or dim, dtype=dtype)
-    o, lse = backend.forward(q, k, v, mask, 0.1)
-    backend.backward(q, k, v, o, lse, o, None, mask, 0.1, True)
-
-
-def causal_mask():
-    return pack(causal(), q_len=300, kv_len=300)
-
-
-def padded_mask():
-    """Keys no query attends to, so that tiles come through pointers with a predicate."""
-    return pack(torch.arange(300).expand(300, 300) < 200)
-
-
-def assert_fits(kernels, target, names):
-    assert [k.metadata.name for k in kernels] == names
-    shared = {k.metadata.name: k.metadata.shared for k in kernels}
-    assert max(shared.values()) <= TARGETS[target][1], shared
-    # columns of Blackwell's tensor memory; of a kernel that takes more, Triton compiles a trap
-    assert max(getattr(k.metadata, "tmem_size", 0) or 0 for k in kernels) <= 512
 
 
 @pytest.mark.parametrize("mask", [causal_mask, padded_mask, lambda: None], ids=["causal", "padded", "none"])

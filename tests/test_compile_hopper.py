@@ -12,11 +12,10 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from helpers.compile_only import TARGETS, sass
-from test_compile import causal_mask, compiled, spilled_bytes  # noqa: F401  (compiled is a fixture)
 
 from anymask import pack
 from anymask.backends import hopper
+from tests.helpers.compile_only import TARGETS, causal_mask, sass, spilled_bytes
 
 pytestmark = [
     pytest.mark.compile,
@@ -32,7 +31,7 @@ FEW_LOADS = 8
 
 
 @pytest.fixture
-def hopper_kernels(compiled):  # noqa: F811
+def hopper_kernels(compiled):
     """The list that kernels are added to as they compile for sm_90."""
     return compiled("sm_90")
 

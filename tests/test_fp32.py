@@ -19,14 +19,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import triton
-from test_compile import PASSES, assert_fits, causal_mask, compile_passes, compiled, spilled_bytes
 
 from anymask import attention
 from anymask.backends import triton as backend
 from anymask.backends.gpu import passes, target
 from anymask.testing import Case, Results, assert_matches, eager, magnitudes, make_inputs, reference, run
+from tests.helpers.compile_only import PASSES, assert_fits, causal_mask, compile_passes, spilled_bytes
 
-__all__ = ["compiled"]
 INTERPRETS = triton.knobs.runtime.interpret
 compiles = [pytest.mark.compile, pytest.mark.skipif(INTERPRETS, reason="the interpreter compiles nothing")]
 

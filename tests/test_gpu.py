@@ -5,10 +5,8 @@ Head dimensions and mask forms are few on purpose: each combination compiles its
 
 from typing import Any
 
-import grid
 import pytest
 import torch
-from grid import BF16, F16, F32, cases
 
 from anymask import (
     attention,
@@ -19,6 +17,8 @@ from anymask import (
     pack,
 )
 from anymask.testing import LAYOUTS, MASKS, Case, check, make_inputs, make_qkv, run
+from tests.helpers import grid
+from tests.helpers.grid import BF16, F16, F32, cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 BACKENDS = ("hopper", "triton")
@@ -254,7 +254,7 @@ def test_a_sample_alone_is_a_sample_in_a_batch(device: str) -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("q_len", "group"), [(1, 8), (7, 4), (16, 8), (32, 4), (33, 4)])
+@pytest.mark.parametrize(("q_len", "group"), [(1, 8), (7, 4), (16, 8), (20, 6), (32, 4), (33, 4)])
 def test_short_queries_of_grouped_heads(device: str, q_len: int, group: int, dim: int) -> None:
     q, k, v = make_qkv(2, 2 * group, 2, q_len, 1000, dim, dtype=F16, device=device)
     generator = torch.Generator(device).manual_seed(1)

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import grid
 import pytest
 import torch
 from torch import Tensor
 
 from anymask import attention, causal, flash_attention_custom_mask, pack
 from anymask.testing import Results, assert_matches, eager, make_qkv, reference
+from tests.helpers import grid
 
 pytestmark = pytest.mark.gpu
 F16, BF16 = torch.float16, torch.bfloat16

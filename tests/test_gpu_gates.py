@@ -8,7 +8,6 @@ import sys
 import threading
 from itertools import product
 
-import grid
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from anymask import attention, causal, explain, pack, sliding_window
 from anymask.mask.leaves import Stride
 from anymask.testing import Case, Results, assert_matches, eager, make_inputs, make_qkv, reference, run
+from tests.helpers import grid
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid import BF16, F16, F32
-from test_builders import CASES
 
 from anymask import (
     BlockMask,
@@ -30,6 +28,8 @@ from anymask.block_mask.bits import unpack_bits
 from anymask.mask.leaves import Positions
 from anymask.mask.program import program_of
 from anymask.testing import MASKS, assert_same_block_mask
+from tests.helpers.builder_cases import CASES
+from tests.helpers.grid import BF16, F16, F32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 

@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grid
 import pytest
 import torch
-from grid import BF16, F16, F32, cases
-from test_builders import CASES
 from torch.utils import _pytree as pytree
 
 import anymask
@@ -24,6 +21,9 @@ from anymask.mask.leaves import Dense, Positions, Stride
 from anymask.packing.definition import tile_words, words_of_tiles
 from anymask.testing import LAYOUTS, MASKS, Case, assert_same_block_mask, check, reference
 from anymask.tiles import TILE, WORDS
+from tests.helpers import grid
+from tests.helpers.builder_cases import CASES
+from tests.helpers.grid import BF16, F16, F32, cases
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
@@ -34,9 +34,7 @@ pytestmark = [
 BACKENDS = ("triton",)
 # a kernel's paths: no mask, only full tiles, bits, dead keys, dead queries, planes by batch, by head and by both
 MASK_NAMES = ["none", "causal", "tiles", "empty_rows", "empty_columns", "per_batch", "per_head", "per_batch_head"]
-HEADS = [(4, 2), (7, 1)]
 CPU = torch.device("cpu")
-SCALES = (-0.3, 0.0, 1e-3, 3.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,6 +140,16 @@ def test_dead_keys_reach_nothing(backend: str, case: Case, value: float) -> None
 @cases(BACKENDS, [Case(m, 140, 40, 16, F16, batch=1) for m in ("empty_rows", "column", "all_empty")])
 def test_dead_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
     grid.check_dead_queries_reach_nothing(case, backend, "cpu", value)
+
+
+@cases(BACKENDS, [Case("random", 40, 140, 16, F16, batch=1, q_heads=4)])
+def test_unused_rows_that_differ_by_head(backend: str, case: Case) -> None:
+    grid.check_unused_rows_that_differ_by_head(case, backend, "cpu", float("nan"))
+
+
+@cases(BACKENDS, [Case("empty_head", 40, 140, 16, F16, batch=1, q_heads=4)])
+def test_keys_that_one_head_of_a_group_has(backend: str, case: Case) -> None:
+    check(case, backend)
 
 
 @cases(BACKENDS, [Case("random", 140, 200, 16, F16, batch=1)])
@@ -313,6 +321,23 @@ def test_expressions_with_planes_pack_the_same_on_the_device(q_len: int, kv_len:
 def test_many_tiles_pack_the_same_on_the_device(q_len: int, kv_len: int) -> None:
     ids, kv_ids = torch.arange(q_len) // 640, torch.arange(kv_len) // 640
     _check_expression(causal(900) & anymask.document(ids, kv_ids=kv_ids), q_len, kv_len)
+
+
+@pytest.mark.parametrize(
+    ("mask", "q_len", "kv_len"),
+    [
+        (causal(2100) & ~anymask.sliding_window(100, 300), 140, 2200),
+        (causal(900) & ~anymask.strided(700), 2200, 140),
+    ],
+    ids=["wide", "high"],
+)
+def test_narrow_spans_and_chunks_do_not_show(
+    mask: Mask, q_len: int, kv_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anymask.packing.triton.SPAN", 16)
+    monkeypatch.setattr("anymask.packing.triton.lists.CHUNK", 16)
+    monkeypatch.setattr("anymask.packing.triton.lists.LIVE_CHUNK", 128)
+    _check_expression(mask, q_len, kv_len)
 
 
 @pytest.mark.parametrize("block", [1, 60, 128, 256])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from anymask import BlockMask, Mask, causal, causal_lower_right, from_dense, pack, sliding_window
 from anymask.block_mask import TileLists
@@ -18,29 +17,13 @@ from anymask.block_mask.bits import unpack_bits
 from anymask.mask.leaves import Band
 from anymask.testing import MASKS, assert_same_block_mask
 from anymask.tiles import TILE
+from tests.helpers.memory import AllocationMode
 
 # the function of the same name hides the module
 pack_module = sys.modules["anymask.packing.definition"]
 
 LENGTHS = [(1, 1), (63, 200), (128, 128), (129, 256), (300, 257), (256, 384)]
 COLUMN = [8 * (b // 2) + 2 * c + (b % 2) for c in range(4) for b in range(32)]
-
-
-class AllocationMode(TorchDispatchMode):
-    """Bytes of the storages that operations create: the largest, and all together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for t in pytree.tree_leaves(out):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known:
-                self.largest = max(self.largest, t.untyped_storage().nbytes())
-                self.total += t.untyped_storage().nbytes()
-        return out
 
 
 def _by_hand(dense: Tensor) -> BlockMask:

@@ -9,6 +9,7 @@ a unit last stride; `block_mask` None means every pair.
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from anymask.block_mask import BlockMask
 
 # the first that can run a call does: on a GPU hopper is faster than triton, on a CPU cpu than Triton's interpreter;
 # reference runs anything, in memory proportional to q_len * kv_len
-NAMES = ("hopper", "cpu", "triton", "reference")
+Backend: TypeAlias = Literal["hopper", "cpu", "triton", "reference"]
+NAMES: tuple[Backend, ...] = get_args(Backend)
 
 
 @cache

@@ -21,7 +21,7 @@ _GATHER_BITS = 0x0102040810204080
 
 
 def pack_bits(tiles: TileBits) -> Words:
-    """Words of boolean tiles: bool `[..., 128, 128]` -> int32 `[..., 128, 4]`."""
+    """Words of rows of boolean tiles: bool `[..., 128]` -> int32 `[..., 4]`."""
     if tiles.numel() == 0:
         return torch.zeros(*tiles.shape[:-1], WORDS, dtype=torch.int32, device=tiles.device)
     pairs = tiles.contiguous().view(torch.uint8).view(torch.int16).unflatten(-1, (16, WORDS))
@@ -31,7 +31,7 @@ def pack_bits(tiles: TileBits) -> Words:
 
 
 def unpack_bits(words: Words) -> TileBits:
-    """Inverse of `pack_bits`: int32 `[..., 128, 4]` -> bool `[..., 128, 128]`."""
+    """Inverse of `pack_bits`: int32 `[..., 4]` -> bool `[..., 128]`."""
     if words.numel() == 0:
         return torch.zeros(*words.shape[:-1], TILE, dtype=torch.bool, device=words.device)
     octets = words.contiguous().view(torch.uint8).flatten().to(torch.int32)
@@ -41,7 +41,7 @@ def unpack_bits(words: Words) -> TileBits:
 
 
 def transpose_bits(words: Words) -> Words:
-    """Words of the transposed tiles."""
+    """Words of the transposed tiles: int32 `[..., 128, 4]`, both."""
     return pack_bits(unpack_bits(words).transpose(-1, -2))
 
 

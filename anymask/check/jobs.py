@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from anymask import BlockMask, pack
+from anymask.backends import Backend
 from anymask.check import arguments
 from anymask.check.tally import Tally
 from anymask.testing import DTYPE_NAMES, RECORDS, Case, Inputs, judge_of, make_inputs, properties, run
@@ -28,7 +29,7 @@ FAILURES = (
 class Runner:
     """A backend, and whether gradients must be repeatable."""
 
-    backend: str
+    backend: Backend
     deterministic: bool = False
 
     def __str__(self) -> str:

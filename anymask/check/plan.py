@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from anymask.backends import Backend
 from anymask.check.jobs import Job, Runner
 from anymask.testing import BUILDERS, MASKS, Case
 from anymask.testing.expressions import combine, is_square
@@ -100,7 +101,8 @@ def runners(device: str, only: Sequence[str] = ()) -> tuple[Runner, ...]:
     Raises:
         ValueError: a backend that does not run there.
     """
-    names = ("hopper", "triton", "reference") if torch.device(device).type == "cuda" else ("cpu", "reference")
+    on_gpu = torch.device(device).type == "cuda"
+    names: tuple[Backend, ...] = ("hopper", "triton", "reference") if on_gpu else ("cpu", "reference")
     others = [name for name in only if name not in names]
     if others:
         raise ValueError(f"--backend is {others[0]}, which does not run on {device}; allowed are {', '.join(names)}")

@@ -129,7 +129,7 @@ class Operator(Mask):
     """A node with operands. What a mask can be asked is asked of its leaves, and combined here."""
 
     @abstractmethod
-    def of_kinds(self, *operands: TileKinds) -> TileKinds:
+    def of_kinds(self, *operands: Tensor) -> TileKinds:
         """Kinds of tiles from those of the operands."""
 
     @abstractmethod
@@ -208,7 +208,7 @@ class Not(Operator):
     def held(self) -> int:
         return self._held
 
-    def of_kinds(self, *operands: TileKinds) -> TileKinds:
+    def of_kinds(self, *operands: Tensor) -> TileKinds:
         return FULL - operands[0]
 
     def of_pairs(self, *operands: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class Binary(Operator):
         """
         return self.left.held >= self.right.held
 
-    def of_kinds(self, *operands: TileKinds) -> TileKinds:
+    def of_kinds(self, *operands: Tensor) -> TileKinds:
         return _BINARY[self.op][0](*operands)
 
     def of_pairs(self, *operands: Tensor) -> Tensor:

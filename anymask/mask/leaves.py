@@ -15,7 +15,7 @@ from anymask.shapes import TileKinds
 from anymask.tiles import FULL, PARTIAL, TILE
 
 
-def _kinds(full: Tensor, empty: Tensor) -> TileKinds:
+def _kinds(full: Tensor, empty: Tensor) -> Tensor:
     return PARTIAL + full.to(torch.int8) - empty.to(torch.int8)
 
 

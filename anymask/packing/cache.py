@@ -1,11 +1,11 @@
-"""What is remembered between calls of `attention`: masks that it packed."""
+"""What is remembered between calls of `attention` and its stand-ins: masks that they packed, or built of tensors."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,8 @@ from anymask.packing import pack
 MAX_ENTRIES = 64
 # of packed masks; the last one is kept whatever its size
 MAX_BYTES = 2**30
+# masks of given tensors, which hold a few numbers for each token
+MAX_BUILT = 16
 
 
 class TensorKey(NamedTuple):
@@ -51,6 +53,22 @@ class MaskKey(NamedTuple):
     device: torch.device
 
 
+class BuiltKey(NamedTuple):
+    """What a mask that was built of given tensors depends on."""
+
+    # the builder, and its arguments that are no tensors
+    what: tuple[Hashable, ...]
+    tensors: tuple[TensorKey, ...]
+    # the CUDA stream on which it was built; 0 elsewhere
+    stream: int
+
+
+@dataclass(frozen=True)
+class _Built:
+    mask: Mask
+    storages: tuple[weakref.ref[Any], ...]
+
+
 @dataclass(frozen=True)
 class _Entry:
     packed: BlockMask
@@ -68,6 +86,9 @@ class MaskCache:
     `causal() & m` and `causal() & m` with one `m` that `document(ids)` returned; `document(ids)` called twice is two,
     as each copies what it is given. A write to a tensor counts its version up, a parameter that moves has another
     storage: both are another mask.
+
+    A caller that builds a mask anew at each call, of tensors that stay, has the `Mask` itself remembered by what those
+    tensors are, under the same rules: `build`.
 
     - An entry goes with the first of its storages, with a write, when `MAX_ENTRIES` or `MAX_BYTES` are reached, or by
       `forget`. It keeps no tensor of the user alive.
@@ -87,6 +108,7 @@ class MaskCache:
         # a storage that dies while the lock is held takes it again
         self._lock = threading.RLock()
         self._entries: OrderedDict[MaskKey, _Entry] = OrderedDict()
+        self._built: OrderedDict[BuiltKey, _Built] = OrderedDict()
         self._captured: list[BlockMask] = []
 
     def __len__(self) -> int:
@@ -102,6 +124,42 @@ class MaskCache:
         """Drop all entries."""
         with self._lock:
             self._entries.clear()
+            self._built.clear()
+
+    def build(self, what: tuple[Hashable, ...], tensors: tuple[Tensor, ...], make: Callable[[], Mask]) -> Mask:
+        """`make()`, called now or before: a mask of what `tensors` hold, and of `what` says all the rest.
+
+        Equal masks are one object, so that `pack` finds it again.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and the mask would have to be built.
+        """
+        if torch._C._are_functorch_transforms_active():
+            tensors = tuple(map(_unwrapped_tensor, tensors))
+        keys = [key for key in map(_tensor_key, tensors) if key is not None]
+        device = next((t.device for t in tensors if t.device.type == "cuda"), None)
+        key = BuiltKey(what, tuple(keys), 0 if device is None else torch._C._cuda_getCurrentRawStream(device.index))
+        known = len(keys) == len(tensors)
+        with self._lock:
+            built = self._built.get(key) if known else None
+            if built is not None:
+                self._built.move_to_end(key)
+                return built.mask
+        if device is not None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "mask would be built from tensors, which waits for the GPU, while a CUDA graph is being captured; "
+                "allowed is a BlockMask that was packed before"
+            )
+        with _apart():
+            mask = make()
+        if known:
+            storages = tuple(weakref.ref(t.untyped_storage(), partial(self._drop_built, key)) for t in tensors)
+            with self._lock:
+                _drop_older(self._built, key.tensors)
+                self._built[key] = _Built(mask, storages)
+                while len(self._built) > MAX_BUILT:
+                    self._built.popitem(last=False)
+        return mask
 
     def pack(
         self, mask: Mask, q_len: int, kv_len: int, device: torch.device, check: Callable[[], None] | None = None
@@ -144,11 +202,7 @@ class MaskCache:
 
     def _add(self, key: MaskKey, entry: _Entry) -> None:
         with self._lock:
-            now = {(t.base, t.storage): t.version for t in key.tensors}
-            # older versions of a tensor can never be asked for again
-            for old in list(self._entries):
-                if any(now.get((t.base, t.storage), t.version) != t.version for t in old.tensors):
-                    self._entries.pop(old, None)
+            _drop_older(self._entries, key.tensors)
             self._entries[key] = entry
             while len(self._entries) > 1 and (len(self._entries) > self._max_entries or self.nbytes > self._max_bytes):
                 self._entries.popitem(last=False)
@@ -156,6 +210,18 @@ class MaskCache:
     def _drop(self, key: MaskKey, _: weakref.ref[Any]) -> None:
         with self._lock:
             self._entries.pop(key, None)
+
+    def _drop_built(self, key: BuiltKey, _: weakref.ref[Any]) -> None:
+        with self._lock:
+            self._built.pop(key, None)
+
+
+def _drop_older(entries: OrderedDict[Any, Any], tensors: tuple[TensorKey, ...]) -> None:
+    """Older versions of a tensor can never be asked for again."""
+    now = {(t.base, t.storage): t.version for t in tensors}
+    for old in list(entries):
+        if any(now.get((t.base, t.storage), t.version) != t.version for t in old.tensors):
+            entries.pop(old, None)
 
 
 def _pack(
@@ -233,7 +299,7 @@ masks = MaskCache()
 
 
 def forget() -> None:
-    """Forget every mask that `attention` has packed by itself.
+    """Forget every mask that `attention` has packed, or built of other libraries' arguments, by itself.
 
     Call it after a write to a mask that PyTorch does not count: through `.data`, NumPy, DLPack or shared memory, by a
     collective of `torch.distributed`, by the replay of a CUDA graph, or by a kernel of another library.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anymask import BlockMask, Mask
 from anymask.api import attention
+from anymask.backends import Backend
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.testing.expressions import make_mask
 from anymask.testing.oracle import Results, eager, magnitudes, make_qkv, reference
@@ -83,7 +84,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
 
 
 def run(
-    inputs: Inputs, scale: float | None = None, backend: str | None = None, deterministic: bool | None = None
+    inputs: Inputs, scale: float | None = None, backend: Backend | None = None, deterministic: bool | None = None
 ) -> Results:
     """o, lse, dq, dk, dv of `attention`."""
     q, k, v, mask = inputs[:4]
@@ -93,7 +94,7 @@ def run(
 
 
 def check(
-    case: Case, backend: str | None = None, device: torch.device | str = "cpu", deterministic: bool | None = None
+    case: Case, backend: Backend | None = None, device: torch.device | str = "cpu", deterministic: bool | None = None
 ) -> Results:
     """Assert that `attention` matches the oracle, and that what must be 0 is exactly 0; return its results."""
     results = run(make_inputs(case, device), case.scale, backend, deterministic)

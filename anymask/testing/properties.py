@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anymask import Mask, attention, backends, causal, document, pack, sliding_window
+from anymask.backends import Backend
 from anymask.testing.cases import Case, Inputs, judge_of, make_inputs, run
 from anymask.testing.expressions import make_mask
 from anymask.testing.oracle import Results, magnitudes, reference
@@ -25,7 +26,7 @@ from anymask.testing.rules import assert_dead_is_zero, assert_same_block_mask
 MEMORY_GROWTH = 6
 
 
-def same(a: Results, b: Results, backend: str | None = None, deterministic: bool | None = None) -> None:
+def same(a: Results, b: Results, backend: Backend | None = None, deterministic: bool | None = None) -> None:
     """Assert bit-equal results, but for dq of `hopper`, whose tiles add to it in the order in which they finish."""
     for name in Results._fields:
         x, y = getattr(a, name), getattr(b, name)
@@ -53,7 +54,7 @@ def dead_keys(inputs: Inputs) -> Tensor:
 
 
 def check_dead_keys_reach_nothing(
-    case: Case, backend: str, device: str, value: float, deterministic: bool | None = None
+    case: Case, backend: Backend, device: str, value: float, deterministic: bool | None = None
 ) -> None:
     """NaN or Inf in keys and values that no query may attend to: every result bit-equal to zeros there."""
     inputs = make_inputs(case, device)
@@ -68,7 +69,7 @@ def check_dead_keys_reach_nothing(
 
 
 def check_dead_queries_reach_nothing(
-    case: Case, backend: str, device: str, value: float, deterministic: bool | None = None
+    case: Case, backend: Backend, device: str, value: float, deterministic: bool | None = None
 ) -> None:
     """NaN or Inf in q, do and dlse of queries without a key: every result bit-equal to zeros there."""
     inputs = make_inputs(case, device)
@@ -84,7 +85,7 @@ def check_dead_queries_reach_nothing(
 
 
 def check_emptied_rows_leave_the_others(
-    case: Case, backend: str, device: str, deterministic: bool | None = None
+    case: Case, backend: Backend, device: str, deterministic: bool | None = None
 ) -> None:
     """Taking all keys from some rows: those are exactly 0, every other row's o, lse, dq keep their bits."""
     inputs = make_inputs(replace(case, mask="random"), device)
@@ -103,7 +104,7 @@ def check_emptied_rows_leave_the_others(
             assert torch.equal(x, y), name
 
 
-def check_forms_of_a_mask_agree(case: Case, backend: str, device: str, deterministic: bool | None = None) -> None:
+def check_forms_of_a_mask_agree(case: Case, backend: Backend, device: str, deterministic: bool | None = None) -> None:
     """A tensor, its `BlockMask`, the symbolic mask and `is_causal` give the same bits."""
     inputs = make_inputs(replace(case, mask="causal"), device)
     symbolic = run(inputs, backend=backend, deterministic=deterministic)
@@ -118,7 +119,7 @@ def check_forms_of_a_mask_agree(case: Case, backend: str, device: str, determini
     same(symbolic, by_flag, backend, deterministic)
 
 
-def check_repeats(case: Case, backend: str, device: str, times: int, deterministic: bool | None = None) -> None:
+def check_repeats(case: Case, backend: Backend, device: str, times: int, deterministic: bool | None = None) -> None:
     """Run after run, the same bits; of dq too if `deterministic`."""
     inputs = make_inputs(case, device)
     first = run(inputs, case.scale, backend, deterministic)
@@ -126,7 +127,7 @@ def check_repeats(case: Case, backend: str, device: str, times: int, determinist
         same(first, run(inputs, case.scale, backend, deterministic), backend, deterministic)
 
 
-def check_a_sample_alone(case: Case, backend: str, device: str, deterministic: bool | None = None) -> None:
+def check_a_sample_alone(case: Case, backend: Backend, device: str, deterministic: bool | None = None) -> None:
     """Each sample of a batch has the bits that it has in a call of its own, forward and backward.
 
     Scores of the samples differ by powers of 8, so that none can lean on how large those of another are.
@@ -182,7 +183,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def check_memory(case: Case, backend: str, device: str) -> None:
+def check_memory(case: Case, backend: Backend, device: str) -> None:
     """Packing, forward and backward allocate in proportion to the lengths, not to `q_len * kv_len`.
 
     The lengths of `case` are compared with four times those. On a GPU it is the peak of all that is allocated beside
@@ -196,7 +197,7 @@ def check_memory(case: Case, backend: str, device: str) -> None:
     )
 
 
-def _allocated(case: Case, backend: str, device: str) -> int:
+def _allocated(case: Case, backend: Backend, device: str) -> int:
     ids = torch.arange(max(case.q_len, case.kv_len), device=device) // 1000
     mask = sliding_window(300) & document(ids[: case.q_len], kv_ids=ids[: case.kv_len])
     # `row` is a broadcast: its meaning takes no memory
@@ -212,7 +213,7 @@ def _allocated(case: Case, backend: str, device: str) -> int:
     return peak - before
 
 
-def _largest(inputs: Inputs, case: Case, backend: str, mask: Mask) -> int:
+def _largest(inputs: Inputs, case: Case, backend: Backend, mask: Mask) -> int:
     """Bytes of the largest tensor; no mode sees what happens inside an operator, so the backend is called itself."""
     chosen = backends.load(backend)
     q, k, v = (t.detach() for t in inputs[:3])
@@ -224,7 +225,7 @@ def _largest(inputs: Inputs, case: Case, backend: str, mask: Mask) -> int:
     return int(seen.largest)
 
 
-def check_growing_scores(case: Case, backend: str, device: str) -> None:
+def check_growing_scores(case: Case, backend: Backend, device: str) -> None:
     """Keys that grow with their position, so that every tile moves the maxima of its rows: as right as any."""
     inputs = make_inputs(case, device)
     ramp = torch.linspace(0.1, 20, case.kv_len, device=device)[:, None]
@@ -232,7 +233,7 @@ def check_growing_scores(case: Case, backend: str, device: str) -> None:
     judge_of(inputs, case, min(case.q_len, case.kv_len))(run(inputs, case.scale, backend))
 
 
-def check_a_first_tile_of_zero_scores(case: Case, backend: str, device: str) -> None:
+def check_a_first_tile_of_zero_scores(case: Case, backend: Backend, device: str) -> None:
     """Keys of the first tile that are 0, so that its scores are, and others after them: as right as any."""
     inputs = make_inputs(case, device)
     k = inputs.k.detach().clone()
@@ -242,7 +243,7 @@ def check_a_first_tile_of_zero_scores(case: Case, backend: str, device: str) -> 
     judge_of(inputs, case, min(case.q_len, case.kv_len))(run(inputs, case.scale, backend))
 
 
-def check_unused_rows_that_differ_by_head(case: Case, backend: str, device: str, value: float) -> None:
+def check_unused_rows_that_differ_by_head(case: Case, backend: Backend, device: str, value: float) -> None:
     """Queries without a key, and keys without a query, others in each head, hold NaN or Inf: bit-equal to zeros."""
     inputs = make_inputs(case, device)
     generator = torch.Generator().manual_seed(case.seed)
@@ -266,7 +267,7 @@ def check_unused_rows_that_differ_by_head(case: Case, backend: str, device: str,
     assert_dead_is_zero(clean, inputs.dense)
 
 
-def check_high_hidden_scores(case: Case, backend: str, device: str) -> None:
+def check_high_hidden_scores(case: Case, backend: Backend, device: str) -> None:
     """Hidden pairs that score e**64 times what the others do, in every tile: as right as any."""
     inputs = make_inputs(case, device)
     q, k = inputs.q.detach().clone(), inputs.k.detach().clone()
@@ -278,7 +279,7 @@ def check_high_hidden_scores(case: Case, backend: str, device: str) -> None:
     judge_of(inputs, case, min(case.q_len, case.kv_len))(run(inputs, case.scale, backend))
 
 
-def check_far_from_zero(case: Case, backend: str, device: str, shift: float) -> None:
+def check_far_from_zero(case: Case, backend: Backend, device: str, shift: float) -> None:
     """`shift` added to every score, as in trained models: finite, and as exact as fp32 scores of that size allow."""
     inputs = make_inputs(case, device)
     q, k = inputs.q.detach().clone(), inputs.k.detach().clone()

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from anymask import launch
+from anymask import BlockMask, causal, launch, pack
 from anymask.backends import hopper
 from anymask.backends import triton as triton_backend
 
@@ -26,6 +27,8 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 232_448),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
 }
+# of the portable backend, in the order of its launches
+PASSES = ["_fwd_kernel", "_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel"]
 
 
 class TargetOnly:
@@ -49,6 +52,18 @@ class Forgetful(dict[Any, Any]):
 
     def get(self, key: Any, default: Any = None) -> Any:
         return default
+
+
+class Checking(Forgetful):
+    """Finds no kernel, and knows that equal keys mean the same kernel."""
+
+    def __setitem__(self, key: Any, kernel: Any) -> None:
+        assert self.setdefault(key, kernel) is kernel, f"{kernel.metadata.name} depends on more than {key}"
+        # a launch of the compiled kernel takes constants by position
+        params, constants = kernel.src.fn.params, kernel.src.constants
+        last = [i for i, param in enumerate(params) if param.is_constexpr]
+        assert last == list(range(len(params)))[len(params) - len(last) :]
+        assert tuple(constants[(i,)] for i in last) == key[len(key) - len(last) :]
 
 
 @contextmanager
@@ -94,3 +109,46 @@ def sass(kernel: Any) -> list[tuple[str, str]]:
     """(label, "") or ("", instruction with its predicate and operands) of a kernel, in order."""
     text = nvidia_tool("nvdisasm", kernel.asm["cubin"])
     return re.findall(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,6}\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", text, re.MULTILINE)
+
+
+def spilled_bytes(kernel: Any) -> int:
+    """Bytes a thread keeps in local memory (CUDA), or registers spilled (AMD)."""
+    if "amdgcn" in kernel.asm:
+        return sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]))
+    usage = nvidia_tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
+    found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage)
+    assert found, usage
+    return sum(map(int, found.groups()))
+
+
+def compile_passes(
+    dtype: torch.dtype,
+    dim: int,
+    mask: BlockMask | None,
+    v_dim: int | None = None,
+    shape: tuple[int, int, int] = (2, 2, 300),
+    group: int = 1,
+) -> None:
+    """Forward and backward over zeros: a launcher reads their shapes, strides and addresses only."""
+    batch, kv_heads, length = shape
+    q, k = (torch.zeros(batch, heads, length, dim, dtype=dtype) for heads in (kv_heads * group, kv_heads))
+    v = torch.zeros(*shape, v_dim or dim, dtype=dtype)
+    o, lse = triton_backend.forward(q, k, v, mask, 0.1)
+    triton_backend.backward(q, k, v, o, lse, o, None, mask, 0.1, True)
+
+
+def causal_mask() -> BlockMask:
+    return pack(causal(), q_len=300, kv_len=300)
+
+
+def padded_mask() -> BlockMask:
+    """Keys no query attends to, so that tiles come through pointers with a predicate."""
+    return pack(torch.arange(300).expand(300, 300) < 200)
+
+
+def assert_fits(kernels: list[Any], target: str, names: list[str]) -> None:
+    assert [k.metadata.name for k in kernels] == names
+    shared = {k.metadata.name: k.metadata.shared for k in kernels}
+    assert max(shared.values()) <= TARGETS[target][1], shared
+    # columns of Blackwell's tensor memory; of a kernel that takes more, Triton compiles a trap
+    assert max(getattr(k.metadata, "tmem_size", 0) or 0 for k in kernels) <= 512
