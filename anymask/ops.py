@@ -22,6 +22,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from anymask import backends, flops, validate
 from anymask.block_mask import BlockMask
+from anymask.layout import dense_strides
 from anymask.mask import Mask
 from anymask.mask.program import mask_from_program, program_of
 from anymask.packing import cache, pack
@@ -43,7 +44,7 @@ _LIBRARY.define("attended(Tensor mask) -> Tensor")
 
 # `(o, lse)` of validated inputs by the named backend, or by the first that can
 forward_op = torch.ops.anymask.forward.default
-# `(dq, dk, dv)`, contiguous
+# `(dq, dk, dv)`, in the layouts of q, k and v
 backward_op = torch.ops.anymask.backward.default
 # tensors of `pack(mask_from_program(nodes, numbers, tensors), ...)`: packing inside a compiled function
 pack_op = torch.ops.anymask.pack.default
@@ -262,12 +263,18 @@ def _forward_kernel(
 @torch.library.register_fake("anymask::forward")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return _empty_as(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.register_fake("anymask::backward")
 def _backward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _empty_as(q), _empty_as(k), _empty_as(v)
+
+
+def _empty_as(t: Tensor, dim: int | None = None) -> Tensor:
+    """`layout.empty_as` of sizes that may be symbols, which nothing may remember."""
+    shape = t.shape if dim is None else (*t.shape[:3], dim)
+    return t.new_empty_strided(shape, dense_strides(t.shape, t.stride(), dim))
 
 
 def _attended_kernel(mask: Tensor) -> Tensor:
