@@ -94,8 +94,9 @@ def attention(
             can. `explain` says which.
 
     Returns:
-        `o [batch, q_heads, q_len, v_dim]` in the dtype of q; with `return_lse` also `lse [batch, q_heads, q_len]`,
-        natural log, fp32, -inf where a query has no key.
+        `o [batch, q_heads, q_len, v_dim]` in the dtype of q, in memory in the order of q's dimensions: views of
+        `[batch, length, heads, dim]` come back as such, and gradients too; with `return_lse` also `lse [batch,
+        q_heads, q_len]`, natural log, fp32, -inf where a query has no key.
 
     Raises:
         ValueError: shape, dtype, device, scale, mask or backend that does not fit, naming it and what is allowed.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anymask.block_mask import BlockMask
+from anymask.layout import laid_out_as
 from anymask.precision import ieee_products
 from anymask.shapes import LSE, K, O, Q, V
 
@@ -22,7 +23,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
     qf, kf, vf, mask = _prepare(q, k, v, block_mask)
     p, lse = _softmax(qf, kf, mask, sm_scale)
-    return (p @ vf).to(q.dtype), lse
+    return laid_out_as(p @ vf, q), lse
 
 
 @ieee_products
@@ -51,7 +52,7 @@ def backward(
     dv = p.mT @ dof
     fold = (k.shape[0], k.shape[1], -1, k.shape[2])
     dk, dv = (g.view(*fold, g.shape[-1]).sum(2) for g in (dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return laid_out_as(dq, q), laid_out_as(dk, k), laid_out_as(dv, v)
 
 
 def _prepare(q: Q, k: K, v: V, block_mask: BlockMask | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
