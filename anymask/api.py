@@ -101,8 +101,8 @@ def attention(
     Raises:
         ValueError: shape, dtype, device, scale, mask or backend that does not fit, naming it and what is allowed.
         TypeError: an argument of the wrong type, or a keyword of another library, naming what to write.
-        NotImplementedError: a second or a forward-mode derivative, or gradients batched by `is_grads_batched`; the
-            transforms `grad`, `vjp`, `jacrev` and `vmap` of `torch.func` work.
+        NotImplementedError: a second or a forward-mode derivative, which `backend="reference"` has, or gradients
+            batched by `is_grads_batched`; the transforms `grad`, `vjp`, `jacrev` and `vmap` of `torch.func` work.
         RuntimeError: while a CUDA graph is captured, a mask that would have to be packed.
 
     FlashAttention-2 (Dao, 2023) over the non-empty 128 x 128 tiles of the mask; equations in docs/kernels.md.

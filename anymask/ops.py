@@ -74,8 +74,12 @@ def dispatch(
     if compiling or not _is_unwatched(q, k, v):
         if not compiling:
             flops.register()
-        sm_scale, scale = _number_and_tensor(sm_scale) if compiling else (sm_scale, None)
-        output = forward_op(q, k, v, mask_tensors(block_mask), sm_scale, backend, deterministic, scale)
+        if backend == "reference" and not compiling and forward_ad._current_level >= 0:
+            # operations of torch, which have the derivatives that ours have not
+            output = run_forward(q, k, v, block_mask, sm_scale, backend)
+        else:
+            sm_scale, scale = _number_and_tensor(sm_scale) if compiling else (sm_scale, None)
+            output = forward_op(q, k, v, mask_tensors(block_mask), sm_scale, backend, deterministic, scale)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         output = _apply(Attention, None, q, k, v, block_mask, sm_scale, backend, deterministic, None)
     else:
@@ -194,9 +198,10 @@ class Attention(_SingleLevelFunction):
                 )
         if do is None:
             do = torch.zeros_like(o)
-        # a gradient that is recorded would be differentiated again: the operator says no
-        unwatched = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _is_unwatched(q, k, do)
-        call: Any = run_backward if unwatched else backward_op
+        # a gradient that is recorded would be differentiated again: the operator says no, and operations of torch yes
+        direct = ctx.rest[1] == "reference" if torch.is_grad_enabled() else _is_unwatched(q, k, do)
+        direct = direct and not torch.compiler.is_compiling()
+        call: Any = run_backward if direct else backward_op
         grads = call(q, k, v, o, lse, do, dlse, mask, *ctx.rest, scale)
         return None, *grads, None, None, None, None, None
 
@@ -213,7 +218,9 @@ class _Once(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Raise NotImplementedError."""
-        raise NotImplementedError("anymask has first derivatives only; attention was differentiated twice")
+        raise NotImplementedError(
+            "attention was differentiated twice; allowed is one derivative, or backend='reference'"
+        )
 
 
 def _forward_autograd(
@@ -252,7 +259,9 @@ def _apply(function: Any, *args: Any) -> Any:
 def _is_recorded(*tensors: Tensor) -> bool:
     """Whether gradients are recorded; raises NotImplementedError for a forward-mode derivative, which would be lost."""
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError("attention has no forward-mode derivative (jvp); allowed is reverse mode")
+        raise NotImplementedError(
+            "attention has no forward-mode derivative (jvp); allowed is reverse mode, or backend='reference'"
+        )
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -331,12 +340,8 @@ def _seen_kernel(additive: Tensor) -> Tensor:
 
 torch.library.register_fake("anymask::seen", lambda additive: additive == 0)
 
-for _name, _kernel in (
-    ("forward", _forward_kernel),
-    ("backward", run_backward),
-    ("attended", _attended_kernel),
-    ("seen", _seen_kernel),
-):
+_KERNELS = {"forward": _forward_kernel, "backward": run_backward, "attended": _attended_kernel, "seen": _seen_kernel}
+for _name, _kernel in _KERNELS.items():
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 _LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)

@@ -89,12 +89,11 @@ def test_gradcheck(name: str, backend: str) -> None:
     assert torch.autograd.gradcheck(call, (i.q, i.k, i.v))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_second_derivatives_raise(backend: str) -> None:
+def test_second_derivatives_raise() -> None:
     q, k, v = make_qkv(1, 1, 1, 4, 4, 4, dtype=torch.float64, requires_grad=True)
-    o = attention(q, k, v, causal(), backend=backend)
+    o = attention(q, k, v, causal(), backend="cpu")
     (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotImplementedError, match="differentiated twice; allowed is one derivative, or backend='ref"):
         torch.autograd.grad(dq.sum(), q)
 
 
