@@ -14,7 +14,9 @@ from anymask import (
     document,
     extend,
     flash_attention_custom_mask,
+    key_padding,
     pack,
+    spans,
 )
 from anymask.mask.leaves import Positions
 from anymask.packing import cache
@@ -77,6 +79,18 @@ def test_positions_whose_edge_meets_a_tile(edge: int, of_query: bool) -> None:
         inside = (position >= low) & (position < high)
         expected = inside[:, None] if of_query else inside[None]
         assert torch.equal(packed.to_dense()[0, 0], expected.expand(384, 384))
+
+
+@pytest.mark.parametrize("edge", [1, 127, 128, 129, 255, 256])
+def test_lengths_that_meet_a_tile(edge: int) -> None:
+    seen = torch.arange(384) < edge
+    assert torch.equal(
+        pack(key_padding(torch.tensor([edge])), q_len=9, kv_len=384).to_dense()[0, 0], seen.expand(9, 384)
+    )
+    # the same number for each query, in whose range the keys are
+    end = torch.full((200,), edge)
+    packed = pack(spans(end - edge, end), q_len=200, kv_len=384)
+    assert torch.equal(packed.to_dense()[0, 0], seen.expand(200, 384))
 
 
 def test_what_cannot_grow_in_a_part() -> None:

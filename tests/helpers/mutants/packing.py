@@ -257,6 +257,13 @@ PACKING: tuple[Mutant, ...] = (
         seen_by("test_interpreter", NARROW_SPANS),
     ),
     Mutant(
+        "live: positions in int32",
+        LISTS,
+        "x = chunk.to(tl.int64) * LIVE_CHUNK",
+        "x = chunk.to(tl.int32) * LIVE_CHUNK",
+        seen_by("test_interpreter", "live_positions_beyond_int32"),
+    ),
+    Mutant(
         "live: lines of the second plane by its positions",
         LISTS,
         "line = (x // length) * tl.cdiv(length, TILE) + (x % length) // TILE",
