@@ -1,8 +1,8 @@
 """Runs kernels under compute-sanitizer: `python -m tests.sanitize` checks memory, then races.
 
-Every case is a process of its own: its mask is packed, attention runs forward and backward, on few programs for Hopper's
-kernels, and is compared with fp64. The exit code is the number of cases in which a tool found something or a result was
-wrong.
+Every case is a process of its own. Its mask is packed, attention runs forward and backward, the Hopper kernels on few
+programs, and results are compared with fp64. The exit code is the number of cases in which a tool found something or a
+result was wrong.
 
 One report of racecheck is left out, and said to be: Triton wakes the warps of a partition with a word in shared memory,
 written and read between barriers of all warps of the program (`barrier.sync 1`). The tool sees no order in them, as
