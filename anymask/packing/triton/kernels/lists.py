@@ -125,7 +125,7 @@ def scan_kernel(
 @triton.jit
 def _count_used(has_pair, full_counts, chunk, positions, length, POSITION_CHUNK: tl.constexpr):
     """How many positions of a chunk have a pair. Those of partial tiles are marked already, those of full ones here."""
-    x = chunk * POSITION_CHUNK + tl.arange(0, POSITION_CHUNK)
+    x = chunk.to(tl.int64) * POSITION_CHUNK + tl.arange(0, POSITION_CHUNK)
     tile_row = (x // length) * tl.cdiv(length, TILE) + (x % length) // TILE
     full = tl.load(full_counts + tile_row, mask=x < positions, other=0)
     used = tl.load(has_pair + x, mask=x < positions, other=0) | (full > 0).to(tl.uint8)
