@@ -261,7 +261,7 @@ PACKING: tuple[Mutant, ...] = (
         LISTS,
         "x = chunk.to(tl.int64) * POSITION_CHUNK",
         "x = chunk.to(tl.int32) * POSITION_CHUNK",
-        seen_by("test_interpreter", "live_positions_beyond_int32"),
+        seen_by("test_interpreter", "used_positions_beyond_int32"),
     ),
     Mutant(
         "has_pair: rows of the second plane by its positions",
