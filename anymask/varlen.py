@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anymask import ops, validate
 from anymask.api import attention
+from anymask.backends import Backend
 from anymask.mask import Mask, document_window
 from anymask.mask.arguments import check_flag, check_integers, check_natural
 from anymask.mask.leaves import Between
@@ -30,7 +31,7 @@ def attention_varlen(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor: ...
 @overload
 def attention_varlen(
@@ -46,8 +47,24 @@ def attention_varlen(
     scale: float | None = None,
     return_lse: Literal[True],
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    mask: Tensor | Mask | None = None,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    return_lse: bool,
+    deterministic: bool | None = None,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -61,7 +78,7 @@ def attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within documents that lie in a row, as flash-attn's varlen calls have it; no token is padded or moved.
 

@@ -184,13 +184,23 @@ def test_dq_leaves_its_accumulator_in_order(q_len: int, dim: int, padded: int) -
     """The one plain kernel of the Hopper backend: its input has the order that `_store_dq` writes."""
     from anymask.backends.hopper.kernels.backward import _dq_kernel
 
-    heads, rows = 3, (q_len + 127) // 128 * 128
-    sums = torch.randn(heads, rows, padded)
+    batch, heads, rows = 2, 3, (q_len + 127) // 128 * 128
+    sums = torch.randn(batch * heads, rows, padded)
     # block of 64 rows, 16 columns (8 b + 2 t + p) at a time -> (block, columns, row, t, b, p)
-    acc = sums.view(heads, rows // 64, 64, padded // 16, 2, 4, 2).permute(0, 1, 3, 2, 5, 4, 6).reshape(-1, 32)
-    dq = torch.full((heads, q_len, dim), float("nan"), dtype=F16)
-    _dq_kernel[(heads * rows // 64,)](acc, dq, q_len, 0.5, DIM=dim, HEAD_DIM=padded, TILE=128)
-    assert torch.equal(dq, (sums[:, :q_len, :dim] * 0.5).to(F16))
+    acc = sums.view(batch * heads, rows // 64, 64, padded // 16, 2, 4, 2).permute(0, 1, 3, 2, 5, 4, 6).reshape(-1, 32)
+    expected = (sums[:, :q_len, :dim] * 0.5).to(F16).view(batch, heads, q_len, dim)
+    by_head = torch.full_like(expected, float("nan"))
+    by_token = torch.full((batch, q_len, heads, dim), float("nan"), dtype=F16).transpose(1, 2)
+    for dq in (by_head, by_token):
+        steps = [stride // 8 for stride in dq.stride()[:3]]
+        programs = batch * heads * rows // 64
+        _dq_kernel[(programs,)](acc, dq, *steps, heads, q_len, 0.5, DIM=dim, HEAD_DIM=padded, TILE=128)
+        assert torch.equal(dq, expected)
+
+
+@pytest.mark.parametrize("order", grid.ORDERS[1:3])
+def test_outputs_lie_as_inputs_do(order: tuple[int, ...]) -> None:
+    grid.check_layouts(order, (4, 2, 70, 150), "triton")
 
 
 def test_a_mask_does_not_outlive_its_call() -> None:

@@ -19,7 +19,7 @@ from anymask.tiles import EMPTY, FULL, PARTIAL, TILE, WORDS
 
 # tiles evaluated at a time: 16 MiB of booleans, and as int64 the positions they are computed from, 128 MiB
 CHUNK_TILES = 1024
-# on a GPU, where chunks are fewer and so launches: twice as much
+# on a GPU twice as many: each chunk costs its launches
 CUDA_CHUNK_TILES = 2048
 # tiles evaluated before the words of the partial ones are picked out, which a GPU waits for: 64 MiB of words
 GROUP_TILES = 2**15

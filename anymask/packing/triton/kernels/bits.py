@@ -48,8 +48,7 @@ def load_words_t(tile, row_stride, col_stride, q_left, kv_left, ALIGN: tl.conste
     ALIGN 4 or 16: bytes without gaps, read as many at a time, where the address, `row_stride` and `kv_left` are
     multiples of that. Without, ALIGN is 1.
     """
-    # rows by where they are in the words of a column, bit and then word: lanes share out the words, whose bits are all
-    # in one thread
+    # rows are ordered by their bit and then by their word, so that all bits of a word are in one thread
     bit, word = tl.arange(0, TILE)[:, None] // WORDS, tl.arange(0, TILE)[:, None] % WORDS
     row = 8 * (bit // 2) + 2 * word + bit % 2
     far = row.to(tl.int64) * (row_stride // ALIGN)
