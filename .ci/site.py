@@ -1,4 +1,4 @@
-"""What the site needs beside mkdocs: formulas as MathML, which browsers draw by themselves, and no links into the code."""
+"""What the site needs beside mkdocs: formulas as MathML, which browsers draw, and no links into the code."""
 
 import re
 from typing import Any

@@ -94,14 +94,15 @@ def attention(
             can. `explain` says which.
 
     Returns:
-        `o [batch, q_heads, q_len, v_dim]` in the dtype of q; with `return_lse` also `lse [batch, q_heads, q_len]`,
-        natural log, fp32, -inf where a query has no key.
+        `o [batch, q_heads, q_len, v_dim]` in the dtype of q, in memory in the order of q's dimensions: views of
+        `[batch, length, heads, dim]` come back as such, and gradients too; with `return_lse` also `lse [batch,
+        q_heads, q_len]`, natural log, fp32, -inf where a query has no key.
 
     Raises:
         ValueError: shape, dtype, device, scale, mask or backend that does not fit, naming it and what is allowed.
         TypeError: an argument of the wrong type, or a keyword of another library, naming what to write.
-        NotImplementedError: a second or a forward-mode derivative, or gradients batched by `is_grads_batched`; the
-            transforms `grad`, `vjp`, `jacrev` and `vmap` of `torch.func` work.
+        NotImplementedError: a second or a forward-mode derivative, which `backend="reference"` has, or gradients
+            batched by `is_grads_batched`; the transforms `grad`, `vjp`, `jacrev` and `vmap` of `torch.func` work.
         RuntimeError: while a CUDA graph is captured, a mask that would have to be packed.
 
     FlashAttention-2 (Dao, 2023) over the non-empty 128 x 128 tiles of the mask; equations in docs/kernels.md.

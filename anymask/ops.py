@@ -10,7 +10,6 @@ gradients are recorded; else the operator, whose autograd kernel uses the same `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -20,8 +19,9 @@ from torch._library.fake_impl import allocate_size
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from anymask import backends, flops, formats, validate
+from anymask import backends, flops, formats, validate, vmap
 from anymask.block_mask import BlockMask
+from anymask.layout import dense_strides
 from anymask.mask import Mask
 from anymask.mask.program import mask_from_program, program_of
 from anymask.packing import cache, pack
@@ -29,12 +29,12 @@ from anymask.tiles import TILE, WORDS, tiles_over
 
 _LIBRARY = torch.library.Library("anymask", "FRAGMENT")
 _LIBRARY.define(
-    "forward(Tensor q, Tensor k, Tensor v, Tensor[] mask, float sm_scale, str? backend, bool deterministic) -> "
-    "(Tensor, Tensor)"
+    "forward(Tensor q, Tensor k, Tensor v, Tensor[] mask, float sm_scale, str? backend, bool deterministic, "
+    "Tensor? scale=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, Tensor? dlse, Tensor[] mask, "
-    "float sm_scale, str? backend, bool deterministic) -> (Tensor, Tensor, Tensor)"
+    "float sm_scale, str? backend, bool deterministic, Tensor? scale=None) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "pack(int[] nodes, SymInt[] numbers, Tensor[] tensors, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]"
@@ -42,9 +42,10 @@ _LIBRARY.define(
 _LIBRARY.define("attended(Tensor mask) -> Tensor")
 _LIBRARY.define("seen(Tensor additive) -> Tensor")
 
-# `(o, lse)` of validated inputs by the named backend, or by the first that can
+# `(o, lse)` of validated inputs by the named backend, or by the first that can; `scale`, a float64 number on the CPU,
+# stands for `sm_scale` where that is no constant of a compiled function, which would be compiled for each value
 forward_op = torch.ops.anymask.forward.default
-# `(dq, dk, dv)`, contiguous
+# `(dq, dk, dv)`, in the layouts of q, k and v
 backward_op = torch.ops.anymask.backward.default
 # tensors of `pack(mask_from_program(nodes, numbers, tensors), ...)`: packing inside a compiled function
 pack_op = torch.ops.anymask.pack.default
@@ -73,13 +74,26 @@ def dispatch(
     if compiling or not _is_unwatched(q, k, v):
         if not compiling:
             flops.register()
-        output = forward_op(q, k, v, mask_tensors(block_mask), sm_scale, backend, deterministic)
+        if backend == "reference" and not compiling and forward_ad._current_level >= 0:
+            # operations of torch, which have the derivatives that ours have not
+            output = run_forward(q, k, v, block_mask, sm_scale, backend)
+        else:
+            sm_scale, scale = _number_and_tensor(sm_scale) if compiling else (sm_scale, None)
+            output = forward_op(q, k, v, mask_tensors(block_mask), sm_scale, backend, deterministic, scale)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        output = _apply(Attention, None, q, k, v, block_mask, sm_scale, backend, deterministic)
+        output = _apply(Attention, None, q, k, v, block_mask, sm_scale, backend, deterministic, None)
     else:
         output = run_forward(q, k, v, block_mask, sm_scale, backend)
     outputs: tuple[Tensor, Tensor] = output
     return outputs
+
+
+def _number_and_tensor(sm_scale: Any) -> tuple[float, Tensor | None]:
+    """`sm_scale` and `scale` of the operators, inside a compiled function."""
+    if validate.has_static_value(sm_scale):
+        return sm_scale, None
+    # torch makes the number an input of the graph where it is a factor of a tensor, and this product is exact
+    return 1.0, torch.ones((), dtype=torch.float64, device="cpu") * sm_scale
 
 
 def _is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -121,6 +135,7 @@ def run_backward(
     sm_scale: float,
     backend: str | None,
     deterministic: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)` by a backend; the arguments are those of the operator."""
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
@@ -129,6 +144,7 @@ def run_backward(
     q, k, v, do = (_unit_last_stride(t) for t in (q, k, v, do))
     block_mask = _block_mask(mask, q, k)
     chosen = backends.choose(q, k, v, block_mask, backend)
+    sm_scale = _scale(sm_scale, scale)
     repeatable = deterministic or torch.are_deterministic_algorithms_enabled()
     with _no_autocast(q):
         grads: tuple[Tensor, Tensor, Tensor] = chosen.backward(
@@ -156,6 +172,7 @@ class Attention(_SingleLevelFunction):
         sm_scale: float,
         backend: str | None,
         deterministic: bool,
+        scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """`(o, lse)`."""
         mask = mask_tensors(block_mask)
@@ -163,16 +180,16 @@ class Attention(_SingleLevelFunction):
             o, lse = run_forward(q, k, v, block_mask, sm_scale, backend)
         else:
             with _outer_levels_record():
-                o, lse = _below_autograd(forward_op, keyset, q, k, v, mask, sm_scale, backend, deterministic)
+                o, lse = _below_autograd(forward_op, keyset, q, k, v, mask, sm_scale, backend, deterministic, scale)
         ctx.rest = sm_scale, backend, deterministic
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, o, lse, *mask)
+        ctx.save_for_backward(q, k, v, o, lse, scale, *mask)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         """Gradients of q, k and v; the mask has none."""
-        q, k, v, o, lse, *mask = ctx.saved_tensors
+        q, k, v, o, lse, scale, *mask = ctx.saved_tensors
         for grad in (do, dlse):
             if grad is not None and _C._functorch.is_legacy_batchedtensor(grad):
                 raise NotImplementedError(
@@ -181,10 +198,12 @@ class Attention(_SingleLevelFunction):
                 )
         if do is None:
             do = torch.zeros_like(o)
-        # a gradient that is recorded would be differentiated again: the operator says no
-        unwatched = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _is_unwatched(q, k, do)
-        grads = (run_backward if unwatched else backward_op)(q, k, v, o, lse, do, dlse, mask, *ctx.rest)
-        return None, *grads, None, None, None, None
+        # a gradient that is recorded would be differentiated again: the operator says no, and operations of torch yes
+        direct = ctx.rest[1] == "reference" if torch.is_grad_enabled() else _is_unwatched(q, k, do)
+        direct = direct and not torch.compiler.is_compiling()
+        call: Any = run_backward if direct else backward_op
+        grads = call(q, k, v, o, lse, do, dlse, mask, *ctx.rest, scale)
+        return None, *grads, None, None, None, None, None
 
 
 class _Once(_SingleLevelFunction):
@@ -199,12 +218,23 @@ class _Once(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Raise NotImplementedError."""
-        raise NotImplementedError("anymask has first derivatives only; attention was differentiated twice")
+        raise NotImplementedError(
+            "attention was differentiated twice; allowed is one derivative, or backend='reference'"
+        )
 
 
 def _forward_autograd(
-    keyset: Any, q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], *rest: Any
+    keyset: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: list[Tensor],
+    sm_scale: float,
+    backend: str | None,
+    deterministic: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    rest = sm_scale, backend, deterministic, scale
     if _is_recorded(q, k, v):
         with _one_level():
             output: tuple[Tensor, Tensor] = _apply(Attention, keyset, q, k, v, _block_mask(mask, q, k), *rest)
@@ -229,7 +259,9 @@ def _apply(function: Any, *args: Any) -> Any:
 def _is_recorded(*tensors: Tensor) -> bool:
     """Whether gradients are recorded; raises NotImplementedError for a forward-mode derivative, which would be lost."""
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError("attention has no forward-mode derivative (jvp); allowed is reverse mode")
+        raise NotImplementedError(
+            "attention has no forward-mode derivative (jvp); allowed is reverse mode, or backend='reference'"
+        )
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -257,20 +289,40 @@ def _outer_levels_record() -> AbstractContextManager[Any]:
 
 
 def _forward_kernel(
-    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], sm_scale: float, backend: str | None, deterministic: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: list[Tensor],
+    sm_scale: float,
+    backend: str | None,
+    deterministic: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return run_forward(q, k, v, _block_mask(mask, q, k), sm_scale, backend)
+    return run_forward(q, k, v, _block_mask(mask, q, k), _scale(sm_scale, scale), backend)
+
+
+def _scale(sm_scale: float, scale: Tensor | None) -> float:
+    if scale is None:
+        return sm_scale
+    checked: float = validate.check_scale("scale", scale.item())
+    return checked
 
 
 @torch.library.register_fake("anymask::forward")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return _empty_as(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.register_fake("anymask::backward")
 def _backward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _empty_as(q), _empty_as(k), _empty_as(v)
+
+
+def _empty_as(t: Tensor, dim: int | None = None) -> Tensor:
+    """`layout.empty_as` of sizes that may be symbols, which nothing may remember."""
+    shape = t.shape if dim is None else (*t.shape[:3], dim)
+    return t.new_empty_strided(shape, dense_strides(t.shape, t.stride(), dim))
 
 
 def _attended_kernel(mask: Tensor) -> Tensor:
@@ -288,46 +340,15 @@ def _seen_kernel(additive: Tensor) -> Tensor:
 
 torch.library.register_fake("anymask::seen", lambda additive: additive == 0)
 
-for _name, _kernel in (
-    ("forward", _forward_kernel),
-    ("backward", run_backward),
-    ("attended", _attended_kernel),
-    ("seen", _seen_kernel),
-):
+_KERNELS = {"forward": _forward_kernel, "backward": run_backward, "attended": _attended_kernel, "seen": _seen_kernel}
+for _name, _kernel in _KERNELS.items():
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 _LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
 
 
-def _vmap(op: Any, n_tensors: int) -> Callable[..., Any]:
-    """The rule of an operator under `torch.vmap`: the mapped dimension becomes a part of the batch."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        tensors, (mask, *rest), n = args[:n_tensors], args[n_tensors:], info.batch_size
-        if any(d is not None for d in in_dims[n_tensors]):
-            raise NotImplementedError("mask is mapped by torch.vmap; allowed is one mask, or a batch instead of vmap")
-        dims = in_dims[:n_tensors]
-        stacked = [
-            None if t is None else t.expand(n, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in zip(tensors, dims, strict=True)
-        ]
-        if not mask or mask[ORDER].shape[0] == 1:
-            outputs = op(*[None if t is None else t.flatten(0, 1) for t in stacked], mask, *rest)
-            results = tuple(t.unflatten(0, (n, t.shape[0] // n)) for t in outputs)
-        else:
-            # each sample has a plane of its own
-            calls = [op(*[None if t is None else t[i] for t in stacked], mask, *rest) for i in range(n)]
-            results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
-        return results, (0,) * len(results)
-
-    return rule
-
-
-# where the operators' list of tensors has `rows.order [mask_batch, mask_heads, lines]`
-ORDER = 5
-
-torch.library.register_vmap("anymask::forward", _vmap(forward_op, 3))
-torch.library.register_vmap("anymask::backward", _vmap(backward_op, 7))
+torch.library.register_vmap("anymask::forward", vmap.rule_of(forward_op, 3))
+torch.library.register_vmap("anymask::backward", vmap.rule_of(backward_op, 7))
 
 
 def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any = None) -> BlockMask | None:

@@ -1,4 +1,4 @@
-"""Every tensor shape named once; where jaxtyping is installed they are its types, and tests/test_shapes.py checks them."""
+"""Every tensor shape named once; jaxtyping makes them types where it is installed, and tests/test_shapes.py checks."""
 
 from typing import TYPE_CHECKING, TypeAlias
 

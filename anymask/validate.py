@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
+import operator
 from typing import Any
 
 import torch
@@ -16,8 +16,6 @@ from anymask.mask.parts import as_mask, dense
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # a float mask with a smaller value is an additive one: BERT's holds -10000, others -1e9 or the least of a dtype
 LEAST = -1e4
-# the largest finite float
-MOST = sys.float_info.max
 
 # keyword of another library -> what to do here
 _ELSEWHERE = {
@@ -87,19 +85,32 @@ def check_call(
     if is_causal and mask is not None:
         raise ValueError("is_causal is True and mask is given; allowed is one of them: pass mask=causal() & ...")
     if scale is None:
-        return 1 / math.sqrt(q.shape[3])
-    checked: float = _checked_scale(scale_name, scale)
+        # a number in a compiled function too: kernels are compiled for it
+        return 1 / math.sqrt(operator.index(q.shape[3]))
+    checked: float = check_scale(scale_name, scale)
     return checked
 
 
-def _checked_scale(name: str, scale: Any) -> Any:
+def check_scale(name: str, scale: Any) -> Any:
+    """The scale as a float, or as a symbol of a compiled function, whose values the operators check."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} is a {type(scale).__name__}; allowed are None and a float")
-    # not math.isfinite, which takes no symbol of a compiled function; no comparison with a NaN is true
-    if not -MOST <= scale <= MOST:
+    if torch.compiler.is_compiling() and not has_static_value(scale):
+        return scale
+    # the largest float, here and not in the module, of which torch.compile can make a symbol
+    most = 1.7976931348623157e308
+    # no comparison with a NaN is true
+    if not -most <= scale <= most:
         shown = f"an int of {scale.bit_length()} bits" if isinstance(scale, int) else scale
         raise ValueError(f"{name} is {shown}; allowed are finite numbers")
     return float(scale) if isinstance(scale, int) else scale
+
+
+def has_static_value(number: Any) -> bool:
+    """Whether a number is a constant of the compiled function that is traced, and no symbol."""
+    from torch.fx.experimental import symbolic_shapes
+
+    return symbolic_shapes.has_static_value(number)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

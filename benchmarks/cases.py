@@ -12,7 +12,7 @@ from torch import Tensor
 import anymask
 from anymask import BlockMask
 from benchmarks import masks
-from benchmarks.masks import CAUSAL, DECODE, MaskKind, Shape
+from benchmarks.masks import CAUSAL, DECODE, RANDOM, MaskKind, Shape
 
 BOTH = ("forward", "backward")
 OURS = ("anymask", "anymask:triton")
@@ -31,7 +31,7 @@ class Case:
     shape: Shape
     # None is no mask
     mask: MaskKind | None
-    rivals: tuple[str, ...]
+    baselines: tuple[str, ...]
     ours: tuple[str, ...] = ("anymask",)
     # of "inference" (no gradients recorded), "forward", "backward", "both", "build" (the mask alone)
     passes: tuple[str, ...] = BOTH
@@ -57,7 +57,7 @@ class Suite:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Inputs:
     """The tensors of one case. Inputs are standard normal; q, k, v require gradients."""
 
     case: Case
@@ -73,11 +73,6 @@ class Problem:
     earlier: str | None = None
 
     @property
-    def device(self) -> str:
-        """ "cuda" or "cpu"."""
-        return self.q.device.type
-
-    @property
     def grouped(self) -> bool:
         """Whether several query heads share one of k and v."""
         return self.case.shape.heads != self.case.shape.kv_heads
@@ -91,34 +86,29 @@ class Problem:
         return sum(int(rows.sum()) for rows in self.mask.split(4096, 2)) * s.heads * (s.batch // len(self.mask))
 
 
-def make_problem(case: Case, device: str, seed: int = 0, earlier: str | None = None) -> Problem:
+def make_inputs(case: Case, device: str, seed: int = 0, earlier: str | None = None) -> Inputs:
     """The inputs of `case`, the same for the same seed, device and shape."""
     generator, s = torch.Generator(device).manual_seed(seed), case.shape
-    q, k, v, do = (
-        torch.randn(s.batch, *sizes, generator=generator, device=device, dtype=s.dtype)
-        for sizes in (
-            (s.heads, s.q_len, s.head_dim),
-            (s.kv_heads, s.kv_len, s.head_dim),
-            (s.kv_heads, s.kv_len, s.v_dim),
-            (s.heads, s.q_len, s.v_dim),
-        )
-    )
-    for t in (q, k, v):
-        t.requires_grad_()
+
+    def draw(heads: int, length: int, dim: int) -> Tensor:
+        return torch.randn(s.batch, heads, length, dim, generator=generator, device=device, dtype=s.dtype)
+
+    q, k = draw(s.heads, s.q_len, s.head_dim), draw(s.kv_heads, s.kv_len, s.head_dim)
+    v, do = draw(s.kv_heads, s.kv_len, s.v_dim), draw(s.heads, s.q_len, s.v_dim)
     kind, mask, block_mask = case.mask, None, None
     if kind is not None and s.kv_len <= DENSE_LENGTH:
         mask = kind.dense(s, generator)
         source = mask if kind.forms is None else kind.forms(s, device)[1]
         block_mask = anymask.pack(source, q_len=s.q_len, kv_len=s.kv_len, device=device)
-    return Problem(case, q, k, v, do, mask, block_mask, earlier)
+    return Inputs(case, *(t.requires_grad_() for t in (q, k, v)), do, mask, block_mask, earlier)
 
 
-def _at(shape: Shape, ours: tuple[str, ...], *rivals_of: tuple[MaskKind | None, tuple[str, ...]]) -> list[Case]:
+def _at(shape: Shape, ours: tuple[str, ...], *baselines_of: tuple[MaskKind | None, tuple[str, ...]]) -> list[Case]:
     """One case for each mask, all at one shape."""
-    return [Case("none" if m is None else m.name, shape, m, rivals, ours) for m, rivals in rivals_of]
+    return [Case("none" if m is None else m.name, shape, m, baselines, ours) for m, baselines in baselines_of]
 
 
-RANDOM, CUDNN, CUDNN_CAUSAL = masks.random(0.5), ("cudnn:unmasked",), ("cudnn:causal",)
+CUDNN, CUDNN_CAUSAL = ("cudnn:unmasked",), ("cudnn:causal",)
 BUILD: dict[str, Any] = {"passes": ("build",)}
 
 
@@ -155,25 +145,21 @@ def _trades() -> list[Case]:
 def _masks() -> list[Case]:
     shapes = [Shape(b, 16, n, d, kv_heads=4) for n, b in ((8192, 2), (32768, 1)) for d in (128, 64)]
     # cuDNN takes the same time for every mask, and without one
-    more = {RANDOM.name: (*CUDNN, "cudnn")}
-    return [
-        Case(f"{m.name}, L{s.q_len} D{s.head_dim}", s, m, ("flex", "fa4", *more.get(m.name, ())), OURS)
-        for s in shapes
-        for m in masks.KINDS
-    ]
+    plan = [(s, m, (*CUDNN, "cudnn") if m is RANDOM else ()) for s in shapes for m in masks.KINDS]
+    return [Case(f"{m.name}, L{s.q_len} D{s.head_dim}", s, m, ("flex", "fa4", *more), OURS) for s, m, more in plan]
 
 
 def _scaling() -> list[Case]:
-    rivals, sizes = (*CUDNN_CAUSAL, "flex", "fa4"), [2**n for n in range(7)]
+    baselines, sizes = (*CUDNN_CAUSAL, "flex", "fa4"), [2**n for n in range(7)]
     return [
-        *(Case(f"{n} heads, B1 L4096", Shape(1, n, 4096, 128), CAUSAL, rivals, OURS) for n in sizes),
-        *(Case(f"{n} samples, H8 L2048", Shape(n, 8, 2048, 128), CAUSAL, rivals, OURS) for n in sizes),
+        *(Case(f"{n} heads, B1 L4096", Shape(1, n, 4096, 128), CAUSAL, baselines, OURS) for n in sizes),
+        *(Case(f"{n} samples, H8 L2048", Shape(n, 8, 2048, 128), CAUSAL, baselines, OURS) for n in sizes),
     ]
 
 
 def _build() -> list[Case]:
-    def case(mask: MaskKind, length: int, who: tuple[str, ...], rivals: tuple[str, ...]) -> Case:
-        return Case(f"{mask.name}, {length} tokens", Shape(1, 1, length, 64), mask, rivals, who, **BUILD)
+    def case(mask: MaskKind, length: int, who: tuple[str, ...], baselines: tuple[str, ...]) -> Case:
+        return Case(f"{mask.name}, {length} tokens", Shape(1, 1, length, 64), mask, baselines, who, **BUILD)
 
     ways, flex = ("pack:named", "pack", "pack:function"), ("flex:build", "flex:build-eager")
     return [
@@ -185,12 +171,8 @@ def _build() -> list[Case]:
 
 
 def _latency() -> list[Case]:
-    small, rivals, host = (
-        Shape(1, 8, 512, 128, BF16),
-        (*CUDNN_CAUSAL, "flash:causal", "flex", "fa4"),
-        ("inference", "forward"),
-    )
-    long = Shape(1, 1, 32768, 64)
+    small, long, host = Shape(1, 8, 512, 128, BF16), Shape(1, 1, 32768, 64), ("inference", "forward")
+    baselines, short = (*CUDNN_CAUSAL, "flash:causal", "flex", "fa4"), [Shape(1, 8, 2**k, 128) for k in range(7, 12)]
     return [
         Case("eager", small, RANDOM, CUDNN, passes=(*host, "both")),
         Case("compiled", small, RANDOM, CUDNN, passes=("forward", "both"), mode="default"),
@@ -198,10 +180,7 @@ def _latency() -> list[Case]:
         Case("dense tensor", small, RANDOM, ("anymask",), ("anymask:dense", "anymask:view"), ("inference",)),
         Case("causal B4 H32 L1024", Shape(4, 32, 1024, 128), CAUSAL, ("fa4",), passes=("backward",)),
         Case("documents by name, L32768", long, masks.documents(8), ("flex:build",), ("pack:named",), **BUILD),
-        *(
-            Case(f"causal L{n}", Shape(1, 8, n, 128), CAUSAL, rivals, OURS, (*host, "backward"))
-            for n in (128, 256, 512, 1024, 2048)
-        ),
+        *(Case(f"causal L{s.q_len}", s, CAUSAL, baselines, OURS, (*host, "backward")) for s in short),
     ]
 
 
@@ -209,9 +188,9 @@ def _classic() -> list[Case]:
     causal = (*CUDNN_CAUSAL, "fa4", "flex", "flex:dense", "cudnn", "efficient", "earlier")
     plain = ("cudnn", "flash", "fa4", "efficient", "flex", "earlier")
     return [
-        Case(f"{'none' if m is None else m.name}, H{h} L{n}", Shape(4, h, n, 64), m, rivals, OURS)
+        Case(f"{'none' if m is None else m.name}, H{h} L{n}", Shape(4, h, n, 64), m, baselines, OURS)
         for h in (32, 16)
-        for m, rivals in ((CAUSAL, causal), (None, plain))
+        for m, baselines in ((CAUSAL, causal), (None, plain))
         for n in (2**k for k in range(8, 15))
     ]
 
@@ -219,13 +198,9 @@ def _classic() -> list[Case]:
 def _suites() -> Iterator[Suite]:
     long: dict[str, Any] = {"rounds": 5, "block_ms": 40.0}
     quick, wide, cpu = Shape(2, 16, 8192, 128), Shape(1, 16, 16384, 128), Shape(1, 8, 2048, 64, F32)
-    wanted = [
-        (RANDOM, WITH_MASK),
-        (CAUSAL, (*WITH_MASK, *CUDNN_CAUSAL, "flash:causal")),
-        (masks.window(1024), WITH_MASK),
-        (masks.documents(8), WITH_MASK),
-        (None, ("flex", "cudnn", "flash", "efficient", "fa4")),
-    ]
+    wanted = [(m, WITH_MASK) for m in (RANDOM, CAUSAL, masks.window(1024), masks.documents(8))]
+    wanted[1] = (CAUSAL, (*WITH_MASK, *CUDNN_CAUSAL, "flash:causal"))
+    wanted.append((None, ("flex", "cudnn", "flash", "efficient", "fa4")))
     yield Suite("quick", f"Everyone, {quick}.", _at(quick, OURS, *wanted), **long, host=True, memory=True)
     for name, shape in (("d128", quick), ("d64", Shape(2, 32, 8192, 64)), ("short", Shape(16, 16, 1024, 128))):
         about = f"The Hopper kernels beside cuDNN without a mask, its causal mask, and FlexAttention: {shape}."
@@ -236,24 +211,22 @@ def _suites() -> Iterator[Suite]:
     tiles = _at(wide, OURS, *((m, CUDNN) for m in shares))
     yield Suite("density", f"Random tiles, each half full, {wide}.", tiles, **long)
     lengths = [
-        Case(f"{m.name}, L{n}", Shape(131072 // n, 8, n, 128), m, rivals, OURS)
-        for m, rivals in ((CAUSAL, (*CUDNN_CAUSAL, "flex", "fa4")), (masks.PACKED_DOCUMENTS, ("flex", "fa4")))
+        Case(f"{m.name}, L{n}", Shape(131072 // n, 8, n, 128), m, (*cudnn, "flex", "fa4"), OURS)
+        for m, cudnn in ((CAUSAL, CUDNN_CAUSAL), (masks.PACKED_DOCUMENTS, ()))
         for n in (2**k for k in range(8, 18))
     ]
     yield Suite("lengths", "131,072 tokens in sequences of one length, 8 heads, head_dim 128, fp16.", lengths)
     yield Suite("scaling", "A causal mask by the number of heads and of samples, head_dim 128, fp16.", _scaling())
     yield Suite("build", "Building the mask of one plane.", _build(), "wall", rounds=100, memory=True)
-    rivals = ("flex:dense", "cudnn", "cudnn:bias", "efficient")
-    peaks = [Case(f"L{n}", Shape(1, 8, n, 128), RANDOM, rivals, OURS) for n in (2**k for k in range(10, 16))]
+    baselines = ("flex:dense", "cudnn", "cudnn:bias", "efficient")
+    peaks = [Case(f"L{n}", Shape(1, 8, n, 128), RANDOM, baselines, OURS) for n in (2**k for k in range(10, 16))]
     about = "Random bits, 8 heads, head_dim 128, fp16: peak bytes of a call above what is held before it."
     yield Suite("memory", about, peaks, rounds=1, block_ms=10.0, memory=True)
     about = "Small calls on the wall clock, B1 H8 D128; a time holds the host and the device."
     yield Suite("latency", about, _latency(), "wall", rounds=400, host=True)
     yield Suite("classic", "The shapes of flashattention2-custom-mask: B4 D64, fp16.", _classic())
-    both = [
-        Case(m.name, cpu, m, ("sdpa", flex), passes=(*BOTH, "both"))
-        for m, flex in ((RANDOM, "flex:dense"), (masks.documents(8), "flex"))
-    ]
+    ways = ((RANDOM, "flex:dense"), (masks.documents(8), "flex"))
+    both = [Case(m.name, cpu, m, ("sdpa", flex), passes=(*BOTH, "both")) for m, flex in ways]
     yield Suite("cpu", "A CPU: times over that of SDPA with the same mask.", both, rounds=15)
 
 
@@ -263,11 +236,9 @@ SUITES = {suite.name: suite for suite in _suites()}
 def tiny(suite: Suite) -> Suite:
     """The suite at sizes that a CPU bears: every row is built, checked and timed once."""
 
-    def shrunk(case: Case) -> Case:
-        s = case.shape
-        group = s.heads // s.kv_heads
-        sizes = {"batch": min(s.batch, 2), "heads": group, "kv_heads": 1, "head_dim": min(s.head_dim, 32)}
-        lengths = {"q_len": min(s.q_len, 256), "kv_len": min(s.kv_len, 256), "v_dim": min(s.v_dim, 16)}
-        return replace(case, shape=replace(s, **sizes, **lengths))
-
-    return replace(suite, cases=list(map(shrunk, suite.cases)), rounds=1, block_ms=1.0)
+    most, cases = {"batch": 2, "head_dim": 32, "v_dim": 16, "q_len": 256, "kv_len": 256}, []
+    for case in suite.cases:
+        sizes = {name: min(getattr(case.shape, name), size) for name, size in most.items()}
+        heads = {"heads": case.shape.heads // case.shape.kv_heads, "kv_heads": 1}
+        cases.append(replace(case, shape=replace(case.shape, **sizes, **heads)))
+    return replace(suite, cases=cases, rounds=1, block_ms=1.0)

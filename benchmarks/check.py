@@ -6,14 +6,14 @@ The oracle reads the dense mask, so an error in packing shows here too. Eager to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from anymask import BlockMask, slice_queries
 from anymask.testing import eager, reference
-from benchmarks.cases import Problem
+from benchmarks.cases import Inputs
 from benchmarks.masks import Shape
 
 # scores of a step, all query heads of one kv head: 512 MiB in fp64, of which the oracle holds several
@@ -25,7 +25,8 @@ NAMES = ("o", "dq", "dk", "dv")
 LIMIT = 5.0
 # what is always allowed, in parts of eps: a few roundings
 FLOOR = 4.0
-Plane = tuple[int, int]
+# fp64 and eager `o, dq` `[1, group, q_len, dim]` and `dk, dv` `[1, 1, kv_len, dim]`, by sample and kv head
+Expected = dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Errors:
     """How far a result is from fp64, per name of `NAMES`."""
 
     # |found - expected| / |expected|, Frobenius norms
-    total: dict[str, float]
+    total: dict[str, float] = field(default_factory=dict)
     # the same, and that of the worst single row, over what is allowed: above 1 is wrong, NaN too
-    excess: dict[str, float]
+    excess: dict[str, float] = field(default_factory=dict)
     # `total` over the same of eager torch
-    ratio: dict[str, float]
+    ratio: dict[str, float] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:
@@ -45,31 +46,27 @@ class Errors:
         return all(e <= 1 for e in self.excess.values())
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {self.total[name]:.1e} ({self.ratio[name]:.2f} of eager's)" for name in self.total)
+        said = (f"{name} {self.total[name]:.1e} ({self.ratio[name]:.2f} of eager's)" for name in self.total)
+        return ", ".join(said) or "it packs another mask"
 
 
-def planes(s: Shape) -> tuple[Plane, ...]:
-    """The samples and kv heads that are checked: the first and the last."""
-    return tuple(sorted({(0, 0), (s.batch - 1, s.kv_heads - 1)}))
+def expected(inputs: Inputs, with_mask: bool = True) -> Expected:
+    """What the first sample and kv head should give, and the last."""
+    s = inputs.case.shape
+    planes = dict.fromkeys(((0, 0), (s.batch - 1, s.kv_heads - 1)))
+    return {plane: _of_plane(inputs, *plane, with_mask) for plane in planes}
 
 
-def expected(problem: Problem, with_mask: bool = True) -> dict[Plane, list[tuple[Tensor, Tensor]]]:
-    """For each of `planes`, fp64 and eager `o, dq` `[1, group, q_len, dim]` and `dk, dv` `[1, 1, kv_len, dim]`."""
-    return {plane: _of_plane(problem, *plane, with_mask) for plane in planes(problem.case.shape)}
-
-
-def _of_plane(problem: Problem, b: int, kv_head: int, with_mask: bool) -> list[tuple[Tensor, Tensor]]:
-    heads = heads_of(problem.case.shape, kv_head)
-    q, do = (t.detach()[b : b + 1, heads] for t in (problem.q, problem.do))
-    k, v = (t.detach()[b : b + 1, kv_head : kv_head + 1] for t in (problem.k, problem.v))
-    mask = problem.mask if with_mask else None
+def _of_plane(inputs: Inputs, b: int, kv_head: int, with_mask: bool) -> list[tuple[Tensor, Tensor]]:
+    heads = heads_of(inputs.case.shape, kv_head)
+    q, do = (t.detach()[b : b + 1, heads] for t in (inputs.q, inputs.do))
+    k, v = (t.detach()[b : b + 1, kv_head : kv_head + 1] for t in (inputs.k, inputs.v))
+    mask = inputs.mask[b % len(inputs.mask), None] if with_mask and inputs.mask is not None else None
     step = max(1, SCORES // (k.shape[2] * q.shape[1]))
     parts: list[list[list[Tensor]]] = [[], []]
-    for first in range(0, q.shape[2], step):
-        rows = slice(first, first + step)
-        seen = None if mask is None else mask[b % len(mask), None, :, rows]
+    for rows in (slice(first, first + step) for first in range(0, q.shape[2], step)):
         for kind, of in zip(parts, (reference, eager), strict=True):
-            found = of(q[:, :, rows], k, v, seen, None, do[:, :, rows])
+            found = of(q[:, :, rows], k, v, None if mask is None else mask[:, :, rows], None, do[:, :, rows])
             kind.append([found.o, found.dq, found.dk.double(), found.dv.double()])
     # rows of o and dq are of their queries alone; dk and dv are sums over all queries
     joined = [[torch.cat(t, 2) if i < 2 else sum(t) for i, t in enumerate(zip(*kind, strict=True))] for kind in parts]
@@ -82,20 +79,23 @@ def heads_of(s: Shape, kv_head: int) -> slice:
     return slice(kv_head * group, (kv_head + 1) * group)
 
 
-def errors(problem: Problem, found: tuple[Tensor, ...], wanted: dict[Plane, list[tuple[Tensor, Tensor]]]) -> Errors:
+def errors(inputs: Inputs, found: tuple[Tensor, ...], wanted: Expected) -> Errors:
     """Errors of `o, dq, dk, dv`, or of `o` alone, each the worst of the planes of `wanted`."""
-    total, excess, ratio = (dict.fromkeys(NAMES[: len(found)], 0.0) for _ in range(3))
+    worst, eps = Errors(), torch.finfo(found[0].dtype).eps
     for (b, kv_head), tensors in wanted.items():
-        heads = heads_of(problem.case.shape, kv_head)
-        parts = heads, heads, slice(kv_head, kv_head + 1), slice(kv_head, kv_head + 1)
-        for name, got, part, (want, yardstick) in zip(total, found, parts, tensors, strict=False):
-            floor = FLOOR * torch.finfo(got.dtype).eps
-            mine, its = (_errors(t, want) for t in (got.detach()[b : b + 1, part], yardstick))
-            off = [error / max(LIMIT * of_eager, floor) for error, of_eager in zip(mine, its, strict=True)]
-            total[name] = _worse(total[name], mine[0])
-            excess[name] = _worse(excess[name], *off)
-            ratio[name] = _worse(ratio[name], mine[0] / max(its[0], torch.finfo(got.dtype).eps / 8))
-    return Errors(total, excess, ratio)
+        own = slice(kv_head, kv_head + 1)
+        parts = heads_of(inputs.case.shape, kv_head), heads_of(inputs.case.shape, kv_head), own, own
+        for name, got, part, (want, yardstick) in zip(NAMES, found, parts, tensors, strict=False):
+            mine, of_eager = (_errors(t, want) for t in (got.detach()[b : b + 1, part], yardstick))
+            off = [error / max(LIMIT * its, FLOOR * eps) for error, its in zip(mine, of_eager, strict=True)]
+            for kind, *values in (
+                (worst.total, mine[0]),
+                (worst.excess, *off),
+                (worst.ratio, mine[0] / max(of_eager[0], eps / 8)),
+            ):
+                # NaN is larger than any
+                kind[name] = float(torch.tensor([kind.get(name, 0.0), *values], dtype=torch.float64).max())
+    return worst
 
 
 def _errors(got: Tensor, want: Tensor) -> tuple[float, float]:
@@ -107,14 +107,14 @@ def _errors(got: Tensor, want: Tensor) -> tuple[float, float]:
     return float(wrong.norm()) / size, float((wrong.norm(dim=-1) / (want.norm(dim=-1) + typical)).max())
 
 
-def mask_is(block_mask: BlockMask, problem: Problem) -> bool:
-    """Whether a mask is that of the problem: of its tensor, or of its closed form on some rows of tiles."""
-    if problem.mask is not None:
-        return torch.equal(block_mask.to_dense(), problem.mask)
-    kind, s, device = problem.case.mask, problem.case.shape, block_mask.device
+def mask_is(block_mask: BlockMask, inputs: Inputs) -> bool:
+    """Whether a mask is that of the case: of its tensor, or of its closed form on some rows of tiles."""
+    if inputs.mask is not None:
+        return torch.equal(block_mask.to_dense(), inputs.mask)
+    kind, s, device = inputs.case.mask, inputs.case.shape, block_mask.device
     assert kind is not None
     assert kind.forms is not None
-    (rule, _), zero = kind.forms(s, problem.device), torch.zeros((), dtype=torch.int64, device=device)
+    (rule, _), zero = kind.forms(s, inputs.q.device.type), torch.zeros((), dtype=torch.int64, device=device)
     for tile in torch.linspace(0, -(-s.q_len // 128) - 1, TILE_ROWS).long().unique().tolist():
         q = torch.arange(128 * tile, min(128 * tile + 128, s.q_len), device=device)
         found = slice_queries(block_mask, 128 * tile, 128 * tile + len(q)).to_dense()[0, 0]
@@ -122,8 +122,3 @@ def mask_is(block_mask: BlockMask, problem: Problem) -> bool:
         if not torch.equal(found, wanted.expand(found.shape)):
             return False
     return True
-
-
-def _worse(*errors: float) -> float:
-    """The largest of errors; NaN is larger than any."""
-    return math.nan if any(math.isnan(e) for e in errors) else max(errors)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,10 +103,8 @@ def random_tiles(share: float) -> MaskKind:
 
 def window(size: int) -> MaskKind:
     """Query i sees keys `i - size <= j <= i`."""
-    return MaskKind(
-        f"window {size}",
-        lambda s, device: (lambda b, h, i, j: (i >= j) & (i - j <= size), anymask.sliding_window(size)),
-    )
+    forms = lambda b, h, i, j: (i >= j) & (i - j <= size), anymask.sliding_window(size)
+    return MaskKind(f"window {size}", lambda s, device: forms)
 
 
 def documents(count: int) -> MaskKind:
@@ -153,21 +150,23 @@ def _draw(seed: int, high: int, count: int, device: str) -> Tensor:
     return torch.randint(high, (count,), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def _packed(s: Shape, device: str, both_ways: bool = False) -> Forms:
+def _both_ways(s: Shape, device: str) -> Forms:
     """16 documents, cut at random places."""
     cuts = _draw(s.q_len, s.q_len, 15, device).sort().values
     ids = torch.searchsorted(cuts, torch.arange(s.q_len, device=device), right=True)
-    if both_ways:
-        return lambda b, h, i, j: ids[i] == ids[j], anymask.document(ids)
-    return lambda b, h, i, j: (i >= j) & (ids[i] == ids[j]), anymask.causal() & anymask.document(ids)
+    return lambda b, h, i, j: ids[i] == ids[j], anymask.document(ids)
+
+
+def _packed(s: Shape, device: str) -> Forms:
+    rule, named = _both_ways(s, device)
+    return lambda b, h, i, j: (i >= j) & rule(b, h, i, j), anymask.causal() & named
 
 
 def _images(s: Shape, device: str) -> Forms:
     """The first 576 tokens of every 1024 are an image, which attends both ways."""
     at = torch.arange(s.q_len, device=device)
-    inside = at % 1024 < 576
-    start = torch.where(inside, at // 1024 * 1024, 0)
-    end = torch.where(inside, (at // 1024 * 1024 + 576).clamp(max=s.q_len), 0)
+    inside, first = at % 1024 < 576, at // 1024 * 1024
+    start, end = torch.where(inside, first, 0), torch.where(inside, (first + 576).clamp(max=s.q_len), 0)
     named = anymask.causal() | anymask.spans(start, end)
     return lambda b, h, i, j: (i >= j) | ((j >= start[i]) & (j < end[i])), named
 
@@ -202,8 +201,7 @@ def _diffusion(s: Shape, device: str) -> Forms:
 
     def mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         mine, other = i % half // block, j % half // block
-        own_noise = (j < half) & (i < half) & (mine == other)
-        return own_noise | ((j >= half) & (other < mine + (i >= half)))
+        return ((j < half) & (i < half) & (mine == other)) | ((j >= half) & (other < mine + (i >= half)))
 
     return mod, anymask.block_diffusion(block, half)
 
@@ -232,39 +230,33 @@ def _prefix(s: Shape, device: str) -> Forms:
     return lambda b, h, i, j: (i >= j) | (j < s.q_len // 4), anymask.prefix_lm(s.q_len // 4)
 
 
-def _global(s: Shape, device: str) -> Forms:
-    named = anymask.sliding_window(512, 512) | anymask.global_tokens(64)
-    return lambda b, h, i, j: ((i - j).abs() <= 512) | (i < 64) | (j < 64), named
-
-
-def _dilated(s: Shape, device: str) -> Forms:
-    return lambda b, h, i, j: (i >= j) & (i - j <= 4 * 512) & ((i - j) % 4 == 0), anymask.dilated(4, 512)
-
-
-def _decode(s: Shape, device: str) -> Forms:
-    """One query at the end of a cache: it sees every key."""
-    return lambda b, h, i, j: i + s.kv_len - s.q_len >= j, anymask.causal_lower_right()
-
-
+GLOBAL: Forms = (
+    lambda b, h, i, j: ((i - j).abs() <= 512) | (i < 64) | (j < 64),
+    anymask.sliding_window(512, 512) | anymask.global_tokens(64),
+)
+DILATED: Forms = lambda b, h, i, j: (i >= j) & (i - j <= 4 * 512) & ((i - j) % 4 == 0), anymask.dilated(4, 512)
+RANDOM = random(0.5)
 CAUSAL = MaskKind("causal", lambda s, device: (lambda b, h, i, j: i >= j, anymask.causal()))
-DECODE = MaskKind("decode", _decode)
+LOWER_RIGHT = anymask.causal_lower_right()
+# one query at the end of a cache sees every key
+DECODE = MaskKind("decode", lambda s, device: (lambda b, h, i, j: i + s.kv_len - s.q_len >= j, LOWER_RIGHT))
 PACKED_DOCUMENTS = MaskKind("16 documents of any length", _packed)
 SHORT_DOCUMENTS = MaskKind("short documents", _short_documents, per_sample=True)
 SHIFTED_WINDOWS = MaskKind("shifted windows", _shifted_windows, per_sample=True)
 # what models use, from almost empty to full of partial tiles
 KINDS = (
-    random(0.5),
+    RANDOM,
     CAUSAL,
     window(1024),
     PACKED_DOCUMENTS,
-    MaskKind("the same, both ways", partial(_packed, both_ways=True)),
+    MaskKind("the same, both ways", _both_ways),
     MaskKind("prefix-LM", _prefix),
     MaskKind("images in text", _images),
     MaskKind("answers to one question", _answers),
     MaskKind("tree", _tree),
     MaskKind("block diffusion", _diffusion),
-    MaskKind("window and global tokens", _global),
-    MaskKind("dilated window", _dilated),
+    MaskKind("window and global tokens", lambda s, device: GLOBAL),
+    MaskKind("dilated window", lambda s, device: DILATED),
     MaskKind("pixels 13 x 13", _pixels),
     MaskKind("random blocks", _blocks),
 )

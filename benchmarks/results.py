@@ -10,11 +10,12 @@ import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from anymask.collect_env import version_of
 
 OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
 # packages whose versions matter if they are there
@@ -39,15 +40,14 @@ class Row:
     ms: float | None = None
     p20: float | None = None
     p80: float | None = None
-    # its time over that of the fastest rival, and the rival's name
+    # its time over that of the fastest baseline, and the baseline's name
     ratio: float | None = None
-    rival: str | None = None
+    baseline: str | None = None
     # of attended pairs
     tflops: float | None = None
     host_us: float | None = None
     # peak above what is held before the call, result included
     extra_bytes: int | None = None
-    sm_clock_mhz: float | None = None
     # relative to fp64, and over the error of eager torch
     errors: dict[str, float] = field(default_factory=dict)
     error_ratios: dict[str, float] = field(default_factory=dict)
@@ -64,21 +64,13 @@ class Results:
     def load(path: Path) -> Results:
         """The result in a file that `save` wrote."""
         found = json.loads(path.read_text())
-        return Results(found["environment"], [Row(step=row.pop("pass"), **row) for row in found["rows"]])
+        return Results(found["environment"], [Row(**row) for row in found["rows"]])
 
     def save(self, path: Path) -> None:
-        """Replace the file, so that a reader, or an interruption, sees the old or the new one and nothing between."""
+        """Write the file, one line a row."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(_compact(row)) for row in self.rows]
-        text = f'{{"environment": {json.dumps(self.environment)},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n"
-        part = path.with_name(path.name + ".part")
-        part.write_text(text)
-        os.replace(part, path)
-
-    def find(self, case: str, provider: str, step: str) -> Row | None:
-        """The row with numbers, or None."""
-        wanted = case, provider, step, OK
-        return next((r for r in self.rows if (r.case, r.provider, r.step, r.status) == wanted), None)
+        lines = ",\n".join(json.dumps(_compact(row)) for row in self.rows)
+        path.write_text(f'{{"environment": {json.dumps(self.environment)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def _compact(row: Row) -> dict[str, Any]:
@@ -89,16 +81,14 @@ def _compact(row: Row) -> dict[str, Any]:
             return {key: short(v) for key, v in value.items()}
         return (float(f"{value:.5g}") if math.isfinite(value) else None) if isinstance(value, float) else value
 
-    names = {"step": "pass"}
-    return {names.get(k, k): short(v) for k, v in asdict(row).items() if v is not None and v != {}}
+    return {k: short(v) for k, v in asdict(row).items() if v is not None and v != {}}
 
 
 def reason(error: BaseException) -> str:
     """Type and first line of an error, without the folders of this machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    text = re.sub(r"(?:/[\w.+@-]+)+/([\w.+@-]+)", r"\1", text)
-    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 1] + "…"
+    return re.sub(r"(?:/[\w.+@-]+)+/([\w.+@-]+)", r"\1", text)[:MAX_REASON]
 
 
 def environment(device: str, command: str, commit: str | None = None) -> dict[str, str]:
@@ -110,8 +100,7 @@ def environment(device: str, command: str, commit: str | None = None) -> dict[st
         "card": torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
     }
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    found |= {name: installed[name] for name in PACKAGES if name in installed}
+    found |= {name: version for name in PACKAGES if (version := version_of(name)) != "not installed"}
     if device == "cuda":
         found["cuda"], found["cudnn"] = str(torch.version.cuda), str(torch.backends.cudnn.version())
     else:
@@ -121,12 +110,8 @@ def environment(device: str, command: str, commit: str | None = None) -> dict[st
 
 def _commit() -> str:
     """Commit of this checkout, with "+changes" if tracked files differ from it; "unknown" without git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git, here = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"], Path(__file__).parent
     try:
-        head, changes = (
-            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-            for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        return subprocess.run(git, cwd=here, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+changes" if changes else "")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +30,9 @@ class Quantiles:
     p80: float
 
     @staticmethod
-    def of(samples: list[float]) -> Quantiles:
+    def of(samples: Sequence[float]) -> Quantiles:
         """Quantiles of at least one sample."""
-        if len(samples) == 1:
-            return Quantiles(samples[0], samples[0], samples[0])
-        fifths = statistics.quantiles(samples, n=5, method="inclusive")
+        fifths = statistics.quantiles(samples * 2 if len(samples) == 1 else samples, n=5, method="inclusive")
         return Quantiles(statistics.median(samples), fifths[0], fifths[3])
 
 
@@ -87,7 +84,7 @@ def wall_ms(functions: Mapping[str, Function], calls: int, device: str) -> dict[
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for n in range(calls):
-        # whoever follows a slow call finds the caches as that left them
+        # a call finds the caches as the call before left them
         for name in reversed(list(functions)) if n % 2 else functions:
             wait()
             start = time.perf_counter()
@@ -95,10 +92,8 @@ def wall_ms(functions: Mapping[str, Function], calls: int, device: str) -> dict[
             returned = time.perf_counter() - start
             wait()
             samples[name].append(((time.perf_counter() - start) * 1e3, returned * 1e6))
-    return {
-        name: (Quantiles.of([wall for wall, _ in found]), statistics.median(us for _, us in found))
-        for name, found in samples.items()
-    }
+    columns = {name: list(zip(*found, strict=True)) for name, found in samples.items()}
+    return {name: (Quantiles.of(walls), statistics.median(us)) for name, (walls, us) in columns.items()}
 
 
 def host_us(function: Function, calls: int = 20, rounds: int = 3) -> float:
@@ -120,22 +115,6 @@ def extra_bytes(function: Function) -> int:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     # the result lives until the peak is read
-    result = function()
+    _result = function()
     torch.cuda.synchronize()
-    peak: int = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
-    del result
-    return peak
-
-
-def sm_clock_mhz(function: Function) -> float | None:
-    """Clock of the multiprocessors while `function` runs, by nvidia-smi; None where it does not say."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
-    try:
-        asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    except OSError:
-        return None
-    while asked.poll() is None:
-        function()
-        torch.cuda.synchronize()
-    answer = asked.communicate()[0].strip()
-    return float(answer) if answer.isdigit() else None
+    return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)

@@ -25,14 +25,16 @@ from anymask import backends
 from anymask.backends.gpu.arguments import TileConfig
 from anymask.backends.gpu.target import current_target
 from benchmarks import masks, timing
-from benchmarks.cases import Case, Problem, make_problem
+from benchmarks.cases import Case, Inputs, make_inputs
 from benchmarks.masks import Shape
 from benchmarks.providers import failures
+from benchmarks.results import reason
 
 # norm of an error, in parts of that of the result
 TOLERANCE = 2e-3
 # shared memory that a program may have, without its barriers
 SHARED_BYTES = 226 * 1024
+PROCESSES, TOP = 8, 12
 Options = tuple[Any, ...]
 
 
@@ -78,7 +80,7 @@ def hopper_candidates(which: str, head_dim: int) -> Iterator[Options]:
             yield block_n, pairs, stages, q_stages, (persistent, persistent)
 
 
-def run_pass(kernels: str, which: str, p: Problem) -> Callable[[], tuple[Tensor, ...]]:
+def run_pass(kernels: str, which: str, p: Inputs) -> Callable[[], tuple[Tensor, ...]]:
     """A call of the pass by the backend itself. dq and dkdv come together: one of them changes its options."""
     backend, scale = backends.load(kernels), p.case.shape.head_dim**-0.5
     q, k, v, mask = p.q.detach(), p.k.detach(), p.v.detach(), p.block_mask
@@ -88,32 +90,32 @@ def run_pass(kernels: str, which: str, p: Problem) -> Callable[[], tuple[Tensor,
     return lambda: backend.backward(q, k, v, o, lse, p.do, None, mask, scale, kernels == "triton")
 
 
-def problems(head_dim: int, dtype: torch.dtype, shape: Sequence[int]) -> dict[str, Problem]:
+def all_inputs(a: argparse.Namespace, shape: Sequence[int]) -> dict[str, Inputs]:
     """What is timed: no mask, random bits, causal, documents."""
-    sizes = Shape(*shape, head_dim, dtype)
-    kinds = {"none": None} | {kind.name: kind for kind in (masks.random(0.5), masks.CAUSAL, masks.documents(8))}
-    return {name: make_problem(Case(name, sizes, kind, ()), "cuda") for name, kind in kinds.items()}
+    sizes = Shape(*shape, a.head_dim, getattr(torch, a.dtype))
+    kinds = {"none": None} | {kind.name: kind for kind in (masks.RANDOM, masks.CAUSAL, masks.documents(8))}
+    return {name: make_inputs(Case(name, sizes, kind, ()), "cuda") for name, kind in kinds.items()}
 
 
 def compile_one(a: argparse.Namespace, options: Options) -> str | None:
     """Compile the portable kernels of these options into Triton's cache; the reason if they do not fit the machine."""
     use_triton(a.which, a.head_dim, options, a.pointers)
     try:
-        for p in list(problems(a.head_dim, getattr(torch, a.dtype), (2, 2, 256)).values())[:2]:
+        for p in list(all_inputs(a, (2, 2, 256)).values())[:2]:
             run_pass("triton", a.which, p)()
     except failures() as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return reason(error)
     return None
 
 
 def is_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     """Whether a candidate's tensors are those of options that are known to be right; a NaN is not."""
-    pairs = zip(found, expected, strict=True)
-    return all(float((a.float() - e.float()).norm()) <= TOLERANCE * float(e.float().norm()) for a, e in pairs)
+    pairs = ((a.float(), e.float()) for a, e in zip(found, expected, strict=True))
+    return all(float((a - e).norm()) <= TOLERANCE * float(e.norm()) for a, e in pairs)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main() -> None:
+    """Compile, check against the table's own options, time in turns with them, print."""
     p = argparse.ArgumentParser("python -m benchmarks.tune", description=__doc__.splitlines()[0])
     p.add_argument("--kernels", choices=("triton", "hopper"), required=True)
     p.add_argument("--pass", dest="which", choices=("fwd", "dq", "dkdv", "bwd"), default="fwd", help="bwd is hopper's")
@@ -121,18 +123,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     p.add_argument("--shape", type=int, nargs=3, default=(2, 16, 8192), metavar=("BATCH", "HEADS", "LENGTH"))
     p.add_argument("--pointers", action="store_true", help="for inputs that the copy engine cannot read")
-    p.add_argument("--processes", type=int, default=8)
-    p.add_argument("--top", type=int, default=12)
-    return p
-
-
-def main() -> None:
-    """Compile, check against the table's own options, time in turns with them, print."""
-    a = parser().parse_args()
+    a = p.parse_args()
     if a.kernels == "triton":
         use, every = partial(use_triton, a.which, a.head_dim, pointers=a.pointers), list(triton_candidates(a.which))
         use(options=None)
-        with ProcessPoolExecutor(a.processes, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
             reasons = dict(zip(every, pool.map(partial(compile_one, a), every), strict=True))
         print("\n".join(f"does not fit: {options}: {why}" for options, why in reasons.items() if why), flush=True)
         fits = [options for options in every if reasons[options] is None]
@@ -144,18 +139,15 @@ def main() -> None:
         use(options=options)
         return call()
 
-    every_problem = problems(a.head_dim, getattr(torch, a.dtype), a.shape)
-    calls = {name: run_pass(a.kernels, a.which, p) for name, p in every_problem.items()}
+    calls = {name: run_pass(a.kernels, a.which, p) for name, p in all_inputs(a, a.shape).items()}
     # before a candidate has replaced the table's own options
     expected = {name: call() for name, call in calls.items()}
     for name, call in calls.items():
         tried = {str(options): partial(with_options, options, call) for options in fits}
         right = {n: c for n, c in tried.items() if is_close(c(), expected[name])}
         times = timing.cuda_ms(right, 3, 30.0)
-        print(f"{name}, ms:")
-        for n in sorted(right, key=lambda n: times[n].median)[: a.top]:
-            print(f"  {times[n].median:8.3f} {n}")
-        print("".join(f"  wrong: {n}\n" for n in tried if n not in right), end="", flush=True)
+        lines = [f"  {times[n].median:8.3f} {n}" for n in sorted(right, key=lambda n: times[n].median)[:TOP]]
+        print("\n".join([f"{name}, ms:", *lines, *(f"  wrong: {n}" for n in tried if n not in right)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ import torch
 from tests.helpers.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
+# folders that a copy needs, beside the files at the top
+FOLDERS = ("anymask", "tests", "benchmarks", "examples", "docs")
 # what pytest's exit codes say of a bug
 VERDICTS = {0: "survived", 1: "killed"}
 
@@ -46,10 +48,23 @@ class Found:
 def tracked_files() -> list[Path]:
     """Files of the checkout that a copy needs, relative to its root."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    wanted = ("anymask", "tests", "benchmarks", "examples", "docs")
-    files = [Path(name) for name in listed if name.split("/")[0] in wanted or "/" not in name]
-    return [f for f in files if (ROOT / f).is_file() and f.suffix not in (".png", ".json")]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        files = [Path(name) for name in listed]
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        # no git here, or a checkout that was copied without its repository
+        inside = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+        files = [path.relative_to(ROOT) for path in [*ROOT.iterdir(), *inside] if "__pycache__" not in path.parts]
+    wanted = [f for f in files if f.parts[0] in FOLDERS or len(f.parts) == 1]
+    return sorted(f for f in wanted if (ROOT / f).is_file() and f.suffix not in (".png", ".json"))
+
+
+def environment(mutant: Mutant, folder: Path) -> dict[str, str]:
+    """What the tests of a bug run with: the copy, and Triton's interpreter if they are about it."""
+    changed = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    if any("test_interpreter" in test for test in mutant.tests):
+        changed["TRITON_INTERPRET"] = "1"
+    return os.environ | changed
 
 
 def copy_checkout(folder: Path) -> Path:
@@ -79,7 +94,7 @@ def judge(mutant: Mutant, folder: Path, gpu: bool, limit_s: float) -> Found:
         done = subprocess.run(
             [*command, *mutant.tests],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+            env=environment(mutant, folder),
             capture_output=True,
             text=True,
             timeout=limit_s,

@@ -130,6 +130,8 @@ class TestMisses:
             whole[0, 10:20, :20],
             whole[0, :10, ::2],
             whole[0].T[:10, :20],
+            whole[0, :1, :20],
+            whole[0, :10, :1],
             whole[:, :10, :20][:, None],
         ]
         for _ in range(2):

@@ -94,7 +94,7 @@ def test_each_pass_obeys_the_setting_at_its_own_time(settings: None, monkeypatch
 
 
 # bytes a thread spills at most, with Triton 3.6 and 3.9
-SPILLS = {("sm_90", 64): 16, ("sm_100", 64): 64, ("sm_89", 128): 256}
+SPILLS = {("sm_90", 64): 48, ("sm_100", 64): 64, ("sm_89", 128): 256}
 
 
 @pytest.mark.parametrize("target", [pytest.param(t, marks=compiles) for t in SPILLS], ids=str)
@@ -113,7 +113,7 @@ def test_fp32_runs_on_tensor_cores_in_bf16_parts(compiled: Any, target: tuple[st
     assert max(spills.values()) <= SPILLS[target], spills
 
 
-@pytest.mark.parametrize(("arch", "dim"), [pytest.param("sm_90", 256, marks=compiles)])
+@pytest.mark.parametrize(("arch", "dim"), [pytest.param("sm_89", 256, marks=compiles)])
 def test_fp32_of_large_heads_runs_on_the_alus(compiled: Any, arch: str, dim: int) -> None:
     kernels = compiled(arch)
     compile_passes(torch.float32, dim, causal_mask())

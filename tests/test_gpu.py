@@ -22,6 +22,7 @@ from tests.helpers.grid import BF16, F16, F32, cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 BACKENDS = ("hopper", "triton")
+NAMES = ["triton", pytest.param("hopper", marks=pytest.mark.hopper)]
 DIMS = [(16, 16), (31, 31), (64, 32), (72, 72), (96, 96), (128, 128), (192, 128), (256, 256)]
 SIZES = [(1000, 1000), (513, 1025)]
 
@@ -32,6 +33,14 @@ SIZES = [(1000, 1000), (513, 1025)]
 )
 def test_masks(backend: str, case: Case, device: str) -> None:
     check(case, backend, device)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("shape", [(4, 4, 300, 500), (4, 2, 300, 500), (8, 2, 9, 500), (8, 1, 1, 500)], ids=str)
+@pytest.mark.parametrize("order", grid.ORDERS)
+def test_outputs_lie_as_inputs_do(order: tuple[int, ...], shape: Any, backend: str, device: str) -> None:
+    for dims in ((64, 40), (128, 128)):
+        grid.check_layouts(order, shape, backend, device, F16, dims)
 
 
 @cases(
@@ -254,7 +263,7 @@ def test_a_sample_alone_is_a_sample_in_a_batch(device: str) -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("q_len", "group"), [(1, 8), (7, 4), (16, 8), (32, 4), (33, 4)])
+@pytest.mark.parametrize(("q_len", "group"), [(1, 8), (7, 4), (16, 8), (20, 6), (32, 4), (33, 4)])
 def test_short_queries_of_grouped_heads(device: str, q_len: int, group: int, dim: int) -> None:
     q, k, v = make_qkv(2, 2 * group, 2, q_len, 1000, dim, dtype=F16, device=device)
     generator = torch.Generator(device).manual_seed(1)

@@ -150,7 +150,7 @@ def test_five_fresh_processes_agree(device: str) -> None:
         Case(mask, q_len, kv_len, dim, dtype, batch=3, q_heads=q_heads, kv_heads=2)
         for mask in ("per_batch", "documents", "empty_sample", "none", "key_padding")
         for q_len, kv_len in ((500, 700), (129, 1))
-        for dim, dtype in ((64, F16), (128, BF16), (128, F32))
+        for dim, dtype in ((64, F16), (128, BF16), (32, F32), (64, F32), (128, F32), (256, F32), (256, BF16))
         for q_heads in (2, 8)
     ],
 )

@@ -142,6 +142,16 @@ def test_dead_queries_reach_nothing(backend: str, case: Case, value: float) -> N
     grid.check_dead_queries_reach_nothing(case, backend, "cpu", value)
 
 
+@cases(BACKENDS, [Case("random", 40, 140, 16, F16, batch=1, q_heads=4)])
+def test_unused_rows_that_differ_by_head(backend: str, case: Case) -> None:
+    grid.check_unused_rows_that_differ_by_head(case, backend, "cpu", float("nan"))
+
+
+@cases(BACKENDS, [Case("empty_head", 40, 140, 16, F16, batch=1, q_heads=4)])
+def test_keys_that_one_head_of_a_group_has(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
 @cases(BACKENDS, [Case("random", 140, 200, 16, F16, batch=1)])
 def test_emptied_rows_leave_the_others(backend: str, case: Case) -> None:
     grid.check_emptied_rows_leave_the_others(case, backend, "cpu")
@@ -174,13 +184,23 @@ def test_dq_leaves_its_accumulator_in_order(q_len: int, dim: int, padded: int) -
     """The one plain kernel of the Hopper backend: its input has the order that `_store_dq` writes."""
     from anymask.backends.hopper.kernels.backward import _dq_kernel
 
-    heads, rows = 3, (q_len + 127) // 128 * 128
-    sums = torch.randn(heads, rows, padded)
+    batch, heads, rows = 2, 3, (q_len + 127) // 128 * 128
+    sums = torch.randn(batch * heads, rows, padded)
     # block of 64 rows, 16 columns (8 b + 2 t + p) at a time -> (block, columns, row, t, b, p)
-    acc = sums.view(heads, rows // 64, 64, padded // 16, 2, 4, 2).permute(0, 1, 3, 2, 5, 4, 6).reshape(-1, 32)
-    dq = torch.full((heads, q_len, dim), float("nan"), dtype=F16)
-    _dq_kernel[(heads * rows // 64,)](acc, dq, q_len, 0.5, DIM=dim, HEAD_DIM=padded, TILE=128)
-    assert torch.equal(dq, (sums[:, :q_len, :dim] * 0.5).to(F16))
+    acc = sums.view(batch * heads, rows // 64, 64, padded // 16, 2, 4, 2).permute(0, 1, 3, 2, 5, 4, 6).reshape(-1, 32)
+    expected = (sums[:, :q_len, :dim] * 0.5).to(F16).view(batch, heads, q_len, dim)
+    by_head = torch.full_like(expected, float("nan"))
+    by_token = torch.full((batch, q_len, heads, dim), float("nan"), dtype=F16).transpose(1, 2)
+    for dq in (by_head, by_token):
+        steps = [stride // 8 for stride in dq.stride()[:3]]
+        programs = batch * heads * rows // 64
+        _dq_kernel[(programs,)](acc, dq, *steps, heads, q_len, 0.5, DIM=dim, HEAD_DIM=padded, TILE=128)
+        assert torch.equal(dq, expected)
+
+
+@pytest.mark.parametrize("order", grid.ORDERS[1:3])
+def test_outputs_lie_as_inputs_do(order: tuple[int, ...]) -> None:
+    grid.check_layouts(order, (4, 2, 70, 150), "triton")
 
 
 def test_a_mask_does_not_outlive_its_call() -> None:
@@ -311,6 +331,51 @@ def test_expressions_with_planes_pack_the_same_on_the_device(q_len: int, kv_len:
 def test_many_tiles_pack_the_same_on_the_device(q_len: int, kv_len: int) -> None:
     ids, kv_ids = torch.arange(q_len) // 640, torch.arange(kv_len) // 640
     _check_expression(causal(900) & anymask.document(ids, kv_ids=kv_ids), q_len, kv_len)
+
+
+@pytest.mark.parametrize(
+    ("mask", "q_len", "kv_len"),
+    [
+        (causal(2100) & ~anymask.sliding_window(100, 300), 140, 2200),
+        (causal(900) & ~anymask.strided(700), 2200, 140),
+    ],
+    ids=["wide", "high"],
+)
+def test_narrow_spans_and_chunks_do_not_show(
+    mask: Mask, q_len: int, kv_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anymask.packing.triton.SPAN", 16)
+    monkeypatch.setattr("anymask.packing.triton.lists.CHUNK", 16)
+    monkeypatch.setattr("anymask.packing.triton.lists.LIVE_CHUNK", 128)
+    _check_expression(mask, q_len, kv_len)
+
+
+def test_live_positions_beyond_int32(tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    tl = triton.language
+
+    from anymask.packing.triton.kernels.lists import _count_live
+
+    @triton.jit
+    def kernel(live, counts, found, positions, length, COUNT: tl.constexpr, LIVE_CHUNK: tl.constexpr):
+        chunk = tl.program_id(0) + (positions // LIVE_CHUNK).to(tl.int32) - 1
+        tl.store(found, COUNT(live, counts, chunk, positions, length, LIVE_CHUNK))
+
+    # the last chunk of 2049 planes, all of whose tiles are full; files of zeros, of which the pages read exist alone
+    planes, length = 2049, 2**20
+    live, counts = (
+        torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
+        for name, size, dtype in (
+            ("live", planes * length, torch.uint8),
+            ("counts", planes * length // TILE, torch.int32),
+        )
+    )
+    counts[-8:] = 1
+    found = torch.zeros(1, dtype=torch.int32)
+    kernel[(1,)](live, counts, found, planes * length, length, COUNT=_count_live, LIVE_CHUNK=1024)
+    assert int(found) == 1024
+    assert live[-1024:].all()
+    assert not live[-2048:-1024].any()
 
 
 @pytest.mark.parametrize("block", [1, 60, 128, 256])

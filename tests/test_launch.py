@@ -268,3 +268,23 @@ def test_new_lengths_and_masks_have_no_new_keys(keys: Keys, backend: Any) -> Non
         found.append(len(keys))
     # o and the gradients may have strides that 16 divides, or none
     assert found[-1] == found[3] <= 8
+
+
+@pytest.mark.parametrize("q_len", [1, 9])
+@pytest.mark.parametrize("layout", ["contiguous", "by token"])
+def test_packed_heads_are_written_where_o_lies(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch, layout: str, q_len: int
+) -> None:
+    """Rows of one tile are the queries of a group: a copy where heads follow each other, and their values reach o."""
+    expected = torch.randn(2, 8, q_len, 64).half()
+
+    def written(call: Any) -> None:
+        assert call.pack_gqa
+        call.o.copy_(expected.view(call.o.shape))
+
+    monkeypatch.setattr(hopper, "_launch_forward", written)
+    q = LAYOUTS[layout](2, 8, q_len, 64, dtype=torch.float16)
+    k = torch.zeros(2, 2, 50, 64, dtype=torch.float16)
+    o, _ = hopper.forward(q, k, k, None, 0.1)
+    assert torch.equal(o, expected)
+    assert o.stride() == q.stride()

@@ -22,14 +22,39 @@ def test_has_a_place(mutant: Mutant) -> None:
 
 
 def test_there_are_enough() -> None:
-    assert len(MUTANTS) >= 50
+    assert len(MUTANTS) >= 150
     assert len({m.name for m in MUTANTS}) == len(MUTANTS)
-    assert sum(m.gpu for m in MUTANTS) >= 10
+    assert sum(m.gpu for m in MUTANTS) >= 18
 
 
 def test_a_place_that_is_gone_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"0 times in a\.py"):
         mutate.plant(Mutant("gone", "a.py", "x = 1", "x = 2", ("tests/test_a.py",)), "y = 1\n")
+
+
+def test_the_interpreter_is_on_for_its_tests_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for tests, expected in ((("tests/test_interpreter.py",), "1"), (("tests/test_mask.py",), None)):
+        found = mutate.environment(Mutant("name", "a.py", "x", "y", tests), tmp_path)
+        assert found.get("TRITON_INTERPRET") == expected
+        assert found["PYTHONPATH"] == str(tmp_path)
+
+
+def test_files_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracked = mutate.tracked_files()
+    assert Path("anymask/api.py") in tracked
+    assert Path("pyproject.toml") in tracked
+    root = mutate.copy_checkout(tmp_path / "copy")
+    (root / "tests" / "__pycache__").mkdir()
+    for other in ("tests/__pycache__/test_api.cpython-310.pyc", "picture.png"):
+        (root / other).touch()
+    (root / "build").mkdir()
+    (root / "build" / "left.py").touch()
+    monkeypatch.setattr(mutate, "ROOT", root)
+    # a folder that is no repository, then a machine that has no git
+    assert mutate.tracked_files() == tracked
+    monkeypatch.setenv("PATH", "")
+    assert mutate.tracked_files() == tracked
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,21 @@ from typing import Any
 import pytest
 import torch
 
-from anymask import attention, backends, causal, flash_attention_custom_mask
+from anymask import (
+    attention,
+    backends,
+    causal,
+    causal_lower_right,
+    document,
+    extend,
+    flash_attention_custom_mask,
+    key_padding,
+    pack,
+    spans,
+)
+from anymask.mask.leaves import Positions
+from anymask.packing import cache
+from anymask.testing import assert_same_block_mask
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -54,3 +68,72 @@ def test_causal_is_not_shifted_by_a_tile() -> None:
         q = torch.randn(1, 1, length, 8)
         seen = attention(q * 0, q, torch.eye(length)[None, None], causal())
         assert torch.equal(seen[0, 0] > 0, torch.ones(length, length, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize("of_query", [False, True])
+@pytest.mark.parametrize("edge", [1, 127, 128, 129, 255, 256])
+def test_positions_whose_edge_meets_a_tile(edge: int, of_query: bool) -> None:
+    position = torch.arange(384)
+    for low, high in ((0, edge), (edge, 384)):
+        packed = pack(Positions(low, high, of_query), q_len=384, kv_len=384)
+        inside = (position >= low) & (position < high)
+        expected = inside[:, None] if of_query else inside[None]
+        assert torch.equal(packed.to_dense()[0, 0], expected.expand(384, 384))
+
+
+@pytest.mark.parametrize("edge", [1, 127, 128, 129, 255, 256])
+def test_lengths_that_meet_a_tile(edge: int) -> None:
+    seen = torch.arange(384) < edge
+    assert torch.equal(
+        pack(key_padding(torch.tensor([edge])), q_len=9, kv_len=384).to_dense()[0, 0], seen.expand(9, 384)
+    )
+    # the same number for each query, in whose range the keys are
+    end = torch.full((200,), edge)
+    packed = pack(spans(end - edge, end), q_len=200, kv_len=384)
+    assert torch.equal(packed.to_dense()[0, 0], seen.expand(200, 384))
+
+
+def test_what_cannot_grow_in_a_part() -> None:
+    mask = causal() & causal_lower_right()
+    with pytest.raises(ValueError, match="counts from the last query and key"):
+        extend(pack(mask, q_len=10, kv_len=10), mask, 20, 20)
+
+
+def test_a_mask_keeps_what_it_was_given() -> None:
+    ids = torch.arange(300) // 100
+    mask, expected = document(ids), pack(document(ids), q_len=300, kv_len=300)
+    ids.zero_()
+    assert_same_block_mask(pack(mask, q_len=300, kv_len=300), expected)
+
+
+def test_each_part_of_a_key_tells_masks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_pack", lambda mask, q_len, kv_len, *rest: pack(mask, q_len=q_len, kv_len=kv_len))
+    memory, cpu = cache.MaskCache(), torch.device("cpu")
+    calls: list[tuple[Any, int, int, torch.device]] = [
+        (causal(), 5, 7, cpu),
+        (causal(1), 5, 7, cpu),
+        (~causal(), 5, 7, cpu),
+        (causal(), 6, 7, cpu),
+        (causal(), 5, 8, cpu),
+        # a device that is never reached
+        (causal(), 5, 7, torch.device("meta")),
+    ]
+    assert len({id(memory.pack(*call)) for call in calls}) == len(memory) == len(calls)
+
+
+@pytest.mark.parametrize(("planes", "message"), [((1, 2), "2 along q_heads"), ((3, 1), "3 along batch")], ids=str)
+def test_planes_that_divide_those_of_q_do_not_fit(planes: tuple[int, int], message: str) -> None:
+    q = torch.randn(6, 4, 5, 8)
+    for mask in (torch.ones(*planes, 5, 5, dtype=torch.bool), torch.ones(5, 5, dtype=torch.bool).expand(*planes, 5, 5)):
+        with pytest.raises(ValueError, match=f"mask has {message}"):
+            attention(q, q, q, mask)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_tiles_that_alternate_between_full_and_partial(backend: str) -> None:
+    # full 0 and 2, then partial 1 and 3: as many as a range from the first to the last would be
+    mask = torch.ones(40, 512, dtype=torch.bool)
+    mask[:, 128:256], mask[:, 384:] = torch.rand(2, 40, 128).lt(0.5).unbind()
+    q, k = torch.randn(1, 1, 40, 8, dtype=torch.float64), torch.randn(1, 1, 512, 8, dtype=torch.float64)
+    s = (q @ k.mT / 8**0.5).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(attention(q, k, k, mask, backend=backend), torch.softmax(s, -1) @ k)

@@ -1,6 +1,7 @@
 """Models of Hugging Face transformers under `attn_implementation="anymask"`, beside sdpa."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,7 +72,8 @@ def twins(auto: Any, config: Any) -> list[torch.nn.Module]:
     for name in ("eager" if config.model_type == "gemma2" else "sdpa", "anymask"):
         torch.manual_seed(0)
         # a configuration is changed by the model that is made of it
-        made.append(auto.from_config(copy.deepcopy(config), attn_implementation=name))
+        make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
+        made.append(make(copy.deepcopy(config), attn_implementation=name))
     for a, b in zip(made[0].state_dict().values(), made[1].state_dict().values(), strict=True):
         assert torch.equal(a, b)
     return made
@@ -90,15 +92,22 @@ def padded(side: str, length: int = 20) -> dict[str, Tensor]:
     return {"input_ids": ids} if side == "none" else {"input_ids": ids, "attention_mask": keep}
 
 
-def assert_twins_agree(models: list[torch.nn.Module], inputs: dict[str, Tensor], train: bool) -> None:
-    """Logits of tokens that are no padding, and gradients of a loss over them."""
+def of_tokens(inputs: dict[str, Tensor]) -> Callable[[Any], Tensor]:
+    """Logits, or hidden states, of tokens that are no padding."""
     keep = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    return lambda output: (output.logits if "logits" in output else output.last_hidden_state)[keep]
+
+
+def assert_twins_agree(
+    models: list[torch.nn.Module], inputs: dict[str, Tensor], train: bool, pick: Callable[[Any], Tensor] | None = None
+) -> None:
+    """What `pick` takes of the output, and gradients of a loss over it."""
     found = []
     for model in models:
         model.train(train)
-        output = model(**inputs)
-        values = (output.logits if "logits" in output else output.last_hidden_state)[keep]
-        values.float().square().mean().backward()
+        values = (pick or of_tokens(inputs))(model(**inputs))
+        # squares of what a norm gave have next to no gradient
+        values.float().sin().mean().backward()
         found.append((values.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (a, a_grads), (b, b_grads) = found
     torch.testing.assert_close(b, a, atol=2e-5, rtol=2e-5)
@@ -120,6 +129,103 @@ def test_decoders(name: str, side: str) -> None:
 def test_encoders(name: str, side: str) -> None:
     config = transformers.AutoConfig.for_model(name, **{**ENCODER, **ENCODERS[name]})
     assert_twins_agree(twins(transformers.AutoModel, config), padded(side), train=side == "right")
+
+
+SEQ2SEQ = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "max_position_embeddings": 32, "attention_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LANGUAGE = {**TEXT, "model_type": "llama", "num_key_value_heads": 2, "head_dim": 8}
+GEMMA3 = {
+    **LANGUAGE, "model_type": "gemma3_text", "num_hidden_layers": 2, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16,
+    "patch_size": 8, "attention_dropout": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0,
+}  # fmt: skip
+CLIP = {**VISION, "model_type": "clip_vision_model", "projection_dim": 16}
+SIGLIP = {**VISION, "model_type": "siglip_vision_model", "projection_dim": 32}
+IMAGE = 63
+WAV2VEC2 = {
+    **TEXT, "conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0, "layerdrop": 0.0, "mask_time_prob": 0.0,
+}  # fmt: skip
+# class -> its configuration, its inputs by the names below, and what of its output no padding reaches
+MODELS: dict[str, tuple[dict[str, Any], str, Callable[[Any], Tensor]]] = {
+    **{
+        f"{name}ForConditionalGeneration": (SEQ2SEQ, "text target", lambda o: o.logits[:, :5])
+        for name in ("Bart", "MBart", "Pegasus", "M2M100", "Blenderbot")
+    },
+    "MarianMTModel": (SEQ2SEQ, "text target", lambda o: o.logits[:, :5]),
+    "WhisperForConditionalGeneration": (
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32},
+        "sound target",
+        lambda o: o.logits[:, :5],
+    ),
+    **{
+        f"{name}Model": (VISION, "image", lambda o: o.last_hidden_state)
+        for name in ("ViT", "DeiT", "Dinov2", "SiglipVision", "CLIPVision", "Beit")
+    },
+    "CLIPModel": ({"text_config": TEXT, "vision_config": VISION}, "text image", lambda o: o.logits_per_text),
+    "SiglipModel": ({"text_config": TEXT, "vision_config": VISION}, "text image", lambda o: o.logits_per_text),
+    "LlavaForConditionalGeneration": (
+        {"text_config": LANGUAGE, "vision_config": CLIP, "image_token_index": IMAGE, "vision_feature_layer": -1},
+        "text image",
+        lambda o: o.logits[:, :8],
+    ),
+    "PaliGemmaForConditionalGeneration": (
+        {
+            "text_config": {**LANGUAGE, "model_type": "gemma"}, "vision_config": SIGLIP, "image_token_index": IMAGE,
+            "projection_dim": 32, "hidden_size": 32,
+        },
+        "text image suffix",
+        lambda o: o.logits[:, :8],
+    ),
+    "Gemma3ForConditionalGeneration": (
+        {"text_config": GEMMA3, "vision_config": SIGLIP, "mm_tokens_per_image": 4, "image_token_id": IMAGE},
+        "text image kinds",
+        lambda o: o.logits[:, :8],
+    ),
+    "Wav2Vec2Model": (WAV2VEC2, "wave", lambda o: o.last_hidden_state[:, :10]),
+}  # fmt: skip
+
+
+def inputs_of(kinds: str) -> dict[str, Tensor]:
+    """Two samples, the second padded on the right: a text with an image in it, its translation, a sound, an image."""
+    torch.manual_seed(1)
+    ids, target = torch.randint(5, 60, (2, 12)), torch.randint(5, 60, (2, 7))
+    ids[:, 1:5] = IMAGE
+    kept, target_kept, wave_kept = (torch.arange(n) < torch.tensor([[n], [n - n // 3]]) for n in (12, 7, 400))
+    found: dict[str, dict[str, Tensor]] = {
+        "text": {"input_ids": ids, "attention_mask": kept.long()},
+        "target": {"decoder_input_ids": target, "decoder_attention_mask": target_kept.long()},
+        "sound": {"input_features": torch.randn(2, 8, 20)},
+        "wave": {"input_values": torch.randn(2, 400), "attention_mask": wave_kept.long()},
+        "image": {"pixel_values": torch.randn(2, 3, 16, 16)},
+        "suffix": {"token_type_ids": (torch.arange(12) > 6).long().expand(2, 12)},
+        "kinds": {"token_type_ids": (ids == IMAGE).long()},
+    }  # fmt: skip
+    return {name: t for kind in kinds.split() for name, t in found[kind].items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_text_sound_and_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, kinds, pick = MODELS[name]
+    model = getattr(transformers, name)
+    models = twins(model, model.config_class(**changes))
+    calls = []
+    attention = integration.attention
+    monkeypatch.setattr(integration, "attention", lambda *args, **kwargs: calls.append(1) or attention(*args, **kwargs))
+    assert_twins_agree(models, inputs_of(kinds), True, pick)
+    assert calls
 
 
 FUNCTIONS: dict[str, Any] = {
@@ -264,12 +370,37 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 @pytest.mark.compile
-def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    sdpa, ours = (m.eval() for m in _llama())
-    inputs = padded("right")
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    keep = inputs["attention_mask"].bool()
-    torch.testing.assert_close(compiled(**inputs).logits[keep], sdpa(**inputs).logits[keep], atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize(("name", "side"), [("llama", "right"), ("mistral", "left"), ("llama", "none")])
+def test_compiled(name: str, side: str) -> None:
+    config = transformers.AutoConfig.for_model(name, **{**SMALL, **DECODERS[name], "num_hidden_layers": 1})
+    models = twins(transformers.AutoModelForCausalLM, config)
+    models[1].compile(backend="aot_eager", fullgraph=True)
+    assert_twins_agree(models, padded(side), train=True)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["causal", "packed", "blocks", "scalars"])
+def test_masks_inside_a_compiled_function(name: str) -> None:
+    """Closures made in the graph cannot be read there."""
+    last = torch.tensor([4, 9, 14])
+
+    def by_scalars(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.where(k <= last[b], q >= 0, q == k)
+
+    def made(q_offset: int) -> dict[str, Any]:
+        fn = by_scalars if name == "scalars" else FUNCTIONS[name](20)
+        return {
+            "batch_size": 3, "q_length": 8, "kv_length": 20, "q_offset": q_offset, "mask_function": fn,
+            "use_vmap": name == "scalars", "allow_is_causal_skip": False,
+        }  # fmt: skip
+
+    def packed(keep: Tensor, q_offset: int) -> Tensor:
+        return integration.mask(**made(q_offset), attention_mask=keep).to_dense()
+
+    keep = padded("right")["attention_mask"].bool()
+    expected = masking.sdpa_mask(**made(12), attention_mask=keep)
+    found = torch.compile(packed, backend="eager")(keep, 12)
+    assert torch.equal(found.expand_as(expected), expected)
 
 
 def test_sinks_of_gpt_oss() -> None:

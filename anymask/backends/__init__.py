@@ -3,7 +3,8 @@
 A backend is a module with three functions: `why_not(q, k, v, block_mask)` is None or the reason it cannot run the call;
 `forward(q, k, v, block_mask, sm_scale) -> (o, lse)`; `backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale,
 deterministic) -> (dq, dk, dv)`, bit-equal from run to run if `deterministic`. Inputs are validated, non-empty, and have
-a unit last stride; `block_mask` None means every pair.
+a unit last stride; `block_mask` None means every pair. o lies in memory as q does, and gradients as what they are of
+(`anymask.layout`).
 """
 
 from functools import cache

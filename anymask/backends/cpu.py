@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from anymask.block_mask import BlockMask
 from anymask.block_mask.bits import unpack_bits
+from anymask.layout import empty_as, laid_out_as
 from anymask.precision import ieee_products
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE, tiles_over
@@ -43,7 +44,7 @@ def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None) -> str | None:
 def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> tuple[O, LSE]:
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
     call = _Call.of(q, k, v, block_mask)
-    o = q.new_zeros(*q.shape[:3], v.shape[3])
+    o = empty_as(q, v.shape[3]).zero_()
     lse = q.new_full(q.shape[:3], -float("inf"), dtype=call.compute)
     for tile_row in call.tile_rows():
         q_rows = call.used_rows(q, tile_row) * (sm_scale * LOG2_E)
@@ -87,7 +88,7 @@ def backward(
 ) -> tuple[Q, K, V]:
     """`dq, dk, dv` in the dtypes of `q, k, v`."""
     call = _Call.of(q, k, v, block_mask)
-    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dq = empty_as(q).zero_()
     # [batch, kv_heads, dim, kv_tiles, 128]: products that end in this form are faster
     dk_t, dv_t = (t.new_zeros(*t.shape[:2], t.shape[4], *t.shape[2:4]) for t in (call.k, call.v))
     delta = (o.to(call.compute) * do.to(call.compute)).sum(-1)
@@ -115,7 +116,7 @@ def backward(
             call.add_tiles(dk_t, tile_row, step, q_rows.mT @ ds)
             call.add_tiles(dv_t, tile_row, step, do_rows.mT @ p)
         call.put_rows(dq, tile_row, dq_rows * sm_scale)
-    return dq, call.key_gradient(dk_t * sm_scale, k.dtype), call.key_gradient(dv_t, v.dtype)
+    return dq, call.key_gradient(dk_t * sm_scale, k), call.key_gradient(dv_t, v)
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,6 @@ class _Call:
         """Add the transposed gradient of the step's keys or values to that of all of them."""
         grad_t[tile_row.b, tile_row.g, :, step.tiles] += of_step.unflatten(3, (-1, TILE))
 
-    def key_gradient(self, grad_t: Tensor, dtype: torch.dtype) -> Tensor:
-        """A gradient like k or v, from its transposed and padded form."""
-        return grad_t.flatten(3)[..., : self.mask.kv_len].mT.to(dtype).contiguous()
+    def key_gradient(self, grad_t: Tensor, like: Tensor) -> Tensor:
+        """The gradient of k or v, which is `like`, from its transposed and padded form."""
+        return laid_out_as(grad_t.flatten(3)[..., : self.mask.kv_len].mT, like)

@@ -1,6 +1,7 @@
 """The definition: dense attention and its gradients in a few lines of torch, and the oracle of every test.
 
 Computes in float32, or in float64 for float64 inputs, with memory proportional to `q_len * kv_len`. Runs on any device.
+Torch can differentiate both functions once more, and forward mode goes through the first.
 The letters are those of docs/kernels.md.
 """
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anymask.block_mask import BlockMask
+from anymask.layout import laid_out_as
 from anymask.precision import ieee_products
 from anymask.shapes import LSE, K, O, Q, V
 
@@ -22,7 +24,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
     qf, kf, vf, mask = _prepare(q, k, v, block_mask)
     p, lse = _softmax(qf, kf, mask, sm_scale)
-    return (p @ vf).to(q.dtype), lse
+    return laid_out_as(p @ vf, q), lse
 
 
 @ieee_products
@@ -51,7 +53,7 @@ def backward(
     dv = p.mT @ dof
     fold = (k.shape[0], k.shape[1], -1, k.shape[2])
     dk, dv = (g.view(*fold, g.shape[-1]).sum(2) for g in (dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return laid_out_as(dq, q), laid_out_as(dk, k), laid_out_as(dv, v)
 
 
 def _prepare(q: Q, k: K, v: V, block_mask: BlockMask | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,5 +80,6 @@ def _softmax(q: Tensor, k: Tensor, mask: Tensor, sm_scale: float) -> tuple[Tenso
     m = s.amax(-1, keepdim=True)
     p = torch.exp(s - torch.where(m == -float("inf"), 0, m))
     total = p.sum(-1, keepdim=True)
-    lse = (m + torch.log(total)).squeeze(-1)
-    return p / torch.where(total == 0, 1, total), lse
+    # of a row without a key, whose m is -inf
+    total = torch.where(total == 0, 1, total)
+    return p / total, (m + torch.log(total)).squeeze(-1)

@@ -2,7 +2,8 @@
 
 A model asks for a mask once per kind (causal, sliding, ...) and forward pass, with a function of indices made of a few
 closures. `mask` reads those closures and packs the mask that they mean, by tiles; a function that it does not know is
-evaluated. Every layer of the kind then runs `attention_forward` with the `BlockMask`.
+evaluated, and inside `torch.compile` all are, but causal ones and padding. Every layer of the kind then runs
+`attention_forward` with the `BlockMask`.
 
 `sliding_window=512` in a configuration keeps 512 keys, the query's own among them: `anymask.sliding_window(511)`.
 """
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask import formats
 from anymask.api import attention
 from anymask.block_mask import BlockMask
-from anymask.mask import Mask, causal, document, from_function, key_padding
+from anymask.drop_in import additive_mask
+from anymask.mask import Mask, causal, document, from_dense, from_function, key_padding
 from anymask.mask.leaves import Band, Between
 from anymask.packing import pack
 
@@ -91,7 +92,7 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     found: Tensor | Mask | BlockMask | None = attention_mask
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
-        found = formats.from_additive(attention_mask)
+        found = additive_mask(attention_mask)
     elif attention_mask is None and is_causal and query.shape[2] > 1:
         found = causal()
     if key.shape[0] != query.shape[0]:
@@ -166,11 +167,38 @@ class _Plane:
 
     def read(self, fn: Callable[..., Any]) -> Mask:
         """The mask that a function of positions means."""
+        if torch.compiler.is_compiling():
+            return self.traced(fn)
         inner = _closure(fn)
         kind = f"{fn.__module__}.{fn.__qualname__}".removeprefix("transformers.masking_utils.")
         known = _KNOWN.get(kind)
         found = None if known is None else known(self, inner)
         return self.evaluated(fn) if found is None else found
+
+    def traced(self, fn: Callable[..., Any]) -> Mask:
+        """`read` inside a compiled function, where no closure can be read: bools of all pairs for all but the plain.
+
+        The graph makes them as it does for sdpa.
+        """
+        from transformers import masking_utils
+
+        if fn is masking_utils.causal_mask_function:
+            return self.causal()
+        if fn is masking_utils.bidirectional_mask_function:
+            return EVERYTHING
+        pairs = masking_utils.sdpa_mask(
+            batch_size=self.batch,
+            q_length=self.q_len,
+            kv_length=self.kv_len,
+            q_offset=self.q_offset,
+            kv_offset=self.kv_offset,
+            mask_function=fn,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=self.use_vmap,
+            device=self.device,
+        )
+        return from_dense(pairs)
 
     def both(self, left: Mask, right: Mask) -> Mask:
         """`left & right`, where all pairs are no part."""

@@ -105,6 +105,9 @@ def check(
 def judge_of(inputs: Inputs, case: Case, rows: int | None = None) -> Judge:
     """What the results of `inputs` are held against, made once for any number of backends; `rows` as of `Judge`."""
     args = *inputs[:3], inputs.dense, case.scale, inputs.do, inputs.dlse
+    if case.scale == 0:
+        # all heads and samples have the same p, and its errors
+        rows = case.q_len if rows is None else min(rows, case.q_len)
     return Judge(reference(*args), eager(*args), magnitudes(*args, stored_lse=True), case.dtype, inputs.dense, rows)
 
 

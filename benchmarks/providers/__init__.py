@@ -1,6 +1,6 @@
-"""The rivals and ours, a file each: from a problem to a call that is ready to be timed.
+"""The baselines and ours, a file each: from the inputs of a case to a call that is ready to be timed.
 
-A provider that cannot do a problem raises `Unsupported` with the reason. What it prepares ahead of the call (a packed
+A provider that cannot take them raises `Unsupported` with the reason. What it prepares ahead of the call (a packed
 mask, a block mask, compilation) is not in its time; `note` says how it was asked.
 """
 
@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Problem
+from benchmarks.cases import Inputs
+from benchmarks.check import Errors
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Unsupported(Exception):
-    """The provider cannot do this problem; the message says why."""
+    """The provider cannot take this case; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Prepared:
     forward_only: bool = False
     # ways to build the mask, each from memory of its own where it is read
     builds: tuple[Callable[[], object], ...] = ()
+    # how far its result is from fp64, once that is known
+    errors: Errors = field(default_factory=Errors)
 
 
 # name, and a variant of it after ":" -> its file and function, the name of a reader, its colour
@@ -69,13 +72,13 @@ PROVIDERS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def prepare(name: str, problem: Problem) -> Prepared:
-    """The provider called `name`, ready for the problem."""
+def prepare(name: str, inputs: Inputs) -> Prepared:
+    """The provider called `name`, ready for the inputs."""
     module, _, function = PROVIDERS[name][0].partition(".")
     base, _, variant = name.partition(":")
     if base == "fa4" and importlib.util.find_spec("flash_attn") is None:
         raise Unsupported("flash-attn-4 is not installed")
-    made: Prepared = getattr(import_module(f"benchmarks.providers.{module}"), function)(problem, base, variant)
+    made: Prepared = getattr(import_module(f"benchmarks.providers.{module}"), function)(inputs, base, variant)
     return made
 
 
@@ -84,26 +87,17 @@ def is_ours(name: str) -> bool:
     return PROVIDERS[name][0] in ("ours.attention", "ours.pack")
 
 
-def compiled(problem: Problem, attend: Attend) -> Attend:
+def compiled(inputs: Inputs, attend: Attend) -> Attend:
     """The call as the mode of the case has it."""
-    mode = problem.case.mode
+    mode = inputs.case.mode
     return attend if mode == "eager" else torch.compile(attend, dynamic=False, fullgraph=True, mode=mode)
 
 
-def mask_of(problem: Problem) -> Tensor:
+def mask_of(inputs: Inputs) -> Tensor:
     """The dense mask, or Unsupported."""
-    if problem.mask is None:
+    if inputs.mask is None:
         raise Unsupported("there is no mask")
-    return problem.mask
-
-
-def plane_of(problem: Problem) -> Tensor | None:
-    """The mask of all samples, bool `[q_len, kv_len]`, None without one; Unsupported if each has its own."""
-    if problem.mask is None:
-        return None
-    if len(problem.mask) > 1:
-        raise Unsupported("its provider takes one mask for all samples")
-    return problem.mask[0, 0]
+    return inputs.mask
 
 
 def failures() -> tuple[type[BaseException], ...]:

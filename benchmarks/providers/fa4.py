@@ -1,4 +1,4 @@
-"""FlashAttention-4 as a rival: its masks as device functions, and its lists of blocks. Needs `flash-attn-4`.
+"""FlashAttention-4 as a baseline: its masks as device functions, and its lists of blocks. Needs `flash-attn-4`.
 
 A mask is given in the best way that it has: built in for no mask, causal and a sliding window; two bounds for each
 query where its keys are a range, as in documents; else the tensor itself.
@@ -6,7 +6,6 @@ query where its keys are a range, as in documents; else the tensor itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,10 +17,9 @@ from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 from flash_attn.cute.interface import _flash_attn_bwd
 from torch import Tensor
 
-from benchmarks.cases import Problem
-from benchmarks.providers import Prepared, plane_of
+from benchmarks.cases import Inputs
+from benchmarks.providers import Prepared, Unsupported, mask_of
 
-Call = Callable[..., tuple[Tensor, ...]]
 # its tiles on Hopper, (queries, keys): forward at head_dim up to 64, else; backward
 FORWARD_SMALL, FORWARD, BACKWARD = (192, 128), (128, 128), (128, 128)
 # it asks mask functions about positions up to the end of a tile, beyond the length: a multiple of all sizes of tiles
@@ -59,31 +57,29 @@ def _bits(mask: Tensor) -> Tensor:
     mask = _padded(mask)
     shift = torch.arange(32, device=mask.device, dtype=torch.int32)
     # a sum of distinct bits wraps to the word with those bits
-    parts = [(part.view(len(part), -1, 32).int() << shift).sum(-1) for part in mask.split(1024)]
-    return torch.cat(parts).int()
+    return torch.cat([(part.view(len(part), -1, 32).int() << shift).sum(-1) for part in mask.split(1024)]).int()
 
 
-def attention(problem: Problem, base: str, variant: str) -> Prepared:
+def attention(inputs: Inputs, base: str, variant: str) -> Prepared:
     """`flash_attn_func`, whose own order is `[batch, length, heads, head_dim]`, with the mask in the best way."""
-    s, mask, scale = problem.case.shape, plane_of(problem), problem.case.shape.head_dim**-0.5
-    kind, _, size = (problem.case.mask.name if problem.case.mask is not None else "none").partition(" ")
+    if inputs.mask is not None and len(inputs.mask) > 1:
+        raise Unsupported("its provider takes one mask for all samples")
+    s, scale = inputs.case.shape, inputs.case.shape.head_dim**-0.5
+    kind, _, size = (inputs.case.mask.name if inputs.case.mask is not None else "none").partition(" ")
     built_in: dict[str, dict[str, Any]] = {"none": {}, "causal": {"causal": True}}
     arguments = {"window_size": (int(size), 0)} if size.isdigit() and kind == "window" else built_in.get(kind)
     note = f"built in: {arguments}"
     if arguments is None:
-        assert mask is not None
-        ranges, lists = _ranges(mask), _both_lists(mask, s.head_dim)
-        if ranges is None:
+        mask = mask_of(inputs)[0, 0]
+        forward = _lists(mask, FORWARD_SMALL if s.head_dim <= 64 else FORWARD, False)
+        lists = {"block_sparse_tensors": forward, "block_sparse_tensors_bwd": _lists(mask, BACKWARD, True)}
+        if (ranges := _ranges(mask)) is None:
             return _reading(mask, lists, scale)
         aux = [torch.nn.functional.pad(r, (0, -len(r) % WHOLE_TILES)) for r in ranges]
         arguments = {"mask_mod": in_range, "aux_tensors": aux, **lists}
         note = "mask_mod of a range of keys for each query, block lists"
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = flash_attn_func(*_swapped(q, k, v), softmax_scale=scale, **arguments)[0]
-        return out.transpose(1, 2)
-
-    return Prepared(attend, note)
+    call = partial(flash_attn_func, softmax_scale=scale, **arguments)
+    return Prepared(lambda q, k, v: call(*_swapped(q, k, v))[0].transpose(1, 2), note)
 
 
 def _swapped(*tensors: Tensor) -> list[Tensor]:
@@ -92,16 +88,14 @@ def _swapped(*tensors: Tensor) -> list[Tensor]:
 
 def _ranges(mask: Tensor) -> list[Tensor] | None:
     """First key and end of each query, int32, where the keys of each are a range."""
-    firsts, ends = [], []
+    found = []
     # a sum takes 8 bytes a pair
     for rows in mask.split(1024):
         first, end = rows.byte().argmax(-1), mask.shape[1] - rows.flip(-1).byte().argmax(-1)
-        count = rows.sum(-1)
-        if bool((end - first != count).any()) or bool((count == 0).any()):
+        if bool((end - first != rows.sum(-1)).any()):
             return None
-        firsts.append(first.int())
-        ends.append(end.int())
-    return [torch.cat(firsts), torch.cat(ends)]
+        found.append(torch.stack([first, end]).int())
+    return list(torch.cat(found, 1))
 
 
 def _reading(mask: Tensor, lists: dict[str, Any], scale: float) -> Prepared:
@@ -109,45 +103,23 @@ def _reading(mask: Tensor, lists: dict[str, Any], scale: float) -> Prepared:
     by_bytes = {"mask_mod": is_set, "aux_tensors": [_padded(mask).view(torch.uint8)]} | lists
     by_bits = {"mask_mod": bit_is_set_transposed, "aux_tensors": [_bits(mask.T)]}
     by_bits["block_sparse_tensors"] = lists["block_sparse_tensors_bwd"]
-    calls = partial(_forward, scale, by_bytes), partial(_backward, scale, by_bits)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o: Tensor = _Attend.apply(*_swapped(q, k, v), *calls)
-        return o.transpose(1, 2)
+    class Attend(torch.autograd.Function):
+        """Its forward and backward kernels with a mask function each; `flash_attn_func` has one for both."""
 
-    return Prepared(attend, "mask_mod of the dense tensor, bytes forward, transposed bits backward, block lists")
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, lse = flash_attn_func(q, k, v, softmax_scale=scale, return_lse=True, **by_bytes)[:2]
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out
 
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
+            q, k, v, out, lse = ctx.saved_tensors
+            return _flash_attn_bwd(q, k, v, out, grads[0], lse, softmax_scale=scale, **by_bits)[:3]
 
-def _forward(scale: float, arguments: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        out, lse = flash_attn_func(q, k, v, softmax_scale=scale, return_lse=True, **arguments)[:2]
-    return out, lse
-
-
-def _backward(scale: float, arguments: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
-    q, k, v, out, lse, do = tensors
-    found: tuple[Tensor, ...] = _flash_attn_bwd(q, k, v, out, do, lse, softmax_scale=scale, **arguments)[:3]
-    return found
-
-
-class _Attend(torch.autograd.Function):
-    """Its forward and backward kernels with a mask function each; `flash_attn_func` has one for both."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, forward: Call, backward: Call) -> Tensor:
-        out, lse = forward(q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.backward_call = backward
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return (*ctx.backward_call(*ctx.saved_tensors, grads[0]), None, None)
-
-
-def _both_lists(mask: Tensor, head_dim: int) -> dict[str, BlockSparseTensorsTorch]:
-    forward = _lists(mask, FORWARD_SMALL if head_dim <= 64 else FORWARD, False)
-    return {"block_sparse_tensors": forward, "block_sparse_tensors_bwd": _lists(mask, BACKWARD, True)}
+    note = "mask_mod of the dense tensor, bytes forward, transposed bits backward, block lists"
+    return Prepared(lambda q, k, v: Attend.apply(*_swapped(q, k, v)).transpose(1, 2), note)
 
 
 def _lists(mask: Tensor, block: tuple[int, int], transposed: bool) -> BlockSparseTensorsTorch:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.cases import Problem
+from benchmarks.cases import Inputs
 from benchmarks.masks import MaskMod
 from benchmarks.providers import Prepared, Unsupported, mask_of
 from benchmarks.providers.ours import COPIES
@@ -21,59 +20,52 @@ from benchmarks.providers.ours import COPIES
 EAGER_PAIRS = 2**30
 
 
-def attention(problem: Problem, base: str, variant: str) -> Prepared:
+def attention(inputs: Inputs, base: str, variant: str) -> Prepared:
     """With the closed form of the mask, or (dense) with a function that reads the tensor."""
     block_mask, note = None, "no mask"
-    if problem.case.mask is not None:
-        mod = _reads(mask_of(problem)) if variant == "dense" else _rule(problem)
+    if inputs.case.mask is not None:
+        mod = _reads(mask_of(inputs)) if variant == "dense" else _rule(inputs)
         note = "reads the dense tensor" if variant == "dense" else "closed form"
-        shape = problem.case.shape
-        block_mask = _builder(problem, compiled=shape.q_len * shape.kv_len > EAGER_PAIRS)(mod)
-    call = _eager
-    if problem.device == "cuda":
+        shape = inputs.case.shape
+        block_mask = _builder(inputs, compiled=shape.q_len * shape.kv_len > EAGER_PAIRS)(mod)
+    call = flex_attention
+    # that it is slow without a compiler is what is measured
+    warnings.filterwarnings("ignore", "flex_attention called without")
+    if inputs.q.device.type == "cuda":
         # the timed backward keeps its graph, which donated buffers forbid
         functorch.donated_buffer = False
-        mode = {"eager": "default"}.get(problem.case.mode, problem.case.mode)
+        mode = {"eager": "default"}.get(inputs.case.mode, inputs.case.mode)
         # fullgraph: an error rather than a silent return to the eager, dense form
         call = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=mode)
-    attend = partial(call, block_mask=block_mask, enable_gqa=problem.grouped)
+    attend = partial(call, block_mask=block_mask, enable_gqa=inputs.grouped)
     # eager FlexAttention has a backward pass on GPUs only
-    return Prepared(attend, f"mask_mod: {note}", forward_only=problem.device == "cpu")
+    return Prepared(attend, f"mask_mod: {note}", forward_only=inputs.q.device.type == "cpu")
 
 
-def build(problem: Problem, base: str, variant: str) -> Prepared:
+def build(inputs: Inputs, base: str, variant: str) -> Prepared:
     """`create_block_mask`, which lists tiles and holds no bits."""
-    build = _builder(problem, compiled=variant != "build-eager" and problem.device == "cuda")
-    copies = [mask_of(problem).clone() for _ in range(COPIES)] if variant == "build-dense" else []
-    mods = [_reads(mask) for mask in copies] or [_rule(problem)]
+    build = _builder(inputs, compiled=variant != "build-eager" and inputs.q.device.type == "cuda")
+    copies = [mask_of(inputs).clone() for _ in range(COPIES)] if variant == "build-dense" else []
+    mods = [_reads(mask) for mask in copies] or [_rule(inputs)]
     return Prepared(None, "tiles without bits", builds=tuple(partial(build, mod) for mod in mods))
 
 
-def _rule(problem: Problem) -> MaskMod:
-    kind = problem.case.mask
+def _rule(inputs: Inputs) -> MaskMod:
+    kind = inputs.case.mask
     if kind is None or kind.forms is None:
         raise Unsupported("the mask has no closed form")
-    return kind.forms(problem.case.shape, problem.device)[0]
+    return kind.forms(inputs.case.shape, inputs.q.device.type)[0]
 
 
 def _reads(mask: Tensor) -> MaskMod:
     """A `mask_mod` that looks up a bool `[batch or 1, 1, q_len, kv_len]` tensor."""
-    if len(mask) > 1:
-        return lambda b, h, i, j: mask[b, 0, i, j]
     plane = mask[0, 0]
-    return lambda b, h, i, j: plane[i, j]
+    return (lambda b, h, i, j: mask[b, 0, i, j]) if len(mask) > 1 else lambda b, h, i, j: plane[i, j]
 
 
-def _builder(problem: Problem, compiled: bool) -> Callable[[MaskMod], BlockMask]:
+def _builder(inputs: Inputs, compiled: bool) -> Callable[[MaskMod], BlockMask]:
     """From a mask function to a block mask, of each sample or shared by all."""
-    s, kind = problem.case.shape, problem.case.mask
+    s, kind = inputs.case.shape, inputs.case.mask
     build = torch.compile(create_block_mask) if compiled else create_block_mask
     batch = s.batch if kind is not None and kind.per_sample else None
-    return lambda mod: build(mod, batch, None, s.q_len, s.kv_len, device=problem.device)
-
-
-def _eager(*args: Any, **options: Any) -> Tensor:
-    with warnings.catch_warnings():
-        # that it is slow is what is measured
-        warnings.filterwarnings("ignore", "flex_attention called without")
-        return flex_attention(*args, **options)
+    return lambda mod: build(mod, batch, None, s.q_len, s.kv_len, device=inputs.q.device.type)

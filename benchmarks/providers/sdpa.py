@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.cases import Problem
+from benchmarks.cases import Inputs
 from benchmarks.providers import Prepared, Unsupported, compiled, mask_of
 
 KERNELS = {
@@ -18,26 +18,26 @@ KERNELS = {
 }
 
 
-def attention(problem: Problem, base: str, variant: str) -> Prepared:
+def attention(inputs: Inputs, base: str, variant: str) -> Prepared:
     """The kernel of a name, which gets the bool mask, or what the variant says; "sdpa" lets torch choose."""
-    kernel, mask, note = KERNELS.get(base), problem.mask, "bool mask"
-    if variant == "causal" and (problem.case.mask is None or problem.case.mask.name != "causal"):
+    kernel, mask, note = KERNELS.get(base), inputs.mask, "bool mask"
+    if variant == "causal" and (inputs.case.mask is None or inputs.case.mask.name != "causal"):
         raise Unsupported("only the causal mask is built in")
     if not variant and mask is not None and base == "flash":
         raise Unsupported("the flash kernel takes no mask tensor")
     if variant == "bias":
-        bools = mask_of(problem)
+        bools = mask_of(inputs)
         # the tensor that SDPA would make of the mask in each call
-        mask = torch.zeros_like(bools, dtype=problem.q.dtype).masked_fill_(~bools, -float("inf"))
+        mask = torch.zeros_like(bools, dtype=inputs.q.dtype).masked_fill_(~bools, -float("inf"))
         note = "bias made before"
     if variant in ("causal", "unmasked"):
         mask, note = None, {"causal": "is_causal=True", "unmasked": "the mask is left out"}[variant]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options = {"is_causal": variant == "causal", "enable_gqa": problem.grouped}
+        options = {"is_causal": variant == "causal", "enable_gqa": inputs.grouped}
         if kernel is None:
             return scaled_dot_product_attention(q, k, v, mask, **options)
         with sdpa_kernel(kernel):
             return scaled_dot_product_attention(q, k, v, mask, **options)
 
-    return Prepared(compiled(problem, attend), note if problem.mask is not None else "no mask", variant == "unmasked")
+    return Prepared(compiled(inputs, attend), note if inputs.mask is not None else "no mask", variant == "unmasked")

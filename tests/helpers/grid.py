@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anymask.testing import Case, Results, make_inputs, reference, run
+from anymask import attention
+from anymask.testing import Case, Results, make_inputs, make_qkv, reference, run
 from anymask.testing.properties import assert_nearly as assert_nearly
 from anymask.testing.properties import check_a_first_tile_of_zero_scores as check_a_first_tile_of_zero_scores
 from anymask.testing.properties import check_dead_keys_reach_nothing as check_dead_keys_reach_nothing
@@ -62,3 +63,46 @@ def check_a_mask_does_not_outlive_its_call(backend: str, device: str, dtype: tor
         expected = reference(*inputs[:3], inputs.dense, None, inputs.do, inputs.dlse)
         for name, x, y in zip(Results._fields, got, expected, strict=True):
             assert torch.allclose(x.double(), y, atol=limit, rtol=limit), name
+
+
+# dimensions [batch, heads, length, dim] in the order in which they lie in memory
+ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (2, 1, 0, 3)]
+
+
+def check_layouts(
+    order: tuple[int, ...],
+    shape: tuple[int, int, int, int],
+    backend: str,
+    device: str = "cpu",
+    dtype: torch.dtype = F32,
+    dims: tuple[int, int] = (64, 40),
+) -> None:
+    """o lies in memory as q, gradients as what they are of, and all are those of contiguous inputs.
+
+    Args:
+        order: of q's dimensions in memory; k has the reverse of its first three, v is contiguous.
+        shape: q_heads, kv_heads, q_len, kv_len. dims: head_dim, v_dim.
+    """
+    q_heads, kv_heads, q_len, kv_len = shape
+    qkv = make_qkv(2, q_heads, kv_heads, q_len, kv_len, *dims, dtype=dtype, device=device)
+    do = torch.randn(2, q_heads, q_len, dims[1], device=device).to(dtype)
+    mask = (torch.rand(q_len, kv_len) < 0.5).to(device)
+    orders = order, (*order[2::-1], 3), (0, 1, 2, 3)
+    laid = [t.permute(o).contiguous().permute(_inverse(o)) for t, o in zip(qkv, orders, strict=True)]
+
+    def call(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        o = attention(*leaves, mask, backend=backend, deterministic=True)
+        return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+    got, expected = call(*laid), call(*qkv)
+    for x, y in zip(got, expected, strict=True):
+        assert y.is_contiguous()
+        assert torch.equal(x, y)
+    for x, o in zip(got, (order, *orders), strict=True):
+        assert x.permute(o).is_contiguous()
+    assert attention(*laid, mask, backend=backend).permute(order).is_contiguous()
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(d) for d in range(len(order)))

@@ -26,6 +26,7 @@ from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
 from anymask.backends.hopper import tuning
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard, launch
+from anymask.layout import empty_as
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -96,10 +97,10 @@ class _Forward(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
-    """`(o, lse)`, contiguous."""
+    """`(o, lse)`."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, v_dim = k.shape[1], v.shape[3]
-    o = q.new_empty(batch, q_heads, q_len, v_dim)
+    o = empty_as(q, v_dim)
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     v = zero_unused_rows(v, block_mask, "cols")
     group = q_heads // kv_heads
@@ -107,13 +108,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     # FlashAttention-3 (Shah et al., 2024)
     if group > 1 and group * q_len <= TILE and (block_mask is None or block_mask.heads == 1):
         packed = batch, kv_heads, group * q_len
-        call = _Forward(
-            q.reshape(*packed, head_dim), k, v, o.view(*packed, v_dim), lse, 1, q_len, True, block_mask, sm_scale
-        )
+        # a view, unless there are several queries whose heads follow each other; those few rows are copied
+        o_rows = o.reshape(*packed, v_dim)
+        call = _Forward(q.reshape(*packed, head_dim), k, v, o_rows, lse, 1, q_len, True, block_mask, sm_scale)
     else:
         call = _Forward(q, k, v, o, lse, group, q_len, False, block_mask, sm_scale)
     with device_guard(q.device):
         _launch_forward(call)
+        if call.o.data_ptr() != o.data_ptr():
+            o.copy_(call.o.view(o.shape))
     return o, lse
 
 
@@ -180,13 +183,13 @@ def backward(
     sm_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv)`, contiguous. dq sums in the order in which tiles finish, unless `deterministic`.
+    """`(dq, dk, dv)`. dq sums in the order in which tiles finish, unless `deterministic`.
 
     The deterministic variant leaves dq to the Triton kernel, which computes the scores again and adds in order. It is
     also the faster one for many columns of few tiles.
     """
     batch, q_heads, q_len, head_dim = q.shape
-    dq, dk, dv = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
+    dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     if not _loadable(do.stride(), do.data_ptr()):
         do = do.contiguous()
     q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
@@ -264,12 +267,14 @@ def _launch_backward(
 def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
     from anymask.backends.hopper.kernels.backward import _dq_kernel
 
+    _, q_heads, q_len, head_dim = dq.shape
+    steps = [stride // 8 for stride in dq.stride()[:3]]
     launch(
         _dq_kernel,
         (dq_acc.numel() // (block_d * 64), 1, 1),
-        (dq_acc, dq, dq.shape[2], sm_scale),
-        {"DIM": dq.shape[3], "HEAD_DIM": block_d, "TILE": TILE},
-        (dq.device, dq.dtype),
+        (dq_acc, dq, *steps, q_heads, q_len, sm_scale),
+        {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
+        (dq.device, dq.dtype, *[step < 2**31 for step in steps]),
         num_warps=4,
         enable_fp_fusion=True,
     )

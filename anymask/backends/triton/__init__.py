@@ -29,6 +29,7 @@ from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq, l
 from anymask.backends.triton import tuning
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
+from anymask.layout import empty_as
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,11 +54,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
-    """`(o, lse)`, contiguous."""
+    """`(o, lse)`."""
     from anymask.backends.triton.kernels.forward import _fwd_kernel
 
     batch, q_heads, q_len, head_dim = q.shape
-    o = q.new_empty(batch, q_heads, q_len, v.shape[3])
+    o = empty_as(q, v.shape[3])
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     kv_has_pair = has_pair(block_mask, "cols")
     with device_guard(q.device):
@@ -107,12 +108,12 @@ def backward(
     sm_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv)`, contiguous, bit-equal from run to run."""
+    """`(dq, dk, dv)`, bit-equal from run to run."""
     from anymask.backends.triton.kernels.backward import _bwd_dkdv_kernel
 
     batch, kv_heads, kv_len, head_dim = k.shape
     used = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
-    dq, dk, dv = (t.new_empty(*t.shape) for t in (q, k, v))
+    dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     with device_guard(q.device):
         call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), *used, block_mask, sm_scale)
         current = target.current_target()

@@ -2,9 +2,9 @@
 
 Rows of "hopper" for head_dim 64 and 128 are the fastest without register spills of those that
 `python -m benchmarks.tune --kernels triton [--head-dim 64] [--pointers]` timed on an NVIDIA H200 (Triton 3.6, fp16,
-B2 H16 L8192) on 2026-11-22. Its rows for 256 and for 192 with a v_dim of 128, and fp32 at head_dim 64, are the fastest
-of a few on an H100 (Triton 3.6) on 2026-11-27. All others are chosen to fit the shared memory and the registers of
-their family, and wait for a measurement.
+B2 H16 L8192) on 2026-11-22. Its other rows, those of "hopper-pointers" for 32 and 256, and fp32 there, are the fastest
+of up to eight on an H100 (Triton 3.6, random masks) on 2026-11-27. All others are chosen to fit the shared memory and
+the registers of their family, and wait for a measurement.
 
 fp32 products. A tensor core of an NVIDIA GPU takes fp32 numbers only cut to TF32. "bf16x6" writes each as a sum of
 three bf16 numbers (8 + 8 + 8 bits of the 24) and adds the six products that fp32 can hold, so results are as close to
@@ -27,13 +27,21 @@ TABLE: dict[str, Rows] = {
     # 227 KiB of shared memory
     "hopper": {
         "fwd": {
+            32: TileConfig(64, 128, 4, 3),
             64: TileConfig(64, 128, 4, 2),
             128: TileConfig(128, 128, 8, 3),
             (256, 128): TileConfig(128, 64, 8, 3),
             256: TileConfig(128, 64, 8, 2),
         },
-        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 32, 8, 2)},
+        "dq": {
+            32: TileConfig(64, 64, 4, 3),
+            64: TileConfig(128, 64, 8, 3),
+            128: TileConfig(128, 64, 8, 3),
+            (256, 128): TileConfig(128, 64, 8, 2),
+            256: TileConfig(128, 32, 8, 2),
+        },
         "dkdv": {
+            32: TileConfig(64, 128, 4, 3),
             64: TileConfig(64, 64, 4, 3),
             128: TileConfig(64, 64, 4, 2),
             (256, 128): TileConfig(32, 64, 4, 2),
@@ -42,9 +50,24 @@ TABLE: dict[str, Rows] = {
     },
     # the same chip where tiles come through pointers, whose addresses take registers
     "hopper-pointers": {
-        "fwd": {64: TileConfig(128, 128, 8, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 2)},
-        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 32, 8, 2)},
-        "dkdv": {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 64, 8, 2)},
+        "fwd": {
+            32: TileConfig(64, 128, 4, 2),
+            64: TileConfig(128, 128, 8, 3),
+            128: TileConfig(128, 128, 8, 3),
+            256: TileConfig(128, 64, 8, 2),
+        },
+        "dq": {
+            32: TileConfig(128, 64, 4, 3),
+            64: TileConfig(128, 64, 8, 3),
+            128: TileConfig(128, 64, 8, 3),
+            256: TileConfig(128, 32, 8, 2),
+        },
+        "dkdv": {
+            32: TileConfig(64, 64, 4, 3),
+            64: TileConfig(64, 128, 8, 2),
+            128: TileConfig(64, 64, 4, 2),
+            256: TileConfig(64, 64, 8, 2),
+        },
     },
     # 163 KiB, no warpgroup products
     "ampere": {
@@ -85,23 +108,27 @@ _SPLIT: Rows = {
     },
 }
 
-# the same for fp32 inputs, which no descriptor reads; at 256 the parts of q, or of k and v, do not fit the registers
+# the same for fp32 inputs, which no descriptor reads
 FP32: dict[str, Rows] = {
     "hopper-pointers": {
         "fwd": {
-            64: TileConfig(64, 64, 4, 2, "bf16x6"),
-            128: TileConfig(64, 32, 4, 2, "bf16x6"),
-            256: TileConfig(16, 16, 4, 1),
+            32: TileConfig(128, 64, 4, 2, "bf16x6"),
+            64: TileConfig(128, 32, 8, 2, "bf16x6"),
+            128: TileConfig(128, 64, 8, 2, "bf16x6"),
+            256: TileConfig(64, 16, 4, 1, "bf16x6"),
         },
         "dq": {
-            64: TileConfig(64, 32, 4, 2, "bf16x6"),
-            128: TileConfig(64, 16, 4, 1, "bf16x6"),
-            256: TileConfig(16, 16, 4, 1),
+            32: TileConfig(64, 64, 4, 2, "bf16x6"),
+            64: TileConfig(128, 64, 8, 2, "bf16x6"),
+            128: TileConfig(128, 32, 8, 1, "bf16x6"),
+            256: TileConfig(16, 16, 4, 1, "bf16x6"),
         },
         "dkdv": {
-            64: TileConfig(32, 64, 4, 2, "bf16x6"),
-            128: TileConfig(32, 32, 8, 1, "bf16x6"),
-            256: TileConfig(16, 16, 4, 1),
+            32: TileConfig(64, 64, 4, 2, "bf16x6"),
+            64: TileConfig(32, 64, 4, 1, "bf16x6"),
+            # 2 % slower than (32, 32, 4, 1), whose sums depend on whether rows of other samples are unused
+            128: TileConfig(16, 64, 4, 1, "bf16x6"),
+            256: TileConfig(16, 16, 4, 1, "bf16x6"),
         },
     },
     "ampere": _SPLIT,
@@ -143,7 +170,9 @@ def choose(
     """
     table = FP32 if itemsize == 4 else TABLE
     rows = table[family(backend, arch, use_tma)][which]
-    config = rows.get((block_d, block_dv)) or rows[max(64, block_d, block_dv)]
+    larger = max(block_d, block_dv)
+    row = min(key for key in rows if isinstance(key, int) and key >= larger)
+    config = rows.get((block_d, block_dv)) or rows[row]
     if allow_tf32 and config.PRECISION != "ieee":
         config = replace(config, PRECISION="tf32")
     return config

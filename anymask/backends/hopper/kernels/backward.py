@@ -396,10 +396,23 @@ def _bwd_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["q_len"])
-def _dq_kernel(dq_acc, dq_ptr, q_len, sm_scale, DIM: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
-    """Writes `dq [heads of all samples, q_len, DIM]`, scaled, from the fp32 accumulator in the order of `_store_dq`.
+@triton.jit(do_not_specialize=["sample_step", "head_step", "query_step", "q_heads", "q_len"])
+def _dq_kernel(
+    dq_acc,
+    dq_ptr,
+    sample_step,
+    head_step,
+    query_step,
+    q_heads,
+    q_len,
+    sm_scale,
+    DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Writes `dq [batch, q_heads, q_len, DIM]`, scaled, from the fp32 accumulator in the order of `_store_dq`.
 
+    Steps are strides of dq in units of 8 elements, so that stores of 16 bytes are seen to be aligned.
     Grid: (heads of all samples * query tiles * TILE // 64): 64 queries of one head a program.
     """
     parts = (q_len + TILE - 1) // TILE * (TILE // 64)
@@ -410,5 +423,6 @@ def _dq_kernel(dq_acc, dq_ptr, q_len, sm_scale, DIM: tl.constexpr, HEAD_DIM: tl.
     dq = dq.permute(1, 0, 3, 2, 4).reshape(64, HEAD_DIM)
     rows = tl.program_id(0) % parts * 64 + tl.arange(0, 64)[:, None]
     c = tl.arange(0, HEAD_DIM)[None, :]
-    out = dq_ptr + (head * q_len + rows) * DIM + c
+    plane = head // q_heads * sample_step + head % q_heads * head_step
+    out = dq_ptr + (plane + rows.to(tl.int64) * query_step) * 8 + c
     tl.store(out, (dq * sm_scale).to(dq_ptr.dtype.element_ty), mask=(rows < q_len) & (c < DIM))

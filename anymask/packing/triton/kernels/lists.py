@@ -125,7 +125,7 @@ def scan_kernel(
 @triton.jit
 def _count_live(live, full_counts, chunk, positions, length, LIVE_CHUNK: tl.constexpr):
     """How many of a chunk of positions live. Partial tiles have marked theirs, those of full ones are marked here."""
-    x = chunk * LIVE_CHUNK + tl.arange(0, LIVE_CHUNK)
+    x = chunk.to(tl.int64) * LIVE_CHUNK + tl.arange(0, LIVE_CHUNK)
     line = (x // length) * tl.cdiv(length, TILE) + (x % length) // TILE
     full = tl.load(full_counts + line, mask=x < positions, other=0)
     lives = tl.load(live + x, mask=x < positions, other=0) | (full > 0).to(tl.uint8)

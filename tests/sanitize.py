@@ -1,4 +1,4 @@
-"""Runs the Hopper kernels under compute-sanitizer: `python -m benchmarks.sanitize` checks memory, then races.
+"""Runs the Hopper kernels under compute-sanitizer: `python -m tests.sanitize` checks memory, then races.
 
 Every case is a process of its own, forward and backward on few programs, compared with attention in fp64. The exit code
 is the number of cases in which a tool found something or a result was wrong.
@@ -68,17 +68,14 @@ def verdict(output: str, code: int) -> str:
     if places and not code and set(places) <= set(handshake()):
         return "clean, but for Triton's handshake"
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
-    end = output.strip()[-200:]
-    if summary is None:
-        return f"no summary: {end}"
-    if not re.match(r"0 (errors|hazards)", summary[1]):
+    if summary is not None and not re.match(r"0 (errors|hazards)", summary[1]):
         return f"{summary[1]} {', '.join(dict.fromkeys(places))}"
-    return f"exit code {code}: {end}" if code else "clean"
+    return f"exit code {code}: {output.strip()[-200:]}" if code or summary is None else "clean"
 
 
 def inspect(tool: str, i: int) -> str:
     """The verdict of `tool` on the case at `i`."""
-    command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "benchmarks.sanitize", "--case", str(i)]
+    command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "tests.sanitize", "--case", str(i)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -101,12 +98,11 @@ def main() -> int:
     tools, bad = options.tool or TOOLS, 0
     # mostly imports and compilation, on cores of their own
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [[pool.submit(inspect, tool, i) for tool in tools] for i in range(len(CASES))]
-        for n, (case, futures) in enumerate(zip(CASES, found, strict=True), 1):
-            verdicts = [future.result() for future in futures]
-            bad += any(not v.startswith("clean") for v in verdicts)
-            said = "; ".join(f"{tool} {verdict}" for tool, verdict in zip(tools, verdicts, strict=True))
-            print(f"[{n}/{len(CASES)}] {case}: {said}", flush=True)
+        found = [pool.map(inspect, tools, [i] * len(tools)) for i in range(len(CASES))]
+        for i, verdicts in enumerate(map(list, found)):
+            bad += not all(v.startswith("clean") for v in verdicts)
+            said = "; ".join(map(" ".join, zip(tools, verdicts, strict=True)))
+            print(f"[{i + 1}/{len(CASES)}] {CASES[i]}: {said}", flush=True)
     print(f"{len(CASES) - bad} of {len(CASES)} cases are clean")
     return bad
 

@@ -1,4 +1,4 @@
-"""Bugs to plant: each a line of the library that is wrong, and the tests that must see it."""
+"""What a planted bug is."""
 
 from typing import NamedTuple
 
@@ -18,4 +18,6 @@ class Mutant(NamedTuple):
     gpu: bool = False
 
 
-MUTANTS: tuple[Mutant, ...] = ()
+def seen_by(file: str, chosen: str = "") -> tuple[str, ...]:
+    """Arguments of pytest: a file of `tests/` without its ending, and an expression that chooses some of its tests."""
+    return (f"tests/{file}.py", *(("-k", chosen) if chosen else ()))

@@ -1,0 +1,13 @@
+"""Bugs to plant: each a line of the library that is wrong, and the tests that must see it.
+
+Some rows say where none is planted because it would change no result: the tests of what is remembered, of speed and of
+memory are for these.
+"""
+
+from tests.helpers.mutants.attention import ATTENTION
+from tests.helpers.mutants.gpu import GPU
+from tests.helpers.mutants.masks import MASKS
+from tests.helpers.mutants.packing import PACKING
+from tests.helpers.mutants.record import Mutant as Mutant
+
+MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *ATTENTION, *GPU)
