@@ -307,7 +307,8 @@ def _whole(name: str, numbers: Any, allowed: str, dims: int) -> Tensor:
             raise TypeError(f"an entry of {name} is {brief(entry)}; allowed are {allowed}")
         else:
             for bound in entry:
-                check_int(f"a bound in {name}", bound)
+                if not -(2**63) <= check_int(f"a bound in {name}", bound) < 2**63:
+                    raise ValueError(f"a bound in {name} is {bound}; allowed are 0 to 2**31 - 1")
     return torch.tensor(numbers, dtype=torch.int64)
 
 

@@ -101,15 +101,15 @@ def test_many_tiles_and_heads(backend: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
-@cases(BACKENDS, [Case(m, 140, 300, 16, t) for m in grid.DEAD_MASKS for t in (F32, BF16)])
-def test_dead_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
-    grid.check_dead_keys_reach_nothing(case, backend, "cpu", value)
+@cases(BACKENDS, [Case(m, 140, 300, 16, t) for m in grid.UNUSED_MASKS for t in (F32, BF16)])
+def test_unused_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_unused_keys_reach_nothing(case, backend, "cpu", value)
 
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(BACKENDS, [Case(m, 300, 140, 16) for m in ("empty_rows", "column", "all_empty", "one_pair", "causal_behind")])
-def test_dead_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
-    grid.check_dead_queries_reach_nothing(case, backend, "cpu", value)
+def test_unused_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_unused_queries_reach_nothing(case, backend, "cpu", value)
 
 
 @cases(BACKENDS, [Case("random", 200, 300, 32, t, q_heads=4) for t in (F16, BF16, F32, F64)])

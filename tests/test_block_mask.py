@@ -129,7 +129,7 @@ def test_a_file_without_lengths(header: dict[str, str], tmp_path: Path) -> None:
         ("rows.order", lambda t: t.clamp(max=1)),
         ("rows.order", lambda t: t[0]),
         ("cols.order", lambda t: t.repeat(2, 1, 1)),
-        ("rows.live", lambda t: torch.zeros(7, dtype=torch.uint8)),
+        ("rows.has_pair", lambda t: torch.zeros(7, dtype=torch.uint8)),
     ],
 )
 def test_a_damaged_file(name: str, change: Any, tmp_path: Path) -> None:

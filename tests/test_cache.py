@@ -149,6 +149,17 @@ class TestMisses:
         with pytest.raises(ValueError, match=r"mask has dtype torch\.int16"):
             attention(Q, K, V, mask)
 
+    def test_the_address_of_another_dtype_that_is_gone(self, packs: list[str]) -> None:
+        # a view of another dtype is a tensor of its own, often where the one before the last was
+        for _ in range(20):
+            mask = torch.full((10, 20), -(2**15), dtype=torch.int16)
+            flash_attention_custom_mask(Q, K, V, mask)
+            between = mask.view(torch.bfloat16)
+            del mask
+            zeros = between.view(torch.float16)
+            del between
+            assert torch.equal(flash_attention_custom_mask(Q, K, V, zeros), torch.zeros(2, 4, 10, 6))
+
     def test_a_parameter_that_moves(self, packs: list[str]) -> None:
         module = nn.Module()
         module.mask = nn.Parameter(_random(), requires_grad=False)

@@ -53,7 +53,7 @@ def test_the_full_plan_is_large_enough() -> None:
     # kernels and packing kernels to compile are few
     assert len({(c.head_dim, c.v_dim, c.dtype) for c in (job.case for job in oracle)}) <= 20
     assert len({job.case.mask for job in fuzzed}) <= FULL.pool
-    for check in ("dead_keys_reach_nothing", "repeats", "a_sample_alone", "packing", "memory", "arguments"):
+    for check in ("unused_keys_reach_nothing", "repeats", "a_sample_alone", "packing", "memory", "arguments"):
         assert any(job.check == check for job in every), check
 
 
@@ -97,7 +97,7 @@ def test_a_job_passes_and_counts() -> None:
     [
         Job("oracle", CASE, (CPU,)),
         Job("oracle", replace(CASE, mask="~(causal & random)"), (CPU,), fuzzed=True),
-        Job("dead_keys_reach_nothing", replace(CASE, mask="one_pair"), (CPU,), (float("nan"),)),
+        Job("unused_keys_reach_nothing", replace(CASE, mask="one_pair"), (CPU,), (float("nan"),)),
         Job("emptied_rows_leave_the_others", CASE, (CPU,)),
         Job("high_hidden_scores", CASE, (CPU,)),
         Job("arguments", CASE, args=(0, 40)),

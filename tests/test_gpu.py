@@ -119,17 +119,17 @@ def test_long(backend: str, case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
-@cases(BACKENDS, [Case(m, 300, 600, 64, t) for m in grid.DEAD_MASKS for t in (F16, F32)])
-def test_dead_keys_reach_nothing(backend: str, case: Case, value: float, device: str) -> None:
-    grid.check_dead_keys_reach_nothing(case, backend, device, value)
+@cases(BACKENDS, [Case(m, 300, 600, 64, t) for m in grid.UNUSED_MASKS for t in (F16, F32)])
+def test_unused_keys_reach_nothing(backend: str, case: Case, value: float, device: str) -> None:
+    grid.check_unused_keys_reach_nothing(case, backend, device, value)
 
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(
     BACKENDS, [Case(m, 600, 300, 64, F16) for m in ("empty_rows", "column", "all_empty", "one_pair", "causal_behind")]
 )
-def test_dead_queries_reach_nothing(backend: str, case: Case, value: float, device: str) -> None:
-    grid.check_dead_queries_reach_nothing(case, backend, device, value)
+def test_unused_queries_reach_nothing(backend: str, case: Case, value: float, device: str) -> None:
+    grid.check_unused_queries_reach_nothing(case, backend, device, value)
 
 
 @cases(BACKENDS, [Case("random", 500, 700, 64, t) for t in (F16, BF16, F32)])
@@ -231,7 +231,7 @@ class TestHopperSaysNo:
         assert "head_dim is 192" in self.why(*make_qkv(1, 1, 1, 9, 9, 192, dtype=F16, device=device))
         assert "dtype is torch.float32" in self.why(*make_qkv(1, 1, 1, 9, 9, 64, device=device))
 
-    def test_to_keys_dead_in_one_head_of_a_group(self, device: str) -> None:
+    def test_to_keys_unused_in_one_head_of_a_group(self, device: str) -> None:
         q, k, v = make_qkv(1, 4, 2, 200, 200, 64, dtype=F16, device=device)
         mask = torch.ones(1, 4, 200, 200, dtype=torch.bool, device=device)
         mask[:, 1, :, :50] = False

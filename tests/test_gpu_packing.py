@@ -208,11 +208,11 @@ class TestPacking:
         cols, within = packed.cols, torch.arange(128, device=device)
         some = torch.randperm(cols.partial_tiles.numel(), device=device)[:500]
         q = cols.partial_tiles[some].long()[:, None] * 128 + within
-        k = cols.line_numbers(1)[some][:, None] * 128 + within
+        k = cols.tile_row_numbers(1)[some][:, None] * 128 + within
         assert torch.equal(unpack_bits(cols.words[some]), defined(q, k).mT)
         assert cols.partial_tiles.numel() == packed.rows.partial_tiles.numel()
         assert torch.equal(packed.rows.full_offsets[-1], packed.cols.full_offsets[-1])
-        assert packed.rows.live.numel() == packed.cols.live.numel() == 0
+        assert packed.rows.has_pair.numel() == packed.cols.has_pair.numel() == 0
 
     def test_memory_by_name(self, device: str) -> None:
         mask = causal() & document(torch.arange(32768, device=device) // 3000)

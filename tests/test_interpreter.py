@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 BACKENDS = ("triton",)
-# a kernel's paths: no mask, only full tiles, bits, dead keys, dead queries, planes by batch, by head and by both
+# a kernel's paths: no mask, only full tiles, bits, unused keys, unused queries, planes by batch, by head and by both
 MASK_NAMES = ["none", "causal", "tiles", "empty_rows", "empty_columns", "per_batch", "per_head", "per_batch_head"]
 CPU = torch.device("cpu")
 
@@ -132,14 +132,14 @@ def test_scales(backend: str, case: Case) -> None:
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(BACKENDS, [Case(m, 140, 300, 16, F16, batch=1) for m in ("empty_columns", "empty_head", "tiles", "all_empty")])
-def test_dead_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
-    grid.check_dead_keys_reach_nothing(case, backend, "cpu", value)
+def test_unused_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_unused_keys_reach_nothing(case, backend, "cpu", value)
 
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(BACKENDS, [Case(m, 140, 40, 16, F16, batch=1) for m in ("empty_rows", "column", "all_empty")])
-def test_dead_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
-    grid.check_dead_queries_reach_nothing(case, backend, "cpu", value)
+def test_unused_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_unused_queries_reach_nothing(case, backend, "cpu", value)
 
 
 @cases(BACKENDS, [Case("random", 40, 140, 16, F16, batch=1, q_heads=4)])
@@ -346,7 +346,7 @@ def test_narrow_spans_and_chunks_do_not_show(
 ) -> None:
     monkeypatch.setattr("anymask.packing.triton.SPAN", 16)
     monkeypatch.setattr("anymask.packing.triton.lists.CHUNK", 16)
-    monkeypatch.setattr("anymask.packing.triton.lists.LIVE_CHUNK", 128)
+    monkeypatch.setattr("anymask.packing.triton.lists.POSITION_CHUNK", 128)
     _check_expression(mask, q_len, kv_len)
 
 
@@ -517,7 +517,7 @@ def test_packing_on_the_device_shares_memory_that_nobody_sees(tmp_path: Path) ->
     assert len(set(starts)) == len(starts)
     assert all(start % 16 == 0 for start in starts)
     assert all(t.is_contiguous() for t in tensors)
-    # nothing but the result lives on
+    # nothing but the result is kept
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert sum(storages.values()) <= packed.nbytes + 16 * len(tensors)
     packed.save(tmp_path / "mask.safetensors")

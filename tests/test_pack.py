@@ -36,7 +36,7 @@ def _by_hand(dense: Tensor) -> BlockMask:
         tile = tiles[at][: q_len - at[2] * TILE]
         kinds[at] = 2 if tile.all() else int(tile.any())
 
-    def lists(kinds: Tensor, tiles: Tensor, live: Tensor) -> TileLists:
+    def lists(kinds: Tensor, tiles: Tensor, has_pair: Tensor) -> TileLists:
         found: dict[int, list[int]] = {1: [], 2: []}
         offsets: dict[int, list[int]] = {1: [0], 2: [0]}
         words = []
@@ -62,7 +62,7 @@ def _by_hand(dense: Tensor) -> BlockMask:
             ints(found[1]),
             torch.from_numpy(np.stack(words)) if words else ints([], 0, TILE, 4),
             ints(order, *kinds.shape[:3]),
-            torch.zeros(0, dtype=torch.uint8) if live.all() else live.flatten().to(torch.uint8),
+            torch.zeros(0, dtype=torch.uint8) if has_pair.all() else has_pair.flatten().to(torch.uint8),
         )
 
     rows = lists(kinds, tiles, dense.any(-1))
@@ -98,7 +98,7 @@ def test_worked_example_of_the_docstring() -> None:
     assert mask.cols.full_tiles.tolist() == [1, 2, 3, 2, 3, 3]
     assert mask.cols.order.tolist() == [[[0, 1, 2, 3]]]
     assert mask.tile_counts == (6, 4, 6)
-    assert mask.rows.live.numel() == mask.cols.live.numel() == 0
+    assert mask.rows.has_pair.numel() == mask.cols.has_pair.numel() == 0
 
 
 def test_planes_are_stored_once() -> None:
@@ -187,8 +187,8 @@ def test_nbytes_is_the_documented_sum() -> None:
     lists = 2 * 4 * (partial + full) + 4 * 2 * (planes * q_tiles + 1 + planes * kv_tiles + 1)
     order = 4 * planes * (q_tiles + kv_tiles)
     # left padding leaves queries without a key, and keys that no query sees
-    live = planes * (300 + 520)
-    assert packed.nbytes == words + lists + order + live == sum(t.nbytes for t in packed.tensors())
+    has_pair = planes * (300 + 520)
+    assert packed.nbytes == words + lists + order + has_pair == sum(t.nbytes for t in packed.tensors())
     dense = pack(torch.rand(1024, 1024) < 0.5)
     assert dense.nbytes <= 1024 * 1024 / 4 * 1.01
 
@@ -223,7 +223,7 @@ def test_pytree_round_trip() -> None:
     assert torch.equal(doubled.cols.words, packed.cols.words * 2)
     paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(packed)[0]]
     assert paths[0] == ".rows.full_offsets"
-    assert paths[-1] == ".cols.live"
+    assert paths[-1] == ".cols.has_pair"
 
 
 def test_tensors_round_trip_and_frozen() -> None:
@@ -284,14 +284,14 @@ def test_lengths_that_a_tensor_cannot_have() -> None:
         pack("causal")  # type: ignore[arg-type]
 
 
-def test_line_numbers() -> None:
+def test_tile_row_numbers() -> None:
     packed, _ = _packed("per_batch_head", 300, 257)
     rows = packed.rows
-    assert rows.line_numbers(1).dtype == torch.int64
+    assert rows.tile_row_numbers(1).dtype == torch.int64
     for kind, tiles in ((1, rows.partial_tiles), (2, rows.full_tiles)):
-        assert rows.line_numbers(kind).shape == tiles.shape
+        assert rows.tile_row_numbers(kind).shape == tiles.shape
     attended = torch.zeros(4 * 3, 3 * 128, dtype=torch.int64)
     dense = torch.nn.functional.pad(packed.to_dense(), (0, 127, 0, 84)).view(12, 128, 384).any(1)
-    for line, tile, bits in zip(rows.line_numbers(1), rows.partial_tiles, unpack_bits(rows.words), strict=True):
+    for line, tile, bits in zip(rows.tile_row_numbers(1), rows.partial_tiles, unpack_bits(rows.words), strict=True):
         attended[line, tile * 128 : (tile + 1) * 128] = bits.any(0).long()
     assert torch.equal(attended.bool(), dense)

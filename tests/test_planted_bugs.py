@@ -17,7 +17,9 @@ from anymask import (
     key_padding,
     pack,
     spans,
+    tree,
 )
+from anymask.integrations import transformers
 from anymask.mask.leaves import Positions
 from anymask.packing import cache
 from anymask.testing import assert_same_block_mask
@@ -100,10 +102,14 @@ def test_what_cannot_grow_in_a_part() -> None:
 
 
 def test_a_mask_keeps_what_it_was_given() -> None:
-    ids = torch.arange(300) // 100
-    mask, expected = document(ids), pack(document(ids), q_len=300, kv_len=300)
-    ids.zero_()
-    assert_same_block_mask(pack(mask, q_len=300, kv_len=300), expected)
+    ids, start = torch.arange(300) // 100, torch.arange(300)
+    end = start + 7
+    masks = [document(ids), spans(start, end), key_padding(end[:1]), tree(start - 1)]
+    expected = [pack(mask, q_len=300, kv_len=300) for mask in masks]
+    for t in (ids, start, end):
+        t.zero_()
+    for mask, before in zip(masks, expected, strict=True):
+        assert_same_block_mask(pack(mask, q_len=300, kv_len=300), before)
 
 
 def test_each_part_of_a_key_tells_masks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,3 +143,31 @@ def test_tiles_that_alternate_between_full_and_partial(backend: str) -> None:
     q, k = torch.randn(1, 1, 40, 8, dtype=torch.float64), torch.randn(1, 1, 512, 8, dtype=torch.float64)
     s = (q @ k.mT / 8**0.5).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(attention(q, k, k, mask, backend=backend), torch.softmax(s, -1) @ k)
+
+
+def sliding_window_overlay(sliding_window: int) -> Any:
+    """Known to `anymask.integrations.transformers` by its name, as the function of that library is."""
+
+    def inner_mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return k > q - sliding_window
+
+    inner_mask.__module__ = "transformers.masking_utils"
+    return inner_mask
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_functions_of_models_count_positions_from_their_offsets(window: int | None) -> None:
+    fn = None if window is None else sliding_window_overlay(window)
+    packed = transformers.mask(1, 3, 9, q_offset=7, kv_offset=2, mask_function=fn)
+    assert packed is not None
+    q, k = torch.arange(7, 10)[:, None], torch.arange(2, 11)
+    assert torch.equal(packed.to_dense()[0, 0], k <= q if window is None else k > q - window)
+
+
+def test_sinks_take_part_in_the_softmax() -> None:
+    q, k, sinks = torch.randn(2, 4, 5, 8).double(), torch.randn(2, 4, 7, 8).double(), torch.randn(4).double()
+    mask = torch.rand(5, 7) < 0.7
+    o, _ = transformers.attention_forward(torch.nn.Identity(), q, k, k, mask, s_aux=sinks)
+    s = (q @ k.mT / 8**0.5).masked_fill(~mask, -torch.inf)
+    p = torch.softmax(torch.cat([s, sinks[:, None, None].expand(2, 4, 5, 1)], -1), -1)[..., :-1]
+    torch.testing.assert_close(o, (p @ k).transpose(1, 2), rtol=1e-6, atol=1e-6)

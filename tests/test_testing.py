@@ -13,9 +13,9 @@ from anymask.testing import (
     MASKS,
     Case,
     Results,
-    assert_dead_is_zero,
     assert_matches,
     assert_same_block_mask,
+    assert_unused_is_zero,
     check,
     eager,
     magnitudes,
@@ -144,16 +144,16 @@ def test_check_fails_on_another_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("what", Results._fields)
-def test_dead_must_be_exactly_zero(what: str) -> None:
+def test_unused_must_be_exactly_zero(what: str) -> None:
     case = Case("one_pair", 5, 5, 16)
     results = run(make_inputs(case))
     dense = make_inputs(case).dense
-    assert_dead_is_zero(results, dense)
+    assert_unused_is_zero(results, dense)
     tensor = getattr(results, what).clone()
     tensor[0, 0, -1] += 1e-30 if what != "lse" else 100.0
     tensor[0, 0, -1].nan_to_num_(neginf=0.0)
     with pytest.raises(AssertionError, match=what):
-        assert_dead_is_zero(results._replace(**{what: tensor}), dense)
+        assert_unused_is_zero(results._replace(**{what: tensor}), dense)
 
 
 def test_same_block_mask_reads_every_field() -> None:

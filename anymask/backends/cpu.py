@@ -234,7 +234,7 @@ class _Call:
     def used_rows(self, t: Tensor, tile_row: _TileRow) -> Tensor:
         """`rows` with 0 for queries that have no key."""
         rows = self.rows(t, tile_row)
-        used = self.mask.rows.live
+        used = self.mask.rows.has_pair
         if used.numel():
             has_pair = used.view(self.mask.batch, self.mask.heads, -1)[tile_row.plane][tile_row.rows, None] != 0
             rows = torch.where(has_pair, rows.unflatten(2, (-1, has_pair.shape[0])), 0).flatten(2, 3)
@@ -254,7 +254,7 @@ class _Call:
 
     def _zero_unused(self, t: Tensor, tile_row: _TileRow, tiles: slice | Tensor = slice(None)) -> Tensor:
         """`t [1, kv_heads, n, 128, dim]`, of these tiles, with 0 for keys that no query of the plane attends to."""
-        used = self.mask.cols.live
+        used = self.mask.cols.has_pair
         if used.numel():
             of_plane = used.view(self.mask.batch, self.mask.heads, -1)[tile_row.plane]
             by_tile = pad(of_plane, (0, self.k.shape[2] * TILE - of_plane.numel())).view(-1, TILE)[tiles]

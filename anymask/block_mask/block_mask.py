@@ -44,7 +44,7 @@ class Stats:
     # multiply-adds count 2: forward, over attended pairs and over the tiles that are visited
     pair_flops: int
     tile_flops: int
-    # tiles of the heaviest line of query tiles over those of the mean one; 1.0 is even
+    # tiles of the heaviest row of tiles over those of the mean row; 1.0 is even
     imbalance: float
     # all tiles over those visited: how much faster than without a mask a kernel could be
     speedup: float
@@ -57,10 +57,10 @@ class BlockMask:
     Worked example: `pack(causal(), q_len=512, kv_len=512)` has 4 x 4 tiles,
 
         rows of tiles        rows.full_tiles      rows.partial_tiles    rows.order
-        ░ · · ·              line 0: -            line 0: 0             [3, 2, 1, 0]
-        █ ░ · ·              line 1: 0            line 1: 1
-        █ █ ░ ·              line 2: 0 1          line 2: 2
-        █ █ █ ░              line 3: 0 1 2        line 3: 3
+        ░ · · ·              row 0: -             row 0: 0              [3, 2, 1, 0]
+        █ ░ · ·              row 1: 0             row 1: 1
+        █ █ ░ ·              row 2: 0 1           row 2: 2
+        █ █ █ ░              row 3: 0 1 2         row 3: 3
 
     so `rows.full_offsets = [0, 0, 1, 3, 6]`, `rows.partial_offsets = [0, 1, 2, 3, 4]`, and `words` hold four tiles.
     `cols` says the same by columns: `cols.full_tiles = [1, 2, 3, 2, 3, 3]`.
@@ -101,7 +101,7 @@ class BlockMask:
 
     @property
     def device(self) -> torch.device:
-        """Where all tensors live."""
+        """Of all tensors."""
         return self.rows.words.device
 
     @property
@@ -123,9 +123,9 @@ class BlockMask:
             return 0.0
         attended = sum(int(unpack_bits(w).sum()) for w in self.rows.words.split(1024))
         last_rows = self.q_len - TILE * (tiles_over(self.q_len) - 1)
-        lines = self.rows.line_numbers(FULL) % tiles_over(self.q_len)
-        short = int((lines == tiles_over(self.q_len) - 1).sum())
-        full = (lines.numel() - short) * TILE * TILE + short * last_rows * TILE
+        tile_rows = self.rows.tile_row_numbers(FULL) % tiles_over(self.q_len)
+        short = int((tile_rows == tiles_over(self.q_len) - 1).sum())
+        full = (tile_rows.numel() - short) * TILE * TILE + short * last_rows * TILE
         return (attended + full) / pairs
 
     def stats(self, head_dim: int = 128) -> Stats:
@@ -173,15 +173,15 @@ class BlockMask:
                 f"plane is {plane}; the mask stores {self.batch} x {self.heads} planes (batch, heads), "
                 "and a dimension of 1 is shared"
             )
-        rows, lines = self.rows, tiles_over(self.q_len)
+        rows, tile_rows = self.rows, tiles_over(self.q_len)
         offsets, tiles = (
             (rows.full_offsets, rows.full_tiles) if kind == FULL else (rows.partial_offsets, rows.partial_tiles)
         )
-        first = (b * self.heads + h) * lines
-        start, stop = int(offsets[first]), int(offsets[first + lines])
-        line = rows.line_numbers(kind)[start:stop].cpu() - first
+        first = (b * self.heads + h) * tile_rows
+        start, stop = int(offsets[first]), int(offsets[first + tile_rows])
+        tile_row = rows.tile_row_numbers(kind)[start:stop].cpu() - first
         tile = tiles[start:stop].cpu().long()
-        return line, tile, rows.words[start:stop].cpu() if kind == PARTIAL else tile.new_empty(tile.numel(), 0)
+        return tile_row, tile, rows.words[start:stop].cpu() if kind == PARTIAL else tile.new_empty(tile.numel(), 0)
 
     def save(self, path: str | Path) -> None:
         """Write the mask as a safetensors file, whole or not at all. Needs `pip install 'anymask[files]'`.
@@ -236,8 +236,8 @@ class BlockMask:
         q_tiles, kv_tiles = map(tiles_over, lengths)
         places = []
         for kind, name in ((FULL, "full"), (PARTIAL, "partial")):
-            by_row = self.rows.line_numbers(kind) * kv_tiles + _tiles(self.rows, kind)
-            column, q_tile = self.cols.line_numbers(kind), _tiles(self.cols, kind)
+            by_row = self.rows.tile_row_numbers(kind) * kv_tiles + _tiles(self.rows, kind)
+            column, q_tile = self.cols.tile_row_numbers(kind), _tiles(self.cols, kind)
             by_column = (column // max(1, kv_tiles) * q_tiles + q_tile) * kv_tiles + column % max(1, kv_tiles)
             places.append(by_row)
             for view, numbers in (("rows", by_row), ("cols", column * q_tiles + q_tile)):
@@ -255,7 +255,7 @@ class BlockMask:
 
         Args:
             q_len, kv_len: lengths in tokens.
-            device: where it lives.
+            device: of all tensors.
             batch, heads: planes.
 
         Raises:
@@ -275,8 +275,8 @@ class BlockMask:
         planes = self.batch * self.heads
         tiles = torch.zeros(planes * q_tiles, kv_tiles, TILE, TILE, dtype=torch.bool, device=self.device)
         rows = self.rows
-        tiles[rows.line_numbers(FULL), rows.full_tiles.long()] = True
-        tiles[rows.line_numbers(PARTIAL), rows.partial_tiles.long()] = unpack_bits(rows.words)
+        tiles[rows.tile_row_numbers(FULL), rows.full_tiles.long()] = True
+        tiles[rows.tile_row_numbers(PARTIAL), rows.partial_tiles.long()] = unpack_bits(rows.words)
         dense = tiles.view(planes, q_tiles, kv_tiles, TILE, TILE).transpose(2, 3)
         dense = dense.reshape(self.batch, self.heads, q_tiles * TILE, kv_tiles * TILE)
         return dense[..., : self.q_len, : self.kv_len]

@@ -18,7 +18,7 @@ def full_lists(q_len: int, kv_len: int, planes: tuple[int, int]) -> tuple[TileLi
     bits = (torch.arange(TILE, device=CPU) < tail).repeat(q_tiles * n, TILE, 1)
     if n and q_len % TILE:
         bits[-1, q_len % TILE :] = False
-    columns, lines = torch.arange(whole, device=CPU), torch.arange(q_tiles, device=CPU)
+    columns, tile_rows = torch.arange(whole, device=CPU), torch.arange(q_tiles, device=CPU)
     rows = _lists(
         (q_len, kv_len),
         planes,
@@ -29,8 +29,8 @@ def full_lists(q_len: int, kv_len: int, planes: tuple[int, int]) -> tuple[TileLi
     cols = _lists(
         (kv_len, q_len),
         planes,
-        ([q_tiles] * whole + [0] * n, lines.repeat(whole)),
-        ([0] * whole + [q_tiles] * n, lines.repeat(n)),
+        ([q_tiles] * whole + [0] * n, tile_rows.repeat(whole)),
+        ([0] * whole + [q_tiles] * n, tile_rows.repeat(n)),
         bits.mT,
     )
     return rows, cols
@@ -43,13 +43,13 @@ def _lists(
     partial: tuple[list[int], Tensor],
     bits: Tensor,
 ) -> TileLists:
-    """A view of planes that are alike. Of one: how many tiles each line has, which, and bits of the partial ones."""
-    count, lines = planes[0] * planes[1], tiles_over(lengths[0])
-    order = torch.arange(lines, dtype=torch.int32, device=CPU).repeat(*planes, 1)
+    """A view of planes that are alike. Of one: how many tiles each row has, which, and bits of the partial ones."""
+    count, tile_rows = planes[0] * planes[1], tiles_over(lengths[0])
+    order = torch.arange(tile_rows, dtype=torch.int32, device=CPU).repeat(*planes, 1)
     # without a position on the other side no position here has a pair
-    live = torch.zeros(0 if lengths[1] else count * lengths[0], dtype=torch.uint8, device=CPU)
+    has_pair = torch.zeros(0 if lengths[1] else count * lengths[0], dtype=torch.uint8, device=CPU)
     words = pack_bits(bits).repeat(count, 1, 1)
-    return TileLists(*_repeated(*full, count), *_repeated(*partial, count), words, order, live)
+    return TileLists(*_repeated(*full, count), *_repeated(*partial, count), words, order, has_pair)
 
 
 def _repeated(counts: list[int], tiles: Tensor, planes: int) -> tuple[Tensor, Tensor]:

@@ -16,32 +16,32 @@ from anymask.tiles import FULL, TILE, WORDS, tiles_over
 
 @dataclass(frozen=True, eq=False)
 class TileLists:
-    """The non-empty tiles of each line of tiles, as two CSR lists.
+    """The non-empty tiles of each row of tiles, as two CSR lists. In the view by kv tiles a row is a kv tile.
 
-    Line `x` of plane `p` has the global number `n = p * lines + x`. Its full tiles are
+    Row `x` of plane `p` has the global number `n = p * tile_rows + x`. Its full tiles are
     `full_tiles[full_offsets[n]:full_offsets[n + 1]]`, in ascending order, and likewise its partial ones.
     """
 
-    # int32 [planes * lines + 1]
+    # int32 [planes * tile_rows + 1]
     full_offsets: Tensor
     # int32 [n_full], index of the tile in the other direction
     full_tiles: Tensor
-    # int32 [planes * lines + 1]
+    # int32 [planes * tile_rows + 1]
     partial_offsets: Tensor
     # int32 [n_partial]
     partial_tiles: Tensor
-    # int32 [n_partial, 128, 4], bits of partial_tiles in the order of bits.py, four words per position of the line
+    # int32 [n_partial, 128, 4], bits of partial_tiles in the order of bits.py, four words per position of the row
     words: Tensor
-    # int32 [mask_batch, mask_heads, lines], lines in descending order of tiles, ties in ascending order of line
+    # int32 [mask_batch, mask_heads, tile_rows], rows in descending order of tiles, ties in ascending order of row
     order: Tensor
     # uint8 [planes * length], 1 where the position has a pair; [0] when every position has one
-    live: Tensor
+    has_pair: Tensor
 
-    def line_numbers(self, kind: int) -> Tensor:
-        """int64 `[n]`: global line number of each full (`kind=2`) or partial (`kind=1`) tile."""
+    def tile_row_numbers(self, kind: int) -> Tensor:
+        """int64 `[n]`: global number of the row of each full (`kind=2`) or partial (`kind=1`) tile."""
         offsets = self.full_offsets if kind == FULL else self.partial_offsets
-        lines = torch.arange(offsets.numel() - 1, device=offsets.device)
-        return lines.repeat_interleave(offsets.diff().to(torch.int64))
+        tile_rows = torch.arange(offsets.numel() - 1, device=offsets.device)
+        return tile_rows.repeat_interleave(offsets.diff().to(torch.int64))
 
     @property
     def nbytes(self) -> int:
@@ -54,17 +54,17 @@ class TileLists:
 
     def wrong_shape(self, planes: tuple[int, ...], length: int) -> str | None:
         """The first tensor whose shape is not that of a view of `length` positions and `planes`, or None."""
-        lines, count = tiles_over(length), math.prod(planes)
-        if self.order.shape != (*planes, lines):
+        tile_rows, count = tiles_over(length), math.prod(planes)
+        if self.order.shape != (*planes, tile_rows):
             return "order"
         for kind in ("full", "partial"):
-            if getattr(self, f"{kind}_offsets").shape != (count * lines + 1,):
+            if getattr(self, f"{kind}_offsets").shape != (count * tile_rows + 1,):
                 return f"{kind}_offsets"
             if getattr(self, f"{kind}_tiles").dim() != 1:
                 return f"{kind}_tiles"
         if self.words.shape != (*self.partial_tiles.shape, TILE, WORDS):
             return "words"
-        return None if self.live.shape in ((0,), (count * length,)) else "live"
+        return None if self.has_pair.shape in ((0,), (count * length,)) else "has_pair"
 
     def wrong_value(self, planes: tuple[int, ...], length: int, other: int) -> str | None:
         """The first tensor that cannot be one of a view of `length` by `other` positions, or None. Reads the lists."""
@@ -72,7 +72,7 @@ class TileLists:
         if wrong:
             return wrong
         for name, t in zip(FIELDS, self.tensors(), strict=True):
-            if t.dtype != (torch.uint8 if name == "live" else torch.int32):
+            if t.dtype != (torch.uint8 if name == "has_pair" else torch.int32):
                 return name
         if (self.order.sort(-1).values != torch.arange(tiles_over(length), device=self.order.device)).any():
             return "order"
@@ -135,17 +135,17 @@ def select_planes(views: Sequence[TileLists], batch: range, heads: range) -> lis
         runs = [range(batch.start * all_heads, batch.stop * all_heads)]
     span = range(runs[0].start, runs[-1].stop)
     cut = slice(batch.start, batch.stop), slice(heads.start, heads.stop)
-    lives = [v.live.view(*v.order.shape[:2], -1)[cut].flatten() if v.live.numel() else v.live for v in views]
-    asked = [live.all()[None].to(torch.int32) for live in lives]
+    maps = [v.has_pair.view(*v.order.shape[:2], -1)[cut].flatten() if v.has_pair.numel() else v.has_pair for v in views]
+    wanted = [has_pair.all()[None].to(torch.int32) for has_pair in maps]
     for view in views:
-        lines = view.order.shape[2]
+        tile_rows = view.order.shape[2]
         for offsets in (view.full_offsets, view.partial_offsets):
-            starts = offsets[span.start * lines : span.stop * lines + 1 : max(1, lines)]
-            asked.append(starts.expand(len(span) + 1))
-    told = [numbers.tolist() for numbers in torch.cat(asked).cpu().split([len(t) for t in asked])]
+            starts = offsets[span.start * tile_rows : span.stop * tile_rows + 1 : max(1, tile_rows)]
+            wanted.append(starts.expand(len(span) + 1))
+    numbers = [part.tolist() for part in torch.cat(wanted).cpu().split([len(t) for t in wanted])]
     found = []
-    for i, (view, live) in enumerate(zip(views, lives, strict=True)):
-        full_starts, partial_starts = told[len(views) + 2 * i : len(views) + 2 * i + 2]
+    for i, (view, has_pair) in enumerate(zip(views, maps, strict=True)):
+        full_starts, partial_starts = numbers[len(views) + 2 * i : len(views) + 2 * i + 2]
         full, partial = (
             [slice(starts[run.start - span.start], starts[run.stop - span.start]) for run in runs]
             for starts in (full_starts, partial_starts)
@@ -159,7 +159,7 @@ def select_planes(views: Sequence[TileLists], batch: range, heads: range) -> lis
                 _pieces(view.words, partial),
                 view.order[cut].contiguous(),
                 # empty where all of these planes' positions have a pair, as if they were packed alone
-                live[:0] if told[i][0] else live,
+                has_pair[:0] if numbers[i][0] else has_pair,
             )
         )
     return found
@@ -170,7 +170,7 @@ def _pieces(t: Tensor, pieces: list[slice]) -> Tensor:
 
 
 def _offsets_of(offsets: Tensor, shape: torch.Size, cut: tuple[slice, slice]) -> Tensor:
-    """Offsets of the lines of some planes, of `shape` lines in all."""
+    """Offsets of the rows of tiles of some planes, of `shape` rows in all."""
     counts = offsets.diff().view(shape)[cut].flatten()
     chosen = offsets.new_zeros(counts.numel() + 1)
     chosen[1:] = counts.cumsum(0)

@@ -56,8 +56,8 @@ WIDE_LAYOUTS = *LAYOUTS, "transposed", "expanded"
 KINDS = *MASKS, *BUILDERS
 # masks that leave some key, or some query, without a partner, whatever is drawn; `empty_columns` only where each query
 # head has a kv head of its own
-DEAD_KEYS = "drawn_key_padding", "one_pair", "empty_sample", "all_empty", "empty_columns"
-DEAD_QUERIES = "empty_rows", "one_pair", "empty_sample", "all_empty", "causal_behind", "column", "empty_head"
+UNUSED_KEYS = "drawn_key_padding", "one_pair", "empty_sample", "all_empty", "empty_columns"
+UNUSED_QUERIES = "empty_rows", "one_pair", "empty_sample", "all_empty", "causal_behind", "column", "empty_head"
 SPECIAL = float("nan"), float("inf"), float("-inf")
 SHIFTS = -50.0, -200.0, -1e3, -1e4
 # jobs of a unit
@@ -198,8 +198,8 @@ def _properties(shape: Shape, amount: Amount, by: tuple[Runner, ...], rng: rando
     # the dense reference leaves the order of its sums to matrix products of torch
     own = tuple(r for r in by if r.backend != "reference")
     for n in range(amount.properties):
-        yield Job("dead_keys_reach_nothing", case(*DEAD_KEYS), by, (SPECIAL[n % 3],))
-        yield Job("dead_queries_reach_nothing", case(*DEAD_QUERIES), by, (SPECIAL[n % 3],))
+        yield Job("unused_keys_reach_nothing", case(*UNUSED_KEYS), by, (SPECIAL[n % 3],))
+        yield Job("unused_queries_reach_nothing", case(*UNUSED_QUERIES), by, (SPECIAL[n % 3],))
         yield Job("emptied_rows_leave_the_others", case("random"), by)
         yield Job("forms_of_a_mask_agree", case("causal"), by)
         yield Job("repeats", case(*KINDS), own, (amount.repeats,))

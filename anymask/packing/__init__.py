@@ -32,7 +32,7 @@ def pack(
         mask: a `Mask`, or a bool tensor broadcastable to `[batch, q_heads, q_len, kv_len]`. A tensor is read once;
             expanded (stride-0) dimensions are neither copied nor stored more than once.
         q_len, kv_len: lengths in tokens; for a tensor they default to its last two dimensions.
-        device: where the result lives; defaults to the tensor's device, else the CPU.
+        device: of the result; defaults to the tensor's device, else the CPU.
 
     Returns:
         A `BlockMask` of 1 bit per pair of each partial tile, twice (by rows and by columns), plus lists of tiles.

@@ -33,24 +33,26 @@ def slice_queries(block_mask: BlockMask, start: int, stop: int) -> BlockMask:
         )
     rows, shift = block_mask.rows, start % TILE
     grid = TileGrid(stop - start, block_mask.kv_len, block_mask.device)
-    # the old tiles that are covered, and one line below them
+    # the old tiles that are covered, and one row of tiles below them
     kinds, number = (t.flatten(0, 1) for t in tile_tables(block_mask, start // TILE, grid.q_tiles + 1))
     found = torch.full((kinds.shape[0], grid.q_tiles, grid.kv_tiles), EMPTY, dtype=torch.int8, device=grid.device)
     touched = (torch.maximum(kinds[:, :-1], kinds[:, 1:]) != EMPTY).nonzero()
     kept, row = [], torch.arange(TILE, device=grid.device)
     for chunk in touched.split(CHUNK_TILES):
-        plane, line, tile = chunk.unbind(1)
+        plane, tile_row, tile = chunk.unbind(1)
         halves = []
         for below in (0, 1):
-            old = kinds[plane, line + below, tile][:, None, None]
+            old = kinds[plane, tile_row + below, tile][:, None, None]
             bits = (
-                rows.words[number[plane, line + below, tile]] if rows.words.shape[0] else old.new_zeros(1, 1, 1).int()
+                rows.words[number[plane, tile_row + below, tile]]
+                if rows.words.shape[0]
+                else old.new_zeros(1, 1, 1).int()
             )
             halves.append(torch.where(old == PARTIAL, bits, -(old == FULL).to(torch.int32)).expand(-1, TILE, WORDS))
         words = torch.cat([halves[0][:, shift:], halves[1][:, :shift]], 1)
-        words = torch.where((line[:, None] * TILE + row < grid.q_len)[..., None], words, 0)
-        new = kind_of_words(words, line, grid)
-        found[plane, line, tile] = new
+        words = torch.where((tile_row[:, None] * TILE + row < grid.q_len)[..., None], words, 0)
+        new = kind_of_words(words, tile_row, grid)
+        found[plane, tile_row, tile] = new
         kept.append(words[new == PARTIAL])
     words = torch.cat(kept) if kept else no_words(grid)
     return implementation(grid.device).lists_from_tiles(

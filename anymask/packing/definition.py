@@ -138,17 +138,17 @@ def lists_from_tiles(kinds: TileKinds, words: Words, grid: TileGrid) -> BlockMas
 
 
 def _lists(kinds: Tensor, words: Words, length: int) -> TileLists:
-    batch, heads, lines, _ = kinds.shape
+    batch, heads, tile_rows, _ = kinds.shape
     found = {}
     for kind in (FULL, PARTIAL):
         hit = kinds == kind
-        offsets = torch.zeros(batch * heads * lines + 1, dtype=torch.int32, device=kinds.device)
+        offsets = torch.zeros(batch * heads * tile_rows + 1, dtype=torch.int32, device=kinds.device)
         offsets[1:] = hit.sum(-1).flatten().cumsum(0)
         found[kind] = offsets, hit.nonzero()[:, 3].to(torch.int32)
     order = (kinds != EMPTY).sum(-1).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     lists = TileLists(*found[FULL], *found[PARTIAL], words, order, words.new_zeros(0, dtype=torch.uint8))
-    # a position lives in a full tile of its line, or by a bit in a partial one
+    # a position has a pair if its row of tiles has a full one, or a bit of a partial one is set
     count = (kinds == FULL).any(-1).view(-1, 1).expand(-1, TILE).to(torch.int32).contiguous()
-    count.index_add_(0, lists.line_numbers(PARTIAL), (words != 0).any(-1).to(torch.int32))
-    live = (count.view(batch, heads, lines * TILE)[..., :length] != 0).to(torch.uint8)
-    return lists if bool(live.all()) else replace(lists, live=live.flatten())
+    count.index_add_(0, lists.tile_row_numbers(PARTIAL), (words != 0).any(-1).to(torch.int32))
+    has_pair = (count.view(batch, heads, tile_rows * TILE)[..., :length] != 0).to(torch.uint8)
+    return lists if bool(has_pair.all()) else replace(lists, has_pair=has_pair.flatten())

@@ -27,6 +27,6 @@ from anymask.testing.oracle import reference as reference
 from anymask.testing.rules import RECORDS as RECORDS
 from anymask.testing.rules import Judge as Judge
 from anymask.testing.rules import Record as Record
-from anymask.testing.rules import assert_dead_is_zero as assert_dead_is_zero
 from anymask.testing.rules import assert_matches as assert_matches
 from anymask.testing.rules import assert_same_block_mask as assert_same_block_mask
+from anymask.testing.rules import assert_unused_is_zero as assert_unused_is_zero

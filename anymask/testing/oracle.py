@@ -83,9 +83,9 @@ def reference(
     dense = _dense(mask, q, k)
     group = q.shape[1] // k.shape[1]
     k_all, v_all = (t.repeat_interleave(group, dim=1) for t in leaves[1:])
-    s, lives = _scores(leaves[0], k_all, dense, scale)
-    o = (torch.softmax(s, -1) * lives) @ v_all
-    lse = torch.logsumexp(s, -1).masked_fill(~lives.squeeze(-1), -math.inf)
+    s, has_key = _scores(leaves[0], k_all, dense, scale)
+    o = (torch.softmax(s, -1) * has_key) @ v_all
+    lse = torch.logsumexp(s, -1).masked_fill(~has_key.squeeze(-1), -math.inf)
     grads_out = [do.double()] if dlse is None else [do.double(), dlse.double()]
     grads = torch.autograd.grad([o, lse][: len(grads_out)], leaves, grads_out)
     return Results(o.detach(), lse.detach(), *grads)
@@ -105,12 +105,12 @@ def eager(
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     group = q.shape[1] // k.shape[1]
     k_all, v_all = (t.repeat_interleave(group, dim=1) for t in (k, v))
-    s, lives = _scores(q, k_all, _dense(mask, q, k), scale)
-    o = (torch.softmax(s, -1) * lives) @ v_all
+    s, has_key = _scores(q, k_all, _dense(mask, q, k), scale)
+    o = (torch.softmax(s, -1) * has_key) @ v_all
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.logsumexp(s.to(wide), -1)
-    p = (torch.exp2(s.to(wide) * LOG2_E - lse[..., None] * LOG2_E) * lives).to(q.dtype)
-    lse = lse.masked_fill(~lives.squeeze(-1), -math.inf)
+    p = (torch.exp2(s.to(wide) * LOG2_E - lse[..., None] * LOG2_E) * has_key).to(q.dtype)
+    lse = lse.masked_fill(~has_key.squeeze(-1), -math.inf)
     delta = (o.to(wide) * do.to(wide)).sum(-1) - (0.0 if dlse is None else dlse.to(wide))
     ds = (p * ((do @ v_all.mT) - delta[..., None])).to(q.dtype) * scale
     dk, dv = (torch.unflatten(x.mT @ y, 1, (-1, group)).sum(2) for x, y in ((ds, q), (p, do)))
@@ -139,11 +139,11 @@ def magnitudes(
     q, k, v, do = (t.double() for t in (q, k, v, do))
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-    s, lives = _scores(q, k, _dense(mask, q, k), scale)
-    p = torch.softmax(s, -1) * lives
+    s, has_key = _scores(q, k, _dense(mask, q, k), scale)
+    p = torch.softmax(s, -1) * has_key
     o = p @ v.abs()
     delta = ((p @ v) * do).sum(-1) - (0.0 if dlse is None else dlse.double())
-    lse = torch.logsumexp(s, -1).abs().masked_fill(~lives.squeeze(-1), 0.0)
+    lse = torch.logsumexp(s, -1).abs().masked_fill(~has_key.squeeze(-1), 0.0)
     if stored_lse:
         p = p * (1 + lse[..., None])
     ds = p * ((do @ v.mT).abs() + delta.abs()[..., None]) * abs(1 / math.sqrt(q.shape[3]) if scale is None else scale)
@@ -161,7 +161,7 @@ def _dense(mask: Tensor | BlockMask | None, q: Q, k: K) -> Tensor:
 def _scores(q: Q, k: K, dense: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """Masked scores, and bool `[batch, q_heads, q_len, 1]`: does the query have a key."""
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    lives = dense.any(-1, keepdim=True)
+    has_key = dense.any(-1, keepdim=True)
     s = (q @ k.mT) * scale
     # a row with no key has all scores 0 here and is cut out after the softmax, so autograd never sees -inf - -inf
-    return s.masked_fill(~dense & lives, -math.inf).masked_fill(~lives, 0.0), lives
+    return s.masked_fill(~dense & has_key, -math.inf).masked_fill(~has_key, 0.0), has_key

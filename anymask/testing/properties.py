@@ -20,7 +20,7 @@ from anymask.backends import Backend
 from anymask.testing.cases import Case, Inputs, judge_of, make_inputs, run
 from anymask.testing.expressions import make_mask
 from anymask.testing.oracle import Results, magnitudes, reference
-from anymask.testing.rules import assert_dead_is_zero, assert_same_block_mask
+from anymask.testing.rules import assert_same_block_mask, assert_unused_is_zero
 
 # of what four times the lengths may allocate: proportional to them is 4, to the pairs 16
 MEMORY_GROWTH = 6
@@ -42,43 +42,48 @@ def assert_nearly(x: Tensor, y: Tensor) -> None:
     assert error <= 1e-3 * size, f"{error} of {size}"
 
 
-def _with(t: Tensor, dead: Tensor, value: float) -> Tensor:
-    """`t` with the rows `dead` holding `value`; strides kept."""
+def _with(t: Tensor, unused: Tensor, value: float) -> Tensor:
+    """`t` with the rows `unused` holding `value`; strides kept."""
     out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t.detach())
-    return out.masked_fill_(dead[..., None], value).requires_grad_(t.requires_grad)
+    return out.masked_fill_(unused[..., None], value).requires_grad_(t.requires_grad)
 
 
-def dead_keys(inputs: Inputs) -> Tensor:
+def unused_keys(inputs: Inputs) -> Tensor:
     """bool `[batch, kv_heads, kv_len]`: keys that no query of any head attends to."""
     return ~torch.unflatten(inputs.dense.any(-2), 1, (inputs.k.shape[1], -1)).any(2)
 
 
-def check_dead_keys_reach_nothing(
+def check_unused_keys_reach_nothing(
     case: Case, backend: Backend, device: str, value: float, deterministic: bool | None = None
 ) -> None:
     """NaN or Inf in keys and values that no query may attend to: every result bit-equal to zeros there."""
     inputs = make_inputs(case, device)
-    dead = dead_keys(inputs)
-    assert dead.any(), "the case has no dead key"
+    unused = unused_keys(inputs)
+    assert unused.any(), "the case has no unused key"
     clean, dirty = (
-        run(inputs._replace(k=_with(inputs.k, dead, x), v=_with(inputs.v, dead, x)), case.scale, backend, deterministic)
+        run(
+            inputs._replace(k=_with(inputs.k, unused, x), v=_with(inputs.v, unused, x)),
+            case.scale,
+            backend,
+            deterministic,
+        )
         for x in (0.0, value)
     )
     same(clean, dirty, backend, deterministic)
-    assert_dead_is_zero(dirty, inputs.dense)
+    assert_unused_is_zero(dirty, inputs.dense)
 
 
-def check_dead_queries_reach_nothing(
+def check_unused_queries_reach_nothing(
     case: Case, backend: Backend, device: str, value: float, deterministic: bool | None = None
 ) -> None:
     """NaN or Inf in q, do and dlse of queries without a key: every result bit-equal to zeros there."""
     inputs = make_inputs(case, device)
-    dead = ~inputs.dense.any(-1)
-    assert dead.any(), "the case has no dead query"
+    unused = ~inputs.dense.any(-1)
+    assert unused.any(), "the case has no unused query"
 
     def filled(x: float) -> Results:
-        dlse = inputs.dlse.masked_fill(dead, x)
-        q, do = _with(inputs.q, dead, x), _with(inputs.do, dead, x)
+        dlse = inputs.dlse.masked_fill(unused, x)
+        q, do = _with(inputs.q, unused, x), _with(inputs.do, unused, x)
         return run(inputs._replace(q=q, do=do, dlse=dlse), case.scale, backend, deterministic)
 
     same(filled(0.0), filled(value), backend, deterministic)
@@ -94,7 +99,7 @@ def check_emptied_rows_leave_the_others(
     full = inputs.dense.contiguous()
     dense = full & ~emptied[:, None]
     before, after = (run(inputs._replace(mask=mask), case.scale, backend, deterministic) for mask in (full, dense))
-    assert_dead_is_zero(after, dense)
+    assert_unused_is_zero(after, dense)
     kept = ~emptied
     for name in ("o", "lse", "dq"):
         x, y = (getattr(r, name)[:, :, kept] for r in (before, after))
@@ -253,7 +258,7 @@ def check_unused_rows_that_differ_by_head(case: Case, backend: Backend, device: 
     used_k = torch.rand(1, case.kv_heads, 1, case.kv_len, generator=generator) < 0.6
     dense = used_q & used_k.repeat_interleave(group, 1).to(device)
     inputs = inputs._replace(mask=dense, dense=dense.expand_as(inputs.dense))
-    unused_q, unused_k = ~inputs.dense.any(-1), dead_keys(inputs)
+    unused_q, unused_k = ~inputs.dense.any(-1), unused_keys(inputs)
     assert unused_q.any()
     assert unused_k.any()
 
@@ -264,7 +269,7 @@ def check_unused_rows_that_differ_by_head(case: Case, backend: Backend, device: 
 
     clean = filled(0.0)
     same(clean, filled(value), backend)
-    assert_dead_is_zero(clean, inputs.dense)
+    assert_unused_is_zero(clean, inputs.dense)
 
 
 def check_high_hidden_scores(case: Case, backend: Backend, device: str) -> None:
@@ -292,7 +297,7 @@ def check_far_from_zero(case: Case, backend: Backend, device: str, shift: float)
     slack = 8 * torch.finfo(torch.float32).eps * abs(shift) + 4 * torch.finfo(case.dtype).eps
     for what, got, want, size in zip(Results._fields, results, reference(*args), magnitudes(*args), strict=True):
         limit = slack * (1 if what == "lse" else float(size.max()) + float(want.abs().max()))
-        dead = want == -float("inf")
-        assert torch.equal(dead, got == -float("inf")), what
-        error = (got.double() - want).masked_fill(dead, 0.0).abs().max()
+        no_key = want == -float("inf")
+        assert torch.equal(no_key, got == -float("inf")), what
+        error = (got.double() - want).masked_fill(no_key, 0.0).abs().max()
         assert error <= limit, f"{what}: {float(error):.3e} > {limit:.3e}"

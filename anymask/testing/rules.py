@@ -90,17 +90,17 @@ class Judge:
         self._rows = torch.minimum(has_key.sum(), has_query.sum()).double()
         if rows is not None:
             self._rows = self._rows.clamp(max=rows)
-        self._dead_rows = ~has_key
-        self._dead_keys = ~torch.unflatten(has_query, 1, (expected.dk.shape[1], -1)).any(2)
+        self._unused_rows = ~has_key
+        self._unused_keys = ~torch.unflatten(has_query, 1, (expected.dk.shape[1], -1)).any(2)
 
     def __call__(self, results: Results) -> list[Record]:
         """Assert that results match, and are exactly 0 where nothing attends; return the comparisons."""
         for what, actual, expected in zip(Results._fields, results, self._expected, strict=True):
             _check_form(actual, expected, self._dtype, what)
         got = torch.stack([_figures_of_actual(*pair) for pair in zip(results, self._expected, strict=True)])
-        dead = torch.stack(_count_dead(results, self._dead_rows, self._dead_keys)).double()
-        rows, *numbers = torch.cat([self._rows[None], dead, self._figures.flatten(), got.flatten()]).tolist()
-        counts, numbers = numbers[: len(_DEAD)], numbers[len(_DEAD) :]
+        unused = torch.stack(_count_unused(results, self._unused_rows, self._unused_keys)).double()
+        rows, *numbers = torch.cat([self._rows[None], unused, self._figures.flatten(), got.flatten()]).tolist()
+        counts, numbers = numbers[: len(_UNUSED)], numbers[len(_UNUSED) :]
         before = len(RECORDS)
         n, n_got = len(_Expected._fields), len(_Actual._fields)
         for i, what in enumerate(Results._fields):
@@ -109,7 +109,7 @@ class Judge:
             of_expected = _Expected(*numbers[i * n : (i + 1) * n])._replace(rows=rows)
             of_actual = _Actual(*numbers[len(Results._fields) * n :][i * n_got : (i + 1) * n_got])
             _judge(results[i], self._expected[i], self._dtype, what, of_expected, of_actual)
-        _check_dead(counts)
+        _check_unused(counts)
         return RECORDS[before:]
 
 
@@ -200,10 +200,10 @@ def _figures_of_actual(actual: Tensor, expected: Tensor) -> Tensor:
     """`_Actual` as a tensor, in the order of its fields."""
     if actual.numel() == 0:
         return expected.new_zeros(len(_Actual._fields))
-    got, dead = actual.detach().double(), expected == -math.inf
-    not_finite, misplaced = ~torch.isfinite(got) & ~dead, dead != (got == -math.inf)
+    got, no_key = actual.detach().double(), expected == -math.inf
+    not_finite, misplaced = ~torch.isfinite(got) & ~no_key, no_key != (got == -math.inf)
     # both -inf, or judged by the counts
-    error = (got - expected).masked_fill(dead | misplaced | not_finite, 0.0).abs()
+    error = (got - expected).masked_fill(no_key | misplaced | not_finite, 0.0).abs()
     figures = {
         "not_finite": not_finite.sum().double(),
         "misplaced": misplaced.sum().double(),
@@ -250,31 +250,31 @@ def _judge(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str, size
 
 
 # (a field of `Results`, whether it is counted by keys)
-_DEAD = (("o", False), ("dq", False), ("dk", True), ("dv", True), ("lse", False))
+_UNUSED = (("o", False), ("dq", False), ("dk", True), ("dv", True), ("lse", False))
 
 
-def assert_dead_is_zero(results: Results, dense: Tensor) -> None:
+def assert_unused_is_zero(results: Results, dense: Tensor) -> None:
     """Assert that o and dq of queries without a key, and dk and dv of keys that no query sees, are exactly 0.
 
     Args:
         dense: bool `[batch, q_heads, q_len, kv_len]`.
     """
-    dead_keys = ~torch.unflatten(dense.any(-2), 1, (results.dk.shape[1], -1)).any(2)
-    _check_dead(torch.stack(_count_dead(results, ~dense.any(-1), dead_keys)).tolist())
+    unused_keys = ~torch.unflatten(dense.any(-2), 1, (results.dk.shape[1], -1)).any(2)
+    _check_unused(torch.stack(_count_unused(results, ~dense.any(-1), unused_keys)).tolist())
 
 
-def _count_dead(results: Results, dead_rows: Tensor, dead_keys: Tensor) -> list[Tensor]:
-    """For each of `_DEAD` the elements that are not 0 (lse: not -inf) where nothing attends."""
+def _count_unused(results: Results, unused_rows: Tensor, unused_keys: Tensor) -> list[Tensor]:
+    """For each of `_UNUSED` the elements that are not 0 (lse: not -inf) where nothing attends."""
     return [
-        ((results.lse != -math.inf) & dead_rows).sum()
+        ((results.lse != -math.inf) & unused_rows).sum()
         if what == "lse"
-        else ((getattr(results, what) != 0) & (dead_keys if by_key else dead_rows)[..., None]).sum()
-        for what, by_key in _DEAD
+        else ((getattr(results, what) != 0) & (unused_keys if by_key else unused_rows)[..., None]).sum()
+        for what, by_key in _UNUSED
     ]
 
 
-def _check_dead(counts: list[float]) -> None:
-    for (what, _), count in zip(_DEAD, counts, strict=True):
+def _check_unused(counts: list[float]) -> None:
+    for (what, _), count in zip(_UNUSED, counts, strict=True):
         wrong = "values but -inf where a query has no key" if what == "lse" else "non-zeros where nothing attends"
         assert not count, f"{what}: {int(count)} {wrong}"
 
@@ -288,7 +288,7 @@ def _first(hit: Tensor) -> list[int]:
 
 
 def assert_same_block_mask(a: BlockMask, b: BlockMask) -> None:
-    """Assert that two packed masks agree in every field: lengths, lists, words, order and live maps, exactly."""
+    """Assert that two packed masks agree in every field: every field of both views, exactly."""
     assert (a.q_len, a.kv_len) == (b.q_len, b.kv_len), f"lengths {a.q_len, a.kv_len} and {b.q_len, b.kv_len}"
     for view in ("rows", "cols"):
         for field in fields(TileLists):

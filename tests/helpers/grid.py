@@ -9,14 +9,14 @@ from anymask import attention
 from anymask.testing import Case, Results, make_inputs, make_qkv, reference, run
 from anymask.testing.properties import assert_nearly as assert_nearly
 from anymask.testing.properties import check_a_first_tile_of_zero_scores as check_a_first_tile_of_zero_scores
-from anymask.testing.properties import check_dead_keys_reach_nothing as check_dead_keys_reach_nothing
-from anymask.testing.properties import check_dead_queries_reach_nothing as check_dead_queries_reach_nothing
 from anymask.testing.properties import check_emptied_rows_leave_the_others as check_emptied_rows_leave_the_others
 from anymask.testing.properties import check_far_from_zero as check_far_from_zero
 from anymask.testing.properties import check_forms_of_a_mask_agree as check_forms_of_a_mask_agree
 from anymask.testing.properties import check_growing_scores as check_growing_scores
 from anymask.testing.properties import check_high_hidden_scores as check_high_hidden_scores
 from anymask.testing.properties import check_repeats as check_repeats
+from anymask.testing.properties import check_unused_keys_reach_nothing as check_unused_keys_reach_nothing
+from anymask.testing.properties import check_unused_queries_reach_nothing as check_unused_queries_reach_nothing
 from anymask.testing.properties import check_unused_rows_that_differ_by_head as check_unused_rows_that_differ_by_head
 from anymask.testing.properties import same as same
 
@@ -29,7 +29,7 @@ DIMS = [(1, 1), (8, 24), (16, 16), (31, 31), (64, 32), (72, 72), (96, 96), (128,
 LENGTHS = [(1, 1), (1, 5), (5, 3), (1, 239), (239, 1), (63, 129), (127, 257), (128, 128), (129, 63), (300, 513)]
 LENGTH_MASKS = ["none", "causal", "causal_lower_right", "random", "empty_rows"]
 HEAD_MASKS = ["none", "per_head", "per_batch", "per_batch_head", "documents"]
-DEAD_MASKS = ["empty_columns", "key_padding", "all_empty", "one_pair", "empty_head", "tiles", "causal_behind", "row"]
+UNUSED_MASKS = ["empty_columns", "key_padding", "all_empty", "one_pair", "empty_head", "tiles", "causal_behind", "row"]
 
 
 def cases(backends: tuple[str, ...], many: list[Case]) -> pytest.MarkDecorator:

@@ -59,7 +59,7 @@ def has_pair(block_mask: BlockMask | None, view: str) -> Tensor | None:
     """The view's map of positions that have a pair, None if all do."""
     if block_mask is None:
         return None
-    used: Tensor = getattr(block_mask, view).live
+    used: Tensor = getattr(block_mask, view).has_pair
     return used if used.numel() else None
 
 

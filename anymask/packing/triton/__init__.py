@@ -1,7 +1,7 @@
 """The device twin of definition.py: the same `BlockMask`, field by field, from a few kernels and one synchronisation.
 
-A kernel finds the kind of every tile and, on the way, counts tiles and marks the positions that live: for a mask by
-name `tiles_kernel`, which evaluates only what bounds leave undecided, for a dense tensor `dense_kernel`, which reads
+A kernel finds the kind of every tile and, on the way, counts tiles and marks the positions that have a pair: for a mask
+by name `tiles_kernel`, which evaluates only what bounds leave undecided, for a dense tensor `dense_kernel`, which reads
 it once and keeps the words of all tiles. From there all entries share `lists_of`: scan, synchronise for the sizes, and
 fill the lists. Last come the words of the partial tiles, for both views.
 """
@@ -91,7 +91,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
                     copy_kernel,
                     (2 * n_partial, 1, 1),
                     (
-                        *(lists.tiles, lists.lines, all_words, all_words_t, words, words_t),
+                        *(lists.tiles, lists.tile_rows, all_words, all_words_t, words, words_t),
                         *(lists.n_full, n_partial, grid.q_tiles, grid.kv_tiles),
                     ),
                     {},
@@ -162,7 +162,18 @@ def _pack_program(program: MaskProgram, batch: int, heads: int, grid: TileGrid, 
         launch(
             words_kernel,
             (entries + n_partial, 1, 1),
-            (*mask, lists.tiles, lists.lines, words, words_t, entries, lists.n_full, n_partial, heads, *_shape(grid)),
+            (
+                *mask,
+                lists.tiles,
+                lists.tile_rows,
+                words,
+                words_t,
+                entries,
+                lists.n_full,
+                n_partial,
+                heads,
+                *_shape(grid),
+            ),
             constants,
             (*key, tensor_key(words)),
             num_warps=2,

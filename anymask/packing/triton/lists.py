@@ -16,17 +16,17 @@ from anymask.packing.triton.kernels.bits import LAUNCH
 from anymask.packing.triton.kernels.lists import TOTALS, fill_kernel, scan_kernel
 from anymask.shapes import Words
 
-# kinds (of tiles along a line) or counts (of lines of a plane) that a program reads at a time
+# kinds of the tiles of a row, or counts of the rows of a plane, that a program reads at a time
 CHUNK = 1024
 # positions that a program counts
-LIVE_CHUNK = 8192
+POSITION_CHUNK = 8192
 
 
 class Starts(NamedTuple):
     """Where the parts of a workspace start, in units of 16 bytes."""
 
-    q_live: int
-    kv_live: int
+    q_has_pair: int
+    kv_has_pair: int
     extremes: int
     kinds: int
 
@@ -36,10 +36,10 @@ class Workspace(NamedTuple):
 
     The parts as they lie, each from a multiple of 16 bytes on; `kernels.lists.views` points to them.
 
-        totals     int32 [4]                           full tiles, partial tiles, live queries, live keys     0 at first
+        totals     int32 [4]                           full tiles, partial tiles, used queries, used keys     0 at first
         counts     int32 [2 * n_rows + 2 * n_cols]     full tiles of rows, partial ones, full ones of columns, partial
-        q_live     uint8 [planes * q_len]              1 where a partial tile has a pair
-        kv_live    uint8 [planes * kv_len]             the same of keys                                       0 so far
+        q_has_pair  uint8 [planes * q_len]             1 where a partial tile has a pair
+        kv_has_pair uint8 [planes * kv_len]            the same of keys                                       0 so far
         extremes   int64 [n, 2]                        minimum and maximum of tiles of positions
         kinds      int8 [planes, q_tiles, kv_tiles]
     """
@@ -68,11 +68,11 @@ class Lists(NamedTuple):
     offsets: tuple[Tensor, ...]
     # int32: full_tiles of rows, of columns, then partial_tiles of rows, of columns
     tiles: Tensor
-    # int32: global line numbers of the partial tiles of rows, of columns; dies with the call
-    lines: Tensor
+    # int32: global numbers of the rows of partial tiles, then of their columns; freed after the call
+    tile_rows: Tensor
     n_full: int
     n_partial: int
-    live: tuple[Tensor, Tensor]
+    has_pair: tuple[Tensor, Tensor]
 
 
 def empty(grid: TileGrid, *shape: int) -> Tensor:
@@ -84,13 +84,13 @@ def workspace_for(batch: int, heads: int, grid: TileGrid, extremes: int = 0) -> 
     """For as many planes, and entries of `extremes`."""
     planes = batch * heads
     n_rows, n_cols = planes * grid.q_tiles, planes * grid.kv_tiles
-    q_live = -(-(TOTALS.value + 2 * (n_rows + n_cols)) // 4)
-    kv_live = q_live - (-planes * grid.q_len // 16)
-    first = kv_live - (-planes * grid.kv_len // 16)
+    q_has_pair = -(-(TOTALS.value + 2 * (n_rows + n_cols)) // 4)
+    kv_has_pair = q_has_pair - (-planes * grid.q_len // 16)
+    first = kv_has_pair - (-planes * grid.kv_len // 16)
     kinds = first + extremes
     end = kinds - (-n_rows * grid.kv_tiles // 16)
     key = grid.device, planes * max(grid.q_len, grid.kv_len) < 2**31
-    starts = Starts(q_live, kv_live, first, kinds)
+    starts = Starts(q_has_pair, kv_has_pair, first, kinds)
     return Workspace(empty(grid, 4 * end), starts, batch, heads, grid, n_rows, n_cols, key)
 
 
@@ -102,12 +102,12 @@ def lists_of(work: Workspace) -> Lists:
     row, col = [n_rows + 1, -(n_rows + 1) % 4], [n_cols + 1, -(n_cols + 1) % 4]
     sizes = [*row, *row, *col, *col, n_rows, -n_rows % 4, n_cols, -n_cols % 4]
     offsets = empty(grid, sum(sizes))
-    chunks = -(-n_queries // LIVE_CHUNK) - (-n_keys // LIVE_CHUNK)
+    chunks = -(-n_queries // POSITION_CHUNK) - (-n_keys // POSITION_CHUNK)
     launch(
         scan_kernel,
         (4 + chunks, 1, 1),
         (memory, offsets, *work.starts, n_rows, n_cols, n_queries, n_keys, grid.q_len, grid.kv_len),
-        {"CHUNK": CHUNK, "LIVE_CHUNK": LIVE_CHUNK},
+        {"CHUNK": CHUNK, "POSITION_CHUNK": POSITION_CHUNK},
         work.key,
         **LAUNCH,
     )
@@ -115,17 +115,17 @@ def lists_of(work: Workspace) -> Lists:
     parts = offsets.split_with_sizes(sizes)[::2]
     row_order = parts[4].view(work.batch, work.heads, grid.q_tiles)
     col_order = parts[5].view(work.batch, work.heads, grid.kv_tiles)
-    live = all_alive(grid.device)
-    # sizes of what follows, and whether every position lives
-    n_full, n_partial, q_alive, kv_alive = memory[: TOTALS.value].tolist()
+    has_pair = all_used(grid.device)
+    # sizes of the lists, and how many positions have a pair
+    n_full, n_partial, used_queries, used_keys = memory[: TOTALS.value].tolist()
     tiles = empty(grid, 2 * (_up(n_full) + _up(n_partial)))
-    lines = empty(grid, 2 * _up(n_partial))
+    tile_rows = empty(grid, 2 * _up(n_partial))
     if n_rows + n_cols:
         launch(
             fill_kernel,
             (n_rows + n_cols, 1, 1),
             (
-                *(memory, offsets, tiles, lines, *work.starts),
+                *(memory, offsets, tiles, tile_rows, *work.starts),
                 *(n_rows, n_cols, grid.q_tiles, grid.kv_tiles, n_full, n_partial),
             ),
             {"CHUNK": CHUNK},
@@ -133,14 +133,14 @@ def lists_of(work: Workspace) -> Lists:
             num_warps=8,
             **LAUNCH,
         )
-    if q_alive < n_queries or kv_alive < n_keys:
-        # copies, as all of the memory would live on with a part
+    if used_queries < n_queries or used_keys < n_keys:
+        # copies, as a part would keep all of the memory
         octets = memory.view(torch.uint8)
-        if q_alive < n_queries:
-            live = octets[16 * work.starts.q_live :][:n_queries].clone(), live[1]
-        if kv_alive < n_keys:
-            live = live[0], octets[16 * work.starts.kv_live :][:n_keys].clone()
-    return Lists((*parts[:4], row_order, col_order), tiles, lines, n_full, n_partial, live)
+        if used_queries < n_queries:
+            has_pair = octets[16 * work.starts.q_has_pair :][:n_queries].clone(), has_pair[1]
+        if used_keys < n_keys:
+            has_pair = has_pair[0], octets[16 * work.starts.kv_has_pair :][:n_keys].clone()
+    return Lists((*parts[:4], row_order, col_order), tiles, tile_rows, n_full, n_partial, has_pair)
 
 
 def block_mask_of(grid: TileGrid, lists: Lists, words: Words, words_t: Words) -> BlockMask:
@@ -150,12 +150,12 @@ def block_mask_of(grid: TileGrid, lists: Lists, words: Words, words_t: Words) ->
     row_tiles, col_tiles, row_partial_tiles, col_partial_tiles = lists.tiles.split_with_sizes(
         [*full, *full, *partial, *partial]
     )[::2]
-    row_live, col_live = lists.live
+    row_has_pair, col_has_pair = lists.has_pair
     return BlockMask(
         grid.q_len,
         grid.kv_len,
-        TileLists(row_full, row_tiles, row_partial, row_partial_tiles, words, row_order, row_live),
-        TileLists(col_full, col_tiles, col_partial, col_partial_tiles, words_t, col_order, col_live),
+        TileLists(row_full, row_tiles, row_partial, row_partial_tiles, words, row_order, row_has_pair),
+        TileLists(col_full, col_tiles, col_partial, col_partial_tiles, words_t, col_order, col_has_pair),
     )
 
 
@@ -164,7 +164,7 @@ def _up(n: int) -> int:
 
 
 @cache
-def all_alive(device: torch.device) -> tuple[Tensor, Tensor]:
-    """`live` of rows and columns where every position has a pair."""
+def all_used(device: torch.device) -> tuple[Tensor, Tensor]:
+    """`has_pair` of rows and columns where every position has a pair."""
     with torch.inference_mode(False):
         return torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, dtype=torch.uint8, device=device)

@@ -161,7 +161,7 @@ def _sums(layout: Tensor) -> Tensor:
 
 
 def prepare(work: Workspace, program: MaskProgram | None = None) -> None:
-    """Fill `work` with zeros, that is no tile counted and no position alive, and with the extremes of a program."""
+    """Fill `work` with zeros, no tile counted and no position with a pair, and with the extremes of a program."""
     tensors: tuple[Tensor, ...] = (work.memory,)
     ranges, n, key = encode((0,)), 0, None
     if program is not None and program.n_extremes:

@@ -168,14 +168,14 @@ GPU: tuple[Mutant, ...] = (
         HOPPER,
         'q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))',
         "q, do = (zero_unused_rows(t, None, 'rows') for t in (q, do))",
-        "dead_queries and hopper-empty_rows and nan",
+        "unused_queries and hopper-empty_rows and nan",
     ),
     _bug(
         "forward: unused values read",
         HOPPER,
         'v = zero_unused_rows(v, block_mask, "cols")\n    group',
         'v = zero_unused_rows(v, None, "cols")\n    group',
-        "dead_keys and hopper-key_padding and nan",
+        "unused_keys and hopper-key_padding and nan",
     ),
     _bug(
         "backward: deterministic lost",
@@ -185,18 +185,18 @@ GPU: tuple[Mutant, ...] = (
         "deterministic_gradients and hopper",
     ),
     _bug(
-        "keys dead in one head of a group",
+        "keys unused in one head of a group",
         HOPPER,
         "block_mask.heads > 1 and q.shape[1] > k.shape[1]",
         "block_mask.batch > 1 and q.shape[1] > k.shape[1]",
-        "keys_dead_in_one_head",
+        "keys_unused_in_one_head",
     ),
     _bug(
         "triton: copy engine for tensors with unused rows",
         "anymask/backends/gpu/arguments.py",
         "or any(x is not None for x in has_pair):",
         "or (has_pair and False):",
-        "dead_keys and triton-key_padding and f16 and nan",
+        "unused_keys and triton-key_padding and f16 and nan",
     ),
     _bug(
         "triton: words of a tile in int32",

@@ -157,8 +157,8 @@ MASKS: tuple[Mutant, ...] = (
     Mutant(
         "negative numbers cut to 0",
         PROGRAM,
-        "torch.sym_max(bounds, -FAR)",
-        "torch.sym_max(bounds, 0)",
+        "return max(-FAR, min(n, FAR))",
+        "return max(0, min(n, FAR))",
         seen_by("test_mask", "means_its_dense and window-128"),
     ),
     Mutant(
@@ -246,10 +246,11 @@ MASKS: tuple[Mutant, ...] = (
         seen_by("test_builders", "neighbourhood_2d"),
     ),
     Mutant(
-        "runs of a line numbered from its last",
+        # numbered from the last, they would be the same mask
+        "runs of a line over each other",
         PARTS,
         "(count.cumsum(0) - count)[line]",
-        "count.cumsum(0)[line]",
+        "torch.arange(len(line), device=layout.device)",
         seen_by("test_builders", "blocks_of_sizes_of_their_own"),
     ),
     Mutant(
@@ -334,27 +335,20 @@ MASKS: tuple[Mutant, ...] = (
         TRANSFORMERS,
         'p.band(1 - c["sliding_window"], None)',
         'p.band(-c["sliding_window"], None)',
-        seen_by("test_transformers", "masks_are_those_of_sdpa and none and int"),
+        seen_by("test_planted_bugs", "functions_of_models"),
     ),
     Mutant(
         "offset of the keys of a model lost",
         TRANSFORMERS,
         "shift = self.q_offset - self.kv_offset",
         "shift = self.q_offset",
-        seen_by("test_transformers", "masks_are_those_of_sdpa and none and int"),
-    ),
-    Mutant(
-        "None for a causal mask of a model that is not square",
-        TRANSFORMERS,
-        "if allow_is_causal_skip and square and",
-        "if allow_is_causal_skip and",
-        seen_by("test_transformers", "none_stands_for_plain"),
+        seen_by("test_planted_bugs", "functions_of_models"),
     ),
     Mutant(
         "sinks of a model with the other sign",
         TRANSFORMERS,
         "torch.sigmoid(lse - s_aux[:, None].to(lse.dtype))",
         "torch.sigmoid(s_aux[:, None].to(lse.dtype) - lse)",
-        seen_by("test_transformers", "sinks"),
+        seen_by("test_planted_bugs", "sinks"),
     ),
 )

@@ -112,6 +112,6 @@ def kind_of_words(words, rows, q_len):
 
 
 @triton.jit
-def live_of_words(words):
+def has_pair_of_words(words):
     """bool `[TILE]`: positions with a pair."""
     return tl.max((words != 0).to(tl.int32), 0) != 0

@@ -8,7 +8,7 @@ import triton.language as tl
 from anymask.packing.triton.kernels.bits import FULL, PARTIAL, TILE
 from anymask.packing.triton.kernels.program import number
 
-# sums at the head of the workspace: full tiles, partial tiles, live queries, live keys
+# sums at the head of the workspace: full tiles, partial tiles, queries and keys that have a pair
 TOTALS = tl.constexpr(4)
 
 
@@ -17,34 +17,34 @@ class Views(NamedTuple):
 
     totals: Any
     counts: Any
-    q_live: Any
-    kv_live: Any
+    q_has_pair: Any
+    kv_has_pair: Any
     extremes: Any
     kinds: Any
 
 
 @triton.jit
-def views(memory, q_live, kv_live, extremes, kinds):
+def views(memory, q_has_pair, kv_has_pair, extremes, kinds):
     """The parts of a workspace from where they start, in units of 16 bytes."""
     octets = memory.to(tl.pointer_type(tl.int8))
     return Views(
         memory,
         memory + TOTALS,
-        (octets + q_live.to(tl.int64) * 16).to(tl.pointer_type(tl.uint8)),
-        (octets + kv_live.to(tl.int64) * 16).to(tl.pointer_type(tl.uint8)),
+        (octets + q_has_pair.to(tl.int64) * 16).to(tl.pointer_type(tl.uint8)),
+        (octets + kv_has_pair.to(tl.int64) * 16).to(tl.pointer_type(tl.uint8)),
         (octets + extremes.to(tl.int64) * 16).to(tl.pointer_type(tl.int64)),
         octets + kinds.to(tl.int64) * 16,
     )
 
 
-@triton.jit(do_not_specialize=["zeros", "q_live", "kv_live", "extremes", "kinds"])
+@triton.jit(do_not_specialize=["zeros", "q_has_pair", "kv_has_pair", "extremes", "kinds"])
 def prepare_kernel(
-    memory, tensors, ranges, zeros, q_live, kv_live, extremes, kinds, TENSORS: tl.constexpr, ZEROS: tl.constexpr
+    memory, tensors, ranges, zeros, q_has_pair, kv_has_pair, extremes, kinds, TENSORS: tl.constexpr, ZEROS: tl.constexpr
 ):
     """One program ZEROS zeros, and a tile of positions of a tensor `[planes, length]`: its minimum and its maximum."""
     x = tl.program_id(0) * ZEROS + tl.arange(0, ZEROS)
     tl.store(memory + x, 0, mask=x < zeros)
-    entries = views(memory, q_live, kv_live, extremes, kinds).extremes
+    entries = views(memory, q_has_pair, kv_has_pair, extremes, kinds).extremes
     tile = tl.program_id(0)
     for j in tl.static_range(TENSORS):
         # a tensor's first tile and its length; after the last one, the number of all
@@ -66,29 +66,29 @@ def padded(n):
 
 
 @triton.jit
-def _line_of(line, n_rows, q_tiles, kv_tiles):
-    """Of line number `line` (rows of all planes, then columns of all planes): is it a row, its plane, its index in the
-    plane, lines in a plane, its first tile, the stride to the next, and its length in tiles."""
-    is_row = line < n_rows
-    of_side = tl.where(is_row, line, line - n_rows)
-    lines = tl.where(is_row, q_tiles, kv_tiles)
-    plane = of_side // lines
-    inner = of_side % lines
+def _tile_row_of(tile_row, n_rows, q_tiles, kv_tiles):
+    """Of a row of tiles (rows of all planes, then columns): is it a row, its plane, its index in the plane, rows in a
+    plane, its first tile, the stride to the next, and its length in tiles."""
+    is_row = tile_row < n_rows
+    of_side = tl.where(is_row, tile_row, tile_row - n_rows)
+    tile_rows = tl.where(is_row, q_tiles, kv_tiles)
+    plane = of_side // tile_rows
+    inner = of_side % tile_rows
     first = plane.to(tl.int64) * q_tiles * kv_tiles + tl.where(is_row, inner.to(tl.int64) * kv_tiles, inner)
-    return is_row, plane, inner, lines, first, tl.where(is_row, 1, kv_tiles), tl.where(is_row, kv_tiles, q_tiles)
+    return is_row, plane, inner, tile_rows, first, tl.where(is_row, 1, kv_tiles), tl.where(is_row, kv_tiles, q_tiles)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("q_live", "kv_live", "extremes", "kinds"),
+        *("q_has_pair", "kv_has_pair", "extremes", "kinds"),
         *("n_rows", "n_cols", "n_queries", "n_keys", "q_len", "kv_len"),
     ],
 )
 def scan_kernel(
     memory,
     offsets,
-    q_live,
-    kv_live,
+    q_has_pair,
+    kv_has_pair,
     extremes,
     kinds,
     n_rows,
@@ -98,11 +98,11 @@ def scan_kernel(
     q_len,
     kv_len,
     CHUNK: tl.constexpr,
-    LIVE_CHUNK: tl.constexpr,
+    POSITION_CHUNK: tl.constexpr,
 ):
-    """Programs 0 to 3: offsets of a list from its counts. Those after them: LIVE_CHUNK queries each, then keys."""
+    """Programs 0 to 3: offsets of a list from its counts. Those after them: POSITION_CHUNK queries each, then keys."""
     which = tl.program_id(0)
-    work = views(memory, q_live, kv_live, extremes, kinds)
+    work = views(memory, q_has_pair, kv_has_pair, extremes, kinds)
     totals, counts = work.totals, work.counts
     if which == 0:
         tl.store(totals + 0, _scan(counts, offsets, n_rows, CHUNK))
@@ -113,24 +113,24 @@ def scan_kernel(
         _scan(counts + 2 * n_rows, cols, n_cols, CHUNK)
     if which == 3:
         _scan(counts + 2 * n_rows + n_cols, cols + padded(n_cols + 1), n_cols, CHUNK)
-    q_chunks = tl.cdiv(n_queries, LIVE_CHUNK)
+    q_chunks = tl.cdiv(n_queries, POSITION_CHUNK)
     if (which >= 4) & (which < 4 + q_chunks):
-        n = _count_live(work.q_live, counts, which - 4, n_queries, q_len, LIVE_CHUNK)
+        n = _count_used(work.q_has_pair, counts, which - 4, n_queries, q_len, POSITION_CHUNK)
         tl.atomic_add(totals + 2, n, sem="relaxed")
     if which >= 4 + q_chunks:
-        n = _count_live(work.kv_live, counts + 2 * n_rows, which - 4 - q_chunks, n_keys, kv_len, LIVE_CHUNK)
+        n = _count_used(work.kv_has_pair, counts + 2 * n_rows, which - 4 - q_chunks, n_keys, kv_len, POSITION_CHUNK)
         tl.atomic_add(totals + 3, n, sem="relaxed")
 
 
 @triton.jit
-def _count_live(live, full_counts, chunk, positions, length, LIVE_CHUNK: tl.constexpr):
-    """How many of a chunk of positions live. Partial tiles have marked theirs, those of full ones are marked here."""
-    x = chunk.to(tl.int64) * LIVE_CHUNK + tl.arange(0, LIVE_CHUNK)
-    line = (x // length) * tl.cdiv(length, TILE) + (x % length) // TILE
-    full = tl.load(full_counts + line, mask=x < positions, other=0)
-    lives = tl.load(live + x, mask=x < positions, other=0) | (full > 0).to(tl.uint8)
-    tl.store(live + x, lives, mask=x < positions)
-    return tl.sum(lives.to(tl.int32))
+def _count_used(has_pair, full_counts, chunk, positions, length, POSITION_CHUNK: tl.constexpr):
+    """How many positions of a chunk have a pair. Those of partial tiles are marked already, those of full ones here."""
+    x = chunk.to(tl.int64) * POSITION_CHUNK + tl.arange(0, POSITION_CHUNK)
+    tile_row = (x // length) * tl.cdiv(length, TILE) + (x % length) // TILE
+    full = tl.load(full_counts + tile_row, mask=x < positions, other=0)
+    used = tl.load(has_pair + x, mask=x < positions, other=0) | (full > 0).to(tl.uint8)
+    tl.store(has_pair + x, used, mask=x < positions)
+    return tl.sum(used.to(tl.int32))
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def _scan(counts, offsets, length, CHUNK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        *("q_live", "kv_live", "extremes", "kinds"),
+        *("q_has_pair", "kv_has_pair", "extremes", "kinds"),
         *("n_rows", "n_cols", "q_tiles", "kv_tiles", "n_full", "n_partial"),
     ],
 )
@@ -155,9 +155,9 @@ def fill_kernel(
     memory,
     offsets,
     tiles,
-    line_numbers,
-    q_live,
-    kv_live,
+    tile_row_numbers,
+    q_has_pair,
+    kv_has_pair,
     extremes,
     kinds,
     n_rows,
@@ -168,40 +168,42 @@ def fill_kernel(
     n_partial,
     CHUNK: tl.constexpr,
 ):
-    """One program a line: its part of the lists, and its place in the order."""
-    line = tl.program_id(0)
-    is_row, plane, inner, lines, first, stride, length = _line_of(line, n_rows, q_tiles, kv_tiles)
-    line_number = plane * lines + inner
+    """One program a row or column of tiles: its part of the lists, and its place in the order."""
+    tile_row = tl.program_id(0)
+    is_row, plane, inner, tile_rows, first, stride, length = _tile_row_of(tile_row, n_rows, q_tiles, kv_tiles)
+    tile_row_number = plane * tile_rows + inner
     # of the list of full tiles; that of partial ones comes next
     n_lines = tl.where(is_row, n_rows, n_cols)
-    list_offsets = offsets + tl.where(is_row, 0, 2 * padded(n_rows + 1)) + line_number
+    list_offsets = offsets + tl.where(is_row, 0, 2 * padded(n_rows + 1)) + tile_row_number
     full_offset = tl.load(list_offsets)
     partial_offset = tl.load(list_offsets + padded(n_lines + 1))
     full_tiles = tiles + tl.where(is_row, 0, padded(n_full))
     of_partial = tl.where(is_row, 0, padded(n_partial))
     partial_tiles = tiles + 2 * padded(n_full).to(tl.int64) + of_partial
-    work = views(memory, q_live, kv_live, extremes, kinds)
-    kinds_of_line = work.kinds + first
+    work = views(memory, q_has_pair, kv_has_pair, extremes, kinds)
+    kinds_of_row = work.kinds + first
     for start in tl.range(0, length, CHUNK):
         x = start + tl.arange(0, CHUNK)
-        kind = tl.load(kinds_of_line + x.to(tl.int64) * stride, mask=x < length, other=0)
+        kind = tl.load(kinds_of_row + x.to(tl.int64) * stride, mask=x < length, other=0)
         is_full = (kind == FULL).to(tl.int32)
         is_partial = (kind == PARTIAL).to(tl.int32)
         partial_at = partial_offset + tl.cumsum(is_partial, 0) - 1
         tl.store(full_tiles + full_offset + tl.cumsum(is_full, 0) - 1, x, mask=kind == FULL)
         tl.store(partial_tiles + partial_at, x, mask=kind == PARTIAL)
-        tl.store(line_numbers + of_partial + partial_at, line_number, mask=kind == PARTIAL)
+        tl.store(tile_row_numbers + of_partial + partial_at, tile_row_number, mask=kind == PARTIAL)
         full_offset += tl.sum(is_full)
         partial_offset += tl.sum(is_partial)
-    # place in a stable descending sort: lines with more tiles, and earlier lines with as many
-    full_counts = work.counts + tl.where(is_row, 0, 2 * n_rows) + plane * lines
+    # place in a stable descending sort: rows with more tiles, and earlier rows with as many
+    full_counts = work.counts + tl.where(is_row, 0, 2 * n_rows) + plane * tile_rows
     partial_counts = full_counts + n_lines
     mine = tl.load(full_counts + inner) + tl.load(partial_counts + inner)
     place = 0
-    for start in tl.range(0, lines, CHUNK):
+    for start in tl.range(0, tile_rows, CHUNK):
         x = start + tl.arange(0, CHUNK)
-        n = tl.load(full_counts + x, mask=x < lines, other=0) + tl.load(partial_counts + x, mask=x < lines, other=0)
-        before = (x < lines) & ((n > mine) | ((n == mine) & (x < inner)))
+        n = tl.load(full_counts + x, mask=x < tile_rows, other=0) + tl.load(
+            partial_counts + x, mask=x < tile_rows, other=0
+        )
+        before = (x < tile_rows) & ((n > mine) | ((n == mine) & (x < inner)))
         place += tl.sum(before.to(tl.int32))
     order = offsets + 2 * (padded(n_rows + 1) + padded(n_cols + 1)) + tl.where(is_row, 0, padded(n_rows))
-    tl.store(order + plane * lines + place, inner)
+    tl.store(order + plane * tile_rows + place, inner)

@@ -9,8 +9,8 @@ from anymask.packing.triton.kernels.bits import (
     PARTIAL,
     TILE,
     WORDS,
+    has_pair_of_words,
     kind_of_words,
-    live_of_words,
     load_words_t,
     tile_offsets,
     transpose_words,
@@ -21,7 +21,7 @@ from anymask.packing.triton.kernels.lists import padded, views
 from anymask.packing.triton.kernels.program import PACKED, MaskArgs, classify, inside, packed_place
 
 PLACES_AND_SHAPE = [
-    *("q_live", "kv_live", "extremes", "kinds"),
+    *("q_has_pair", "kv_has_pair", "extremes", "kinds"),
     *("heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"),
 ]
 
@@ -32,9 +32,9 @@ def _rows_of(tile):
 
 
 @triton.jit
-def _mark(live, plane, length, positions, lives):
+def _mark(has_pair, plane, length, positions, used):
     """All programs write the same 1."""
-    tl.store(live + plane.to(tl.int64) * length + positions, lives.to(tl.uint8), mask=lives)
+    tl.store(has_pair + plane.to(tl.int64) * length + positions, used.to(tl.uint8), mask=used)
 
 
 @triton.jit(do_not_specialize=PLACES_AND_SHAPE)
@@ -43,8 +43,8 @@ def tiles_kernel(
     tensors,
     layouts,
     memory,
-    q_live,
-    kv_live,
+    q_has_pair,
+    kv_has_pair,
     extremes,
     kinds,
     heads,
@@ -58,17 +58,17 @@ def tiles_kernel(
     STRIP: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """One program a line of SPAN tiles: their kinds, counted by row and by column, and what lives in partial ones."""
+    """One program SPAN tiles of a row: their kinds, counted by row and by column, and the positions of partial ones."""
     spans = tl.cdiv(kv_tiles, SPAN)
-    line = tl.program_id(0) // spans
+    tile_row = tl.program_id(0) // spans
     first = (tl.program_id(0) % spans) * SPAN
-    plane, q_tile = line // q_tiles, line % q_tiles
+    plane, q_tile = tile_row // q_tiles, tile_row % q_tiles
     b, h = plane // heads, plane % heads
     lane = tl.arange(0, SPAN)
     there = first + lane < kv_tiles
     kv_tile = tl.minimum(first + lane, kv_tiles - 1)
     mask = MaskArgs(numbers, tensors, layouts)
-    work = views(memory, q_live, kv_live, extremes, kinds)
+    work = views(memory, q_has_pair, kv_has_pair, extremes, kinds)
     kind = classify(nodes, mask, work.extremes, b, h, q_tile, kv_tile, q_len, kv_len)
     # columns beyond kv_len are off, so the last kv tile is full for nobody
     kind = tl.where((kv_tile + 1) * TILE > kv_len, tl.minimum(kind, PARTIAL), kind)
@@ -84,20 +84,20 @@ def tiles_kernel(
             any_pair = tl.maximum(any_pair, tile.to(tl.int32))
             # rows that do not exist count for neither
             all_pairs = tl.minimum(all_pairs, (tile | (rows >= q_len)[:, None]).to(tl.int32))
-            _mark(work.q_live, plane, q_len, rows, tl.max(tile.to(tl.int32), 1) != 0)
+            _mark(work.q_has_pair, plane, q_len, rows, tl.max(tile.to(tl.int32), 1) != 0)
         col_any = tl.max(any_pair, 0)
-        _mark(work.kv_live, plane, kv_len, cols, col_any != 0)
+        _mark(work.kv_has_pair, plane, kv_len, cols, col_any != 0)
         # 0, 1 or 2: EMPTY, PARTIAL or FULL
         kind = tl.where(lane == at, tl.max(col_any) + tl.min(all_pairs), kind)
         undecided = undecided & (lane != at)
-    at = line.to(tl.int64) * kv_tiles + first + lane
+    at = tile_row.to(tl.int64) * kv_tiles + first + lane
     tl.store(work.kinds + at, kind.to(tl.int8), mask=there)
     counts = work.counts
     for of in tl.static_range(2):
         # full, then partial
         hit = there & (kind == FULL - of)
         n = tl.sum(hit.to(tl.int32))
-        tl.atomic_add(counts + of * n_rows + line, n, mask=n > 0, sem="relaxed")
+        tl.atomic_add(counts + of * n_rows + tile_row, n, mask=n > 0, sem="relaxed")
         column = 2 * n_rows + of * n_cols + plane * kv_tiles + kv_tile
         tl.atomic_add(counts + column, 1, mask=hit, sem="relaxed")
 
@@ -109,8 +109,8 @@ def dense_kernel(
     words,
     words_t,
     strides,
-    q_live,
-    kv_live,
+    q_has_pair,
+    kv_has_pair,
     extremes,
     kinds,
     heads,
@@ -125,8 +125,8 @@ def dense_kernel(
     """One program a tile: as `tiles_kernel`, and if it is partial its words, in row order of tiles, and its transposed
     words, in column order."""
     number = tl.program_id(0)
-    line, kv_tile = number // kv_tiles, number % kv_tiles
-    plane, q_tile = line // q_tiles, line % q_tiles
+    tile_row, kv_tile = number // kv_tiles, number % kv_tiles
+    plane, q_tile = tile_row // q_tiles, tile_row % q_tiles
     rows, cols = _rows_of(q_tile), _rows_of(kv_tile)
     # a multiple of ALIGN, and spelt so that Triton sees it
     at = (plane // heads).to(tl.int64) * (strides[0] // ALIGN) + (plane % heads).to(tl.int64) * (strides[1] // ALIGN)
@@ -136,16 +136,16 @@ def dense_kernel(
     w_t = load_words_t(tensor + at, strides[2], strides[3], q_left, kv_left, ALIGN)
     w = transpose_words(w_t)
     kind = kind_of_words(w, rows, q_len)
-    work = views(memory, q_live, kv_live, extremes, kinds)
+    work = views(memory, q_has_pair, kv_has_pair, extremes, kinds)
     if kind == PARTIAL:
         tl.store(words + number.to(tl.int64) * (TILE * WORDS) + tile_offsets(), w)
         number_t = (plane * kv_tiles + kv_tile).to(tl.int64) * q_tiles + q_tile
         tl.store(words_t + number_t * (TILE * WORDS) + tile_offsets(), w_t)
         # full tiles are seen by their counts
-        _mark(work.q_live, plane, q_len, rows, live_of_words(w))
-        _mark(work.kv_live, plane, kv_len, cols, live_of_words(w_t))
+        _mark(work.q_has_pair, plane, q_len, rows, has_pair_of_words(w))
+        _mark(work.kv_has_pair, plane, kv_len, cols, has_pair_of_words(w_t))
     tl.store(work.kinds + number, kind)
-    row = tl.where(kind == FULL, 0, n_rows) + line
+    row = tl.where(kind == FULL, 0, n_rows) + tile_row
     tl.atomic_add(work.counts + row, 1, mask=kind != EMPTY, sem="relaxed")
     column = 2 * n_rows + tl.where(kind == FULL, 0, n_cols) + plane * kv_tiles + kv_tile
     tl.atomic_add(work.counts + column, 1, mask=kind != EMPTY, sem="relaxed")
@@ -168,25 +168,25 @@ def tile_words_kernel(
 
 
 @triton.jit
-def _entry(tiles, lines, entry, is_row, n_full, n_partial):
-    """Tile and global line number of a partial tile of the rows, or else of the columns."""
+def _entry(tiles, tile_rows, entry, is_row, n_full, n_partial):
+    """A partial tile of the rows, or else of the columns, and the global number of its row or column."""
     at = entry + tl.where(is_row, 0, padded(n_partial))
-    return tl.load(tiles + 2 * padded(n_full).to(tl.int64) + at), tl.load(lines + at)
+    return tl.load(tiles + 2 * padded(n_full).to(tl.int64) + at), tl.load(tile_rows + at)
 
 
 @triton.jit(do_not_specialize=["n_full", "n_partial", "q_tiles", "kv_tiles"])
-def copy_kernel(tiles, lines, all_words, all_words_t, words, words_t, n_full, n_partial, q_tiles, kv_tiles):
+def copy_kernel(tiles, tile_rows, all_words, all_words_t, words, words_t, n_full, n_partial, q_tiles, kv_tiles):
     """One program an entry of the rows, then of the columns: its words, out of those of all tiles."""
     entry = tl.program_id(0)
     offs = word_offsets(0, TILE)
     if entry < n_partial:
-        tile, line = _entry(tiles, lines, entry, True, n_full, n_partial)
-        w = tl.load(all_words + (line.to(tl.int64) * kv_tiles + tile) * (TILE * WORDS) + offs)
+        tile, tile_row = _entry(tiles, tile_rows, entry, True, n_full, n_partial)
+        w = tl.load(all_words + (tile_row.to(tl.int64) * kv_tiles + tile) * (TILE * WORDS) + offs)
         tl.store(words + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
     else:
         entry -= n_partial
-        tile, line = _entry(tiles, lines, entry, False, n_full, n_partial)
-        w = tl.load(all_words_t + (line.to(tl.int64) * q_tiles + tile) * (TILE * WORDS) + offs)
+        tile, tile_row = _entry(tiles, tile_rows, entry, False, n_full, n_partial)
+        w = tl.load(all_words_t + (tile_row.to(tl.int64) * q_tiles + tile) * (TILE * WORDS) + offs)
         tl.store(words_t + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
 
 
@@ -198,7 +198,7 @@ def words_kernel(
     tensors,
     layouts,
     tiles,
-    lines,
+    tile_rows,
     words,
     words_t,
     entries,
@@ -216,18 +216,18 @@ def words_kernel(
     entry = tl.program_id(0)
     mask = MaskArgs(numbers, tensors, layouts)
     if entry < entries:
-        tile, line = _entry(tiles, lines, entry, True, n_full, n_partial)
-        plane, cols = line // q_tiles, _rows_of(tile)
+        tile, tile_row = _entry(tiles, tile_rows, entry, True, n_full, n_partial)
+        plane, cols = tile_row // q_tiles, _rows_of(tile)
         b, h = plane // heads, plane % heads
         at = words + entry.to(tl.int64) * (TILE * WORDS)
         for start in tl.range(0, TILE, STRIP):
-            rows = (line % q_tiles) * TILE + start + tl.arange(0, STRIP)
+            rows = (tile_row % q_tiles) * TILE + start + tl.arange(0, STRIP)
             bits = inside(nodes, mask, b, h, rows[:, None], cols[None, :], q_len, kv_len)
             tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
     else:
         entry -= entries
-        tile, line = _entry(tiles, lines, entry, False, n_full, n_partial)
-        plane, kv_tile = line // kv_tiles, line % kv_tiles
+        tile, tile_row = _entry(tiles, tile_rows, entry, False, n_full, n_partial)
+        plane, kv_tile = tile_row // kv_tiles, tile_row % kv_tiles
         b, h = plane // heads, plane % heads
         at = words_t + entry.to(tl.int64) * (TILE * WORDS)
         if nodes[0].code == PACKED:
