@@ -82,8 +82,11 @@ def sharded_attention(
         own = [_own_range(name, t, dim) for dim in (0, 1)]
         if name == "q":
             planes = own
+    own_q, own_k, own_v = (t.to_local() for t in (q, k, v))
     o, lse = attention(
-        *(t.to_local() for t in (q, k, v)),
+        own_q,
+        own_k,
+        own_v,
         _own_planes(mask, planes, q, k.shape[2]),
         is_causal=is_causal,
         scale=scale,
