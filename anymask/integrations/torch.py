@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anymask.api import attention
+from anymask.backends import Backend
 from anymask.block_mask import BlockMask
 from anymask.drop_in import scaled_dot_product_attention
 from anymask.mask import Mask
@@ -51,7 +52,7 @@ def sharded_attention(
     scale: float | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Any:
     """`attention` of DTensors that are sharded along the batch or the heads: each rank computes its own, with no word.
 
