@@ -60,7 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     batch, q_heads, q_len, head_dim = q.shape
     o = empty_as(q, v.shape[3])
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
-    kv_has_pair = has_pair(block_mask, "cols")
+    kv_has_pair = _used(q, block_mask, "cols")
     with device_guard(q.device):
         current = target.current_target()
         use_tma = can_use_tma(current, (q, k, v), kv_has_pair)
@@ -112,7 +112,7 @@ def backward(
     from anymask.backends.triton.kernels.backward import _bwd_dkdv_kernel
 
     batch, kv_heads, kv_len, head_dim = k.shape
-    used = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
+    used = _used(q, block_mask, "rows"), _used(q, block_mask, "cols")
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     with device_guard(q.device):
         call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), *used, block_mask, sm_scale)
@@ -124,6 +124,19 @@ def backward(
         grid = tiles_over(kv_len) * TILE // constants["BLOCK_N"], kv_heads, batch
         launch_gradient(_bwd_dkdv_kernel, grid, call, "cols", (dk, dv), constants, options)
     return dq, dk, dv
+
+
+def _used(q: Tensor, block_mask: BlockMask | None, view: str) -> Tensor | None:
+    """`has_pair`, which for fp32 is a map even if all positions have a pair.
+
+    Kernels with and without a map may add the parts of fp32 products in another order, and a sample would depend on
+    whether others of its batch have unused rows.
+    """
+    used = has_pair(block_mask, view)
+    if used is None and block_mask is not None and q.dtype == torch.float32:
+        length = block_mask.q_len if view == "rows" else block_mask.kv_len
+        used = torch.ones(block_mask.batch * block_mask.heads * length, dtype=torch.uint8, device=q.device)
+    return used
 
 
 @cache

@@ -126,7 +126,6 @@ FP32: dict[str, Rows] = {
         "dkdv": {
             32: TileConfig(64, 64, 4, 2, "bf16x6"),
             64: TileConfig(32, 64, 4, 1, "bf16x6"),
-            # 2 % slower than (32, 32, 4, 1), whose sums depend on whether rows of other samples are unused
             128: TileConfig(16, 64, 4, 1, "bf16x6"),
             256: TileConfig(16, 16, 4, 1, "bf16x6"),
         },
