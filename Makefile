@@ -38,7 +38,7 @@ else
 test: lint $(OLDEST_DONE)
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 	@echo "==> kernels of Hopper with the oldest Triton"
-	@if [ -d $(OLDEST) ]; then PYTHONPATH=$(OLDEST) $(RUN) -m pytest -m compile tests/test_compile_hopper.py; fi
+	@if [ -d $(OLDEST) ]; then PYTHONPATH=$(OLDEST) $(RUN) -m pytest -n $(WORKERS) -m compile tests/test_compile_hopper.py; fi
 endif
 
 lint: $(DEV_DONE)
@@ -47,6 +47,7 @@ lint: $(DEV_DONE)
 	$(RUN) -m mypy
 	$(VENV)/bin/zizmor --offline --quiet .github
 
+docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(DOCS_DONE)
 	$(RUN) -m mkdocs build --strict
 

@@ -298,49 +298,6 @@ def test_a_missing_extra_is_named_without_a_traceback(missing: str) -> None:
     assert done.stderr.strip() == f"anymask: the command line needs {missing}: pip install 'anymask[demo]'"
 
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md"])
-def test_examples_of_the_pages_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
-    assert blocks
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(block, names)
-
-
-def test_masks_of_the_readme_pack() -> None:
-    text = (ROOT / "README.md").read_text()
-    table = text.partition("## Your mask in one line")[2].partition("\n## ")[0]
-    cells = re.findall(r"^\| .* \| (`.*`) \|$", table, flags=re.MULTILINE)
-    lines = [line.replace(r"\|", "|") for cell in cells for line in re.findall(r"`(.*?)`", cell)]
-    assert len(lines) >= 25
-    numbers = torch.arange(1200).repeat(2, 1)
-    names = vars(anymask) | {
-        "ids": numbers // 500,
-        "keep": numbers < 900,
-        "lengths": torch.tensor([900, 500]),
-        "cu_seqlens": torch.tensor([0, 300, 1200]),
-        "positions": numbers % 500,
-        "start": torch.where(numbers < 600, numbers // 300 * 300, 0),
-        "end": torch.where(numbers < 600, numbers // 300 * 300 + 300, 0),
-        "parents": (numbers[0] - 1) // 2,
-        "answers": numbers // 100 % 5,
-        "length": 600 // 16 * 16,
-        "layout": torch.eye(10, dtype=torch.bool),
-        "q_len": 1200,
-        "kv_len": 1200,
-        "mask_mod": lambda b, h, q_idx, kv_idx: q_idx % 7 >= kv_idx % 5,
-        "tensor": torch.eye(1200, dtype=torch.bool),
-    }
-    for line in lines:
-        dense = anymask.pack(eval(line, dict(names)), q_len=1200, kv_len=1200).to_dense()
-        assert dense.any(), line
-        assert not dense.all(), line
-
-
 THREE = torch.arange(3).repeat_interleave(tensor([300, 250, 474]))
 
 

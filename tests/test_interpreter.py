@@ -384,6 +384,15 @@ def test_block_masks_pack_the_same_on_the_device(block: int) -> None:
     _check_expression(anymask.block_sparse(layout, block), 500, 400)
 
 
+def test_a_triangle_of_blocks_packs_the_same_on_the_device() -> None:
+    # a block on the edge is alone in its tile
+    _check_expression(anymask.block_sparse(torch.ones(5, 5, dtype=torch.bool).tril(), 60), 300, 300)
+
+
+def test_full_tiles_that_bounds_do_not_know_pack_the_same_on_the_device() -> None:
+    _check_expression(causal(200) & anymask.from_dense(torch.ones(130, 140, dtype=torch.bool)), 130, 140)
+
+
 @pytest.mark.parametrize("limit", [2**28, 2**40, 2**62])
 def test_far_limits_pack_the_same_on_the_device(limit: int) -> None:
     _check_expression(anymask.sliding_window(limit, 3) & causal(-limit) | Stride(limit), 200, 300)
