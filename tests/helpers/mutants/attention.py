@@ -190,7 +190,7 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "ops: packed inside a graph with shared memory",
-        OPS,
+        "anymask/mask_ops.py",
         "is packed.cols.words else t.clone()",
         "is packed.cols.words else t",
         seen_by("test_ops", "shares_no_memory"),
