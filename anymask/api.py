@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from anymask import backends, ops, validate
+from anymask import backends, mask_ops, ops, validate
 from anymask.block_mask import BlockMask, Stats
 from anymask.mask import Mask, causal
 from anymask.shapes import LSE, K, O, Q, V
@@ -118,7 +118,7 @@ def attention(
     scale = validate.check_call(q, k, v, scale, is_causal, mask, return_lse, deterministic)
     backends.check_name(backend)
     lazy = validate.fitting_mask(q, k, _CAUSAL if is_causal else mask)
-    block_mask = ops.pack_for(q, lazy, k.shape[2])
+    block_mask = mask_ops.pack_for(q, lazy, k.shape[2])
     o, lse = ops.dispatch(q, k, v, block_mask, scale, backend, bool(deterministic))
     return (o, lse) if return_lse else o
 
@@ -174,7 +174,7 @@ def explain(
         validate.refuse_keywords(unknown)
     q, k, v = validate.autocast(q, k, v)
     validate.check_call(q, k, v, scale, is_causal, mask, False, None)
-    block_mask = ops.pack_for(q, validate.fitting_mask(q, k, _CAUSAL if is_causal else mask), k.shape[2])
+    block_mask = mask_ops.pack_for(q, validate.fitting_mask(q, k, _CAUSAL if is_causal else mask), k.shape[2])
     name = backends.choose(q, k, v, block_mask, backend).__name__.rpartition(".")[2]
     reasons = backends.reasons(q, k, v, block_mask)
     not_chosen = {n: r or f"{name} was preferred" for n, r in reasons.items() if n != name}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask import formats, ops, validate
+from anymask import formats, mask_ops, validate
 from anymask.api import attention
 from anymask.mask import Mask, from_dense
 from anymask.packing import cache
@@ -64,9 +64,9 @@ def additive_mask(tensor: Tensor) -> Mask:
 
     The graph of a compiled function checks it whenever it runs.
     """
-    if ops.is_traced():
-        return from_dense(ops.seen_op(tensor))
-    if ops.has_no_values(tensor):
+    if mask_ops.is_traced():
+        return from_dense(mask_ops.seen_op(tensor))
+    if mask_ops.has_no_values(tensor):
         return from_dense(tensor == 0)
     return cache.masks.build(("from_additive",), (tensor,), lambda: formats.from_additive(tensor))
 
@@ -123,7 +123,7 @@ def flash_attention_custom_mask(q: Q, k: K, v: V, mask: Tensor | None = None, sm
     if mask is not None:
         validate.check_tensor("mask", mask)
         if torch.compiler.is_compiling():
-            mask = ops.attended_op(mask)
+            mask = mask_ops.attended_op(mask)
     lazy = validate.fitting_mask(q, k, mask, any_dtype=True)
     check = None if mask is None else partial(validate.check_not_additive, mask)
-    return attention(q, k, v, ops.pack_for(q, lazy, k.shape[2], check), scale=sm_scale)
+    return attention(q, k, v, mask_ops.pack_for(q, lazy, k.shape[2], check), scale=sm_scale)

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from anymask import ops, validate
+from anymask import mask_ops, validate
 from anymask.api import attention
 from anymask.backends import Backend
 from anymask.mask import Mask, document_window
@@ -146,7 +146,7 @@ def bounds_of_window(causal: bool, window: Any, name: str = "window") -> tuple[i
 def _documents(given: dict[str, Tensor], left: int | None, right: int | None, lengths: tuple[int, int]) -> Mask:
     """`document_window` of the bounds `given` by name, one object for as long as their tensors hold the same."""
     tensors = tuple(check_integers(name, t, (1,)) for name, t in given.items())
-    if ops.is_traced() or any(map(ops.has_no_values, tensors)):
+    if mask_ops.is_traced() or any(map(mask_ops.has_no_values, tensors)):
         return _documents_unread(tensors[0], tensors[-1], left, right, lengths)
 
     def read() -> Mask:

@@ -19,7 +19,7 @@ from anymask import (
     from_function,
     gallery,
     key_padding,
-    ops,
+    mask_ops,
     pack,
     slice_queries,
     sliding_window,
@@ -117,7 +117,7 @@ class TestPacking:
     def test_inside_a_compiled_function(self, device: str) -> None:
         program = program_of(causal() & document(torch.arange(300, device=device) // 90))
         assert program is not None
-        torch.library.opcheck(ops.pack_op, (*program, 300, 300, torch.device(device)))
+        torch.library.opcheck(mask_ops.pack_op, (*program, 300, 300, torch.device(device)))
 
     def test_of_nothing(self, device: str) -> None:
         for q_len, kv_len in ((0, 0), (0, 200), (200, 0)):

@@ -1,4 +1,4 @@
-"""Runs test_interpreter.py and test_fp32.py in a process of their own, where Triton interprets."""
+"""Runs the tests of interpreted kernels in a process of their own, where Triton interprets."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+FILES = [f"tests/test_{name}.py" for name in ("interpreter", "interpreter_packing", "fp32")]
 MINIMUM = 340
 
 
@@ -21,7 +22,7 @@ def test_triton_kernels_under_the_interpreter() -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
     workers = ["-n", "2"] if find_spec("xdist") else []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_interpreter.py", "tests/test_fp32.py", "-q", *workers],
+        [sys.executable, "-m", "pytest", *FILES, "-q", *workers],
         cwd=root, env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

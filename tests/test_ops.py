@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anymask import BlockMask, attention, causal, document, from_dense, ops, pack, sliding_window
+from anymask import BlockMask, attention, causal, document, from_dense, mask_ops, ops, pack, sliding_window
 from anymask.mask.program import program_of
 from anymask.testing import MASKS, Case, make_inputs, make_qkv
 
@@ -72,7 +72,7 @@ class TestOpcheck:
         lazy = from_dense(mask) if isinstance(mask, Tensor) else mask
         program = program_of(lazy & sliding_window(3, 3))
         assert program is not None
-        torch.library.opcheck(ops.pack_op, (*program, 5, 7, torch.device("cpu")))
+        torch.library.opcheck(mask_ops.pack_op, (*program, 5, 7, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -178,7 +178,7 @@ def test_packing_inside_a_compiled_function_shares_no_memory(monkeypatch: pytest
             tensors[i] = part.view(tensors[i].shape)
         return BlockMask.from_tensors(tensors, packed.q_len, packed.kv_len)
 
-    monkeypatch.setattr(ops, "pack", sharing)
+    monkeypatch.setattr(mask_ops, "pack", sharing)
     program = program_of(causal() & document(torch.arange(300) // 90))
     assert program is not None
-    torch.library.opcheck(ops.pack_op, (*program, 300, 300, torch.device("cpu")))
+    torch.library.opcheck(mask_ops.pack_op, (*program, 300, 300, torch.device("cpu")))

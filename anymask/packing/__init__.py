@@ -61,7 +61,7 @@ def pack(
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     if torch.compiler.is_compiling():
-        # one operator of `anymask.ops`, which compilers do not look into
+        # one operator of `anymask.mask_ops`, which compilers do not look into
         program = program_of(mask.to(place))
         assert program is not None
         return BlockMask.from_tensors(torch.ops.anymask.pack(*program, q_len, kv_len, place), q_len, kv_len)

@@ -128,8 +128,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "validate: scale by q_len",
         VALIDATE,
-        "1 / math.sqrt(q.shape[3])",
-        "1 / math.sqrt(q.shape[2])",
+        "operator.index(q.shape[3])",
+        "operator.index(q.shape[2])",
         seen_by("test_api", "sdpa_is_torchs"),
     ),
     Mutant(
@@ -190,7 +190,7 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "ops: packed inside a graph with shared memory",
-        OPS,
+        "anymask/mask_ops.py",
         "is packed.cols.words else t.clone()",
         "is packed.cols.words else t",
         seen_by("test_ops", "shares_no_memory"),

@@ -1,0 +1,144 @@
+"""Masks inside functions that torch traces: operators that pack and check them, with fakes.
+
+Outside of such a function a mask is packed as it is, and remembered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import _C, Tensor
+from torch._library.fake_impl import allocate_size
+
+from anymask import formats, validate
+from anymask.block_mask import BlockMask
+from anymask.mask import Mask
+from anymask.mask.program import mask_from_program, program_of
+from anymask.packing import cache, pack
+from anymask.tiles import TILE, WORDS, tiles_over
+
+_LIBRARY = torch.library.Library("anymask", "FRAGMENT")
+_LIBRARY.define(
+    "pack(int[] nodes, SymInt[] numbers, Tensor[] tensors, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]"
+)
+_LIBRARY.define("attended(Tensor mask) -> Tensor")
+_LIBRARY.define("seen(Tensor additive) -> Tensor")
+
+# tensors of `pack(mask_from_program(nodes, numbers, tensors), ...)`: packing inside a compiled function
+pack_op = torch.ops.anymask.pack.default
+# `mask != 0` of a mask that is not an additive one: `check_not_additive` inside a compiled function
+attended_op = torch.ops.anymask.attended.default
+# `additive == 0` of a mask of 0 and minus infinity: `formats.from_additive` inside a compiled function
+seen_op = torch.ops.anymask.seen.default
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any = None) -> BlockMask | None:
+    """The mask as `ops.dispatch` takes it for these queries, packed now or by an earlier call.
+
+    `check` is called before a mask is packed that was not remembered, and may raise.
+    """
+    if mask is None:
+        return None
+    if is_traced():
+        if isinstance(mask, BlockMask):
+            return mask
+        program, q_len = program_of(mask), q.shape[2]
+        if program is None:
+            raise ValueError("mask is a from_function mask inside a traced function; allowed is its BlockMask")
+        return BlockMask.from_tensors(pack_op(*program, q_len, kv_len, q.device), q_len, kv_len)
+    if has_no_values(q):
+        # nothing to mask, and sizes do not depend on it
+        return None
+    if isinstance(mask, BlockMask):
+        return mask
+    return cache.masks.pack(mask, q.shape[2], kv_len, q.device, check)
+
+
+def is_traced() -> bool:
+    """Whether operations are written down to be run again, with other values."""
+    if torch.compiler.is_compiling():
+        return True
+    if not _C._len_torch_dispatch_stack():
+        return False
+    modes = _C._TorchDispatchModeKey
+    return any(_C._get_dispatch_mode(key) is not None for key in (modes.PROXY, modes.FUNCTIONAL))
+
+
+def has_no_values(t: Tensor) -> bool:
+    """Whether a tensor is of the device meta, or a fake of another."""
+    if t.is_meta or type(t) in _PLAIN:
+        return t.is_meta
+    from torch._subclasses.fake_tensor import is_fake
+
+    return bool(is_fake(t))
+
+
+@torch.library.impl("anymask::pack", "CompositeExplicitAutograd")
+def _pack(
+    nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
+) -> list[Tensor]:
+    packed = pack(mask_from_program(nodes, numbers, tensors), q_len=q_len, kv_len=kv_len, device=device)
+    # what an operator returns may not share memory, as all but the words, the large ones, may
+    return [t if t is packed.rows.words or t is packed.cols.words else t.clone() for t in packed.tensors()]
+
+
+@torch.library.register_fake("anymask::pack")
+def _pack_fake(
+    nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
+) -> list[Tensor]:
+    batch, heads = mask_from_program(nodes, numbers, tensors).planes
+    n_full, n_partial = _unknown_size(), _unknown_size()
+
+    def empty(*shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def lists(length: int) -> list[Tensor]:
+        # torch asks whether a dimension is 1, and an answer would tie a symbol to lengths beyond a tile, or within one
+        tile_rows = _unknown_size() if isinstance(length, torch.SymInt) else tiles_over(length)
+        offsets = batch * heads * tile_rows + 1
+        return [
+            empty(offsets),
+            empty(n_full),
+            empty(offsets),
+            empty(n_partial),
+            empty(n_partial, TILE, WORDS),
+            empty(batch, heads, tile_rows),
+            empty(_unknown_size(), dtype=torch.uint8),
+        ]
+
+    return lists(q_len) + lists(kv_len)
+
+
+def _unknown_size() -> torch.SymInt:
+    """A size that depends on values, in a fake.
+
+    `new_dynamic_size` of torch's context refuses it outside of `fullgraph=True`, and the graph would break.
+    """
+    shape_env = torch.library.get_ctx()._shape_env
+    if shape_env is None:
+        raise NotImplementedError("a mask inside fake tensors without symbolic sizes; allowed is its BlockMask")
+    size: torch.SymInt = allocate_size(shape_env)
+    return size
+
+
+def _attended_kernel(mask: Tensor) -> Tensor:
+    validate.check_not_additive(mask)
+    return mask != 0
+
+
+torch.library.register_fake("anymask::attended", lambda mask: mask.new_empty(mask.shape, dtype=torch.bool))
+
+
+def _seen_kernel(additive: Tensor) -> Tensor:
+    formats.from_additive(additive)
+    return additive == 0
+
+
+torch.library.register_fake("anymask::seen", lambda additive: additive == 0)
+
+
+_LIBRARY.impl("attended", _attended_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("seen", _seen_kernel, "CompositeExplicitAutograd")

@@ -1,0 +1,54 @@
+"""Triton's interpreter, mended where it differs from a GPU, for the tests of kernels on CPU tensors."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+# `pytestmark` of a file whose tests need it
+MARKS = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+    # NumPy under the interpreter warns where a GPU gives inf or nan, such as log2(0) of a row with no key
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+# a kernel's paths: no mask, only full tiles, bits, unused keys, unused queries, planes by batch, by head and by both
+MASK_NAMES = ["none", "causal", "tiles", "empty_rows", "empty_columns", "per_batch", "per_head", "per_batch_head"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    import numpy as np
+    from triton.runtime import interpreter
+
+    builder, tl = interpreter.interpreter_builder, interpreter.tl
+    create_dot, cast_impl = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        # the interpreter cuts the low half of an fp32 off; a GPU rounds to nearest even
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, src, dst_type)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(rounded, tl.bfloat16)
+
+    def widened(handle: Any) -> Any:
+        # the interpreter holds bf16 as uint16, which its own dot multiplies as integers
+        return cast_impl(builder, handle, tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        # what a GPU refuses and NumPy promotes in silence
+        assert a.dtype.scalar == b.dtype.scalar, f"dot of {a.dtype} and {b.dtype}"
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    debug = builder.options.debug
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+        # int32 arithmetic is checked for overflow
+        object.__setattr__(builder.options, "debug", True)
+        # the interpreter takes as long for few rows
+        patch.setattr("anymask.packing.triton.STRIP", 64)
+        yield
+        object.__setattr__(builder.options, "debug", debug)
