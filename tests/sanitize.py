@@ -1,7 +1,8 @@
-"""Runs the Hopper kernels under compute-sanitizer: `python -m tests.sanitize` checks memory, then races.
+"""Runs kernels under compute-sanitizer: `python -m tests.sanitize` checks memory, then races.
 
-Every case is a process of its own, forward and backward on few programs, compared with attention in fp64. The exit code
-is the number of cases in which a tool found something or a result was wrong.
+Every case is a process of its own. Its mask is packed, attention runs forward and backward, the Hopper kernels on few
+programs, and results are compared with fp64. The exit code is the number of cases in which a tool found something or a
+result was wrong.
 
 One report of racecheck is left out, and said to be: Triton wakes the warps of a partition with a word in shared memory,
 written and read between barriers of all warps of the program (`barrier.sync 1`). The tool sees no order in them, as
@@ -33,7 +34,7 @@ LIMIT_S = 300
 PROGRAMS = 3
 F16, BF16 = torch.float16, torch.bfloat16
 # lengths of whole tiles and not, longer and shorter than one, with and without groups of heads
-CASES = (
+HOPPER = (
     *(
         Case(*sizes, batch=1, q_heads=heads, kv_heads=kv_heads)
         for dim in (128, 64)
@@ -47,6 +48,19 @@ CASES = (
     ),
     *(Case("random", 256, 256, dim, F16, batch=1) for dim in (96, 40)),
 )
+# masks by name and by function, of each kind of leaf, and rows and keys that are unused
+TRITON = (
+    Case("random", 256, 384, 64, F16, batch=1),
+    Case("documents", 300, 300, 128, BF16, batch=2, q_heads=4, kv_heads=2),
+    Case("empty_columns", 200, 300, 64, torch.float32, batch=1),
+    Case("causal_key_padding", 130, 260, 128, torch.float32, batch=2),
+    Case("random_1", 140, 150, 256, F16, batch=1),
+    Case("drawn_block_sparse", 300, 300, 192, BF16, 128, batch=1),
+    Case("drawn_from_function & per_head", 200, 130, 72, F16, batch=1),
+    Case("drawn_tree | drawn_dilated", 257, 257, 32, BF16, batch=1),
+    Case("none", 100, 130, 31, F16, batch=1),
+)
+CASES = (*(("hopper", case) for case in HOPPER), *(("triton", case) for case in TRITON))
 
 
 def use_few_programs() -> None:
@@ -91,7 +105,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.case is not None:
         use_few_programs()
-        check(CASES[options.case], "hopper", "cuda")
+        backend, case = CASES[options.case]
+        check(case, backend, "cuda")
         return 0
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
@@ -102,7 +117,7 @@ def main() -> int:
         for i, verdicts in enumerate(map(list, found)):
             bad += not all(v.startswith("clean") for v in verdicts)
             said = "; ".join(map(" ".join, zip(tools, verdicts, strict=True)))
-            print(f"[{i + 1}/{len(CASES)}] {CASES[i]}: {said}", flush=True)
+            print(f"[{i + 1}/{len(CASES)}] {' '.join(map(str, CASES[i]))}: {said}", flush=True)
     print(f"{len(CASES) - bad} of {len(CASES)} cases are clean")
     return bad
 

@@ -1,10 +1,14 @@
 """Second and forward-mode derivatives, which the reference has, beside differences and each other."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from anymask import attention
 from anymask.testing import make_qkv
+
+# torch's forward mode compiles its own rules so, at first use
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 # the second query has no key, and the third key no query
 MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()

@@ -350,38 +350,47 @@ def test_narrow_spans_and_chunks_do_not_show(
     _check_expression(mask, q_len, kv_len)
 
 
-def test_live_positions_beyond_int32(tmp_path: Path) -> None:
+def test_used_positions_beyond_int32(tmp_path: Path) -> None:
     triton = pytest.importorskip("triton")
     tl = triton.language
 
-    from anymask.packing.triton.kernels.lists import _count_live
+    from anymask.packing.triton.kernels.lists import _count_used
 
     @triton.jit
-    def kernel(live, counts, found, positions, length, COUNT: tl.constexpr, LIVE_CHUNK: tl.constexpr):
-        chunk = tl.program_id(0) + (positions // LIVE_CHUNK).to(tl.int32) - 1
-        tl.store(found, COUNT(live, counts, chunk, positions, length, LIVE_CHUNK))
+    def kernel(has_pair, counts, found, positions, length, COUNT: tl.constexpr, POSITION_CHUNK: tl.constexpr):
+        chunk = tl.program_id(0) + (positions // POSITION_CHUNK).to(tl.int32) - 1
+        tl.store(found, COUNT(has_pair, counts, chunk, positions, length, POSITION_CHUNK))
 
     # the last chunk of 2049 planes, all of whose tiles are full; files of zeros, of which the pages read exist alone
     planes, length = 2049, 2**20
-    live, counts = (
+    has_pair, counts = (
         torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
         for name, size, dtype in (
-            ("live", planes * length, torch.uint8),
+            ("has_pair", planes * length, torch.uint8),
             ("counts", planes * length // TILE, torch.int32),
         )
     )
     counts[-8:] = 1
     found = torch.zeros(1, dtype=torch.int32)
-    kernel[(1,)](live, counts, found, planes * length, length, COUNT=_count_live, LIVE_CHUNK=1024)
+    kernel[(1,)](has_pair, counts, found, planes * length, length, COUNT=_count_used, POSITION_CHUNK=1024)
     assert int(found) == 1024
-    assert live[-1024:].all()
-    assert not live[-2048:-1024].any()
+    assert has_pair[-1024:].all()
+    assert not has_pair[-2048:-1024].any()
 
 
 @pytest.mark.parametrize("block", [1, 60, 128, 256])
 def test_block_masks_pack_the_same_on_the_device(block: int) -> None:
     layout = torch.rand(-(-500 // block), -(-400 // block)) < 0.6
     _check_expression(anymask.block_sparse(layout, block), 500, 400)
+
+
+def test_a_triangle_of_blocks_packs_the_same_on_the_device() -> None:
+    # a block on the edge is alone in its tile
+    _check_expression(anymask.block_sparse(torch.ones(5, 5, dtype=torch.bool).tril(), 60), 300, 300)
+
+
+def test_full_tiles_that_bounds_do_not_know_pack_the_same_on_the_device() -> None:
+    _check_expression(causal(200) & anymask.from_dense(torch.ones(130, 140, dtype=torch.bool)), 130, 140)
 
 
 @pytest.mark.parametrize("limit", [2**28, 2**40, 2**62])

@@ -54,7 +54,7 @@ GPU: tuple[Mutant, ...] = (
         SCHEDULER,
         "full + (work_index(full, worker) < n_work_tiles).to(gl.int32)",
         "full + (full * worker.num_workers + worker.worker_id < n_work_tiles).to(gl.int32)",
-        "few_programs and random and 7 and 128",
+        "few_programs and random-128-9",
     ),
     _bug(
         "ranges of the first head's plane",

@@ -254,14 +254,14 @@ PACKING: tuple[Mutant, ...] = (
         LISTS,
         "total += tl.sum(n)",
         "total = tl.sum(n)",
-        seen_by("test_interpreter", NARROW_SPANS),
+        seen_by("test_interpreter", "narrow_spans_and_chunks"),
     ),
     Mutant(
         "has_pair: positions in int32",
         LISTS,
         "x = chunk.to(tl.int64) * POSITION_CHUNK",
         "x = chunk.to(tl.int32) * POSITION_CHUNK",
-        seen_by("test_interpreter", "live_positions_beyond_int32"),
+        seen_by("test_interpreter", "used_positions_beyond_int32"),
     ),
     Mutant(
         "has_pair: rows of the second plane by its positions",
@@ -303,14 +303,14 @@ PACKING: tuple[Mutant, ...] = (
         PROGRAM,
         "end_q, end_k = tiles.last_q // size + 1,",
         "end_q, end_k = tiles.last_q // size,",
-        seen_by("test_interpreter", "block_masks_pack and 60"),
+        seen_by("test_interpreter", "triangle_of_blocks"),
     ),
     Mutant(
         "kernel: keys beyond kv_len attend",
         PROGRAM,
         "return bits & (q < q_len) & (k < kv_len)",
         "return bits & (q < q_len)",
-        seen_by("test_interpreter", "packing_is_the_same and causal_offset and 130"),
+        seen_by("test_interpreter", "expressions_with_planes and 130"),
     ),
     Mutant(
         "blocks smaller than a tile taken for whole tiles",
@@ -324,7 +324,7 @@ PACKING: tuple[Mutant, ...] = (
         TILES,
         "(rows >= q_len)[:, None]).to(tl.int32)",
         "(rows > q_len)[:, None]).to(tl.int32)",
-        seen_by("test_interpreter", "packing_is_the_same and per_head and 300 or narrow_spans"),
+        seen_by("test_interpreter", "full_tiles_that_bounds"),
     ),
     Mutant(
         "kernel: used keys a plane of queries apart",
@@ -366,7 +366,7 @@ PACKING: tuple[Mutant, ...] = (
         TILES,
         "(tile_row.to(tl.int64) * q_tiles + tile)",
         "(tile_row.to(tl.int64) * kv_tiles + tile)",
-        seen_by("test_interpreter", "packing_is_the_same and per_head-300"),
+        seen_by("test_interpreter", "packing_is_the_same and tiles-300"),
     ),
     Mutant(
         "unused keys without unused queries lost",
