@@ -29,6 +29,16 @@ def test_forward_ones_are_those_of_differences() -> None:
     assert torch.autograd.gradcheck(loss, qkv, check_forward_ad=True, check_batched_forward_grad=True)
 
 
+def test_a_query_without_a_key_has_derivatives_of_zero() -> None:
+    q, k, v = make_qkv(1, 2, 1, 3, 4, 2)
+    o, lse = torch.func.jvp(
+        lambda q, k: attention(q, k, v, MASK, return_lse=True, backend="reference"), (q, k), (q, k)
+    )[1]
+    for tangent in (o, lse):
+        assert tangent.isfinite().all()
+        assert not tangent[:, :, 1].any()
+
+
 def test_hessians() -> None:
     q, k, v = make_qkv(1, 2, 1, 3, 4, 2, dtype=torch.float64)
     expected = torch.autograd.functional.hessian(lambda q: loss(q, k, v), q)
