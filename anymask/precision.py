@@ -1,7 +1,8 @@
-"""IEEE products of fp32 in torch, whatever `torch.set_float32_matmul_precision` says: for the backends in torch ops."""
+"""IEEE products of fp32 in torch, whatever `torch.set_float32_matmul_precision` says; and log2(e)."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -11,6 +12,8 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+LOG2_E = math.log2(math.e)
 
 # the setting that a matrix product of a device reads, by torch's names of its libraries
 _LIBRARY = {"cpu": "mkldnn", "cuda": "cuda"}

@@ -11,11 +11,11 @@ from anymask.backends.gpu.target import interprets
 from anymask.block_mask import BlockMask
 from anymask.block_mask.block_mask import TileLists
 from anymask.launch import args_key, launch
+from anymask.precision import LOG2_E as LOG2_E
 from anymask.tiles import TILE
 
 # of a launch grid's second and third axis, which are heads and samples
 MAX_GRID = 65535
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)

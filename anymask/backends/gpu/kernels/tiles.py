@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from anymask import precision
+
+LOG2_E = tl.constexpr(precision.LOG2_E)
 
 
 class Operand(NamedTuple):

@@ -4,8 +4,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from anymask import tiles
+
 # queries and keys of a tile
-TILE = gl.constexpr(128)
+TILE = gl.constexpr(tiles.TILE)
 
 
 @gluon.jit

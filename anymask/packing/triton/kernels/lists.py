@@ -125,11 +125,16 @@ def scan_kernel(
 @triton.jit
 def _count_used(has_pair, full_counts, chunk, positions, length, POSITION_CHUNK: tl.constexpr):
     """How many positions of a chunk have a pair. Those of partial tiles are marked already, those of full ones here."""
-    x = chunk.to(tl.int64) * POSITION_CHUNK + tl.arange(0, POSITION_CHUNK)
-    tile_row = (x // length) * tl.cdiv(length, TILE) + (x % length) // TILE
-    full = tl.load(full_counts + tile_row, mask=x < positions, other=0)
-    used = tl.load(has_pair + x, mask=x < positions, other=0) | (full > 0).to(tl.uint8)
-    tl.store(has_pair + x, used, mask=x < positions)
+    # 64 bits for one number of a program: as many for each position would spill registers
+    start = chunk.to(tl.int64) * POSITION_CHUNK
+    x = tl.arange(0, POSITION_CHUNK)
+    there = x < positions - start
+    at = (start % length).to(tl.int32) + x
+    tile_row = (at // length) * tl.cdiv(length, TILE) + (at % length) // TILE
+    counts = full_counts + (start // length) * tl.cdiv(length, TILE)
+    full = tl.load(counts + tile_row, mask=there, other=0)
+    used = tl.load(has_pair + start + x, mask=there, other=0) | (full > 0).to(tl.uint8)
+    tl.store(has_pair + start + x, used, mask=there)
     return tl.sum(used.to(tl.int32))
 
 
