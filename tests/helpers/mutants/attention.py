@@ -18,14 +18,14 @@ ATTENTION: tuple[Mutant, ...] = (
         CPU,
         "m_new = torch.maximum(m, s.amax(-1))",
         "m_new = s.amax(-1)",
-        seen_by("test_attention", "growing_scores_of_many_keys and cpu"),
+        seen_by("test_planted_bugs", "scores_that_fall and cpu"),
     ),
     Mutant(
         "cpu: row without a key subtracts minus infinity",
         CPU,
         'm_safe = torch.where(m_new == -float("inf"), 0, m_new)',
         "m_safe = m_new",
-        seen_by("test_attention", "many_tiles_and_heads and cpu or emptied_rows and cpu"),
+        seen_by("test_attention", "far_from_zero and cpu and kv1-"),
     ),
     Mutant(
         "cpu: full tiles of later steps counted again",
@@ -130,7 +130,7 @@ ATTENTION: tuple[Mutant, ...] = (
         VALIDATE,
         "1 / math.sqrt(q.shape[3])",
         "1 / math.sqrt(q.shape[2])",
-        seen_by("test_api", "sdpa_is_torchs"),
+        seen_by("test_attention", "test_lengths and reference-none"),
     ),
     Mutant(
         "validate: planes that divide the heads",
