@@ -263,14 +263,14 @@ ATTENTION: tuple[Mutant, ...] = (
         FORWARD,
         "tile = load_tile_index(entries, (step + 1) // STEPS)",
         "tile = load_tile_index(entries, step // STEPS)",
-        seen_by("test_interpreter", "test_masks_and_dtypes and tiles and f32"),
+        seen_by("test_interpreter", "growing_scores and random"),
     ),
     Mutant(
         "forward: words of the tile before",
         FORWARD,
         "w = load_tile_words(entries, (step + 1) // STEPS,",
         "w = load_tile_words(entries, step // STEPS,",
-        seen_by("test_interpreter", "test_masks_and_dtypes and causal and bf16"),
+        seen_by("test_interpreter", "growing_scores and random"),
     ),
     Mutant(
         "forward: row without a key subtracts minus infinity",
@@ -322,11 +322,11 @@ ATTENTION: tuple[Mutant, ...] = (
         seen_by("test_interpreter", "test_heads and none and h4over2"),
     ),
     Mutant(
-        "delta: lse of minus infinity kept",
+        "delta: lse of rows beyond q_len minus infinity",
         DELTA,
         'tl.where(has_key, lse2, float("inf"))',
         "lse2",
-        seen_by("test_interpreter", "test_masks_and_dtypes and empty_rows and bf16"),
+        seen_by("test_interpreter", "test_masks_and_dtypes and none and bf16"),
     ),
     Mutant(
         "dk, dv: head stride of the live map of queries dropped",
