@@ -171,3 +171,14 @@ def test_sinks_take_part_in_the_softmax() -> None:
     s = (q @ k.mT / 8**0.5).masked_fill(~mask, -torch.inf)
     p = torch.softmax(torch.cat([s, sinks[:, None, None].expand(2, 4, 5, 1)], -1), -1)[..., :-1]
     torch.testing.assert_close(o, (p @ k).transpose(1, 2), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_scores_that_fall_from_step_to_step(backend: str) -> None:
+    q, k, v = (torch.randn(1, 1, length, 8) for length in (20, 2100, 2100))
+    # by more than fp32 has powers of 2, so that a maximum must not follow them
+    q[..., 0], k[..., :1024, 0], k[..., 1024:, 0] = 30, 30, -30
+    o, lse = attention(q, k, v, return_lse=True, backend=backend)
+    s = q.double() @ k.double().mT / 8**0.5
+    torch.testing.assert_close(o.double(), torch.softmax(s, -1) @ v.double(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse.double(), torch.logsumexp(s, -1), rtol=1e-5, atol=1e-3)

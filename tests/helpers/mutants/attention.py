@@ -18,14 +18,14 @@ ATTENTION: tuple[Mutant, ...] = (
         CPU,
         "m_new = torch.maximum(m, s.amax(-1))",
         "m_new = s.amax(-1)",
-        seen_by("test_attention", "growing_scores_of_many_keys and cpu"),
+        seen_by("test_planted_bugs", "scores_that_fall and cpu"),
     ),
     Mutant(
         "cpu: row without a key subtracts minus infinity",
         CPU,
         'm_safe = torch.where(m_new == -float("inf"), 0, m_new)',
         "m_safe = m_new",
-        seen_by("test_attention", "many_tiles_and_heads and cpu or emptied_rows and cpu"),
+        seen_by("test_attention", "far_from_zero and cpu and kv1-"),
     ),
     Mutant(
         "cpu: full tiles of later steps counted again",
@@ -130,7 +130,7 @@ ATTENTION: tuple[Mutant, ...] = (
         VALIDATE,
         "operator.index(q.shape[3])",
         "operator.index(q.shape[2])",
-        seen_by("test_api", "sdpa_is_torchs"),
+        seen_by("test_attention", "test_lengths and reference-none"),
     ),
     Mutant(
         "validate: planes that divide the heads",
@@ -263,14 +263,14 @@ ATTENTION: tuple[Mutant, ...] = (
         FORWARD,
         "tile = load_tile_index(entries, (step + 1) // STEPS)",
         "tile = load_tile_index(entries, step // STEPS)",
-        seen_by("test_interpreter", "test_masks_and_dtypes and tiles and f32"),
+        seen_by("test_interpreter", "growing_scores and random"),
     ),
     Mutant(
         "forward: words of the tile before",
         FORWARD,
         "w = load_tile_words(entries, (step + 1) // STEPS,",
         "w = load_tile_words(entries, step // STEPS,",
-        seen_by("test_interpreter", "test_masks_and_dtypes and causal and bf16"),
+        seen_by("test_interpreter", "growing_scores and random"),
     ),
     Mutant(
         "forward: row without a key subtracts minus infinity",
@@ -322,11 +322,11 @@ ATTENTION: tuple[Mutant, ...] = (
         seen_by("test_interpreter", "test_heads and none and h4over2"),
     ),
     Mutant(
-        "delta: lse of minus infinity kept",
+        "delta: lse of rows beyond q_len minus infinity",
         DELTA,
         'tl.where(has_key, lse2, float("inf"))',
         "lse2",
-        seen_by("test_interpreter", "test_masks_and_dtypes and empty_rows and bf16"),
+        seen_by("test_interpreter", "test_masks_and_dtypes and none and bf16"),
     ),
     Mutant(
         "dk, dv: head stride of the used queries dropped",

@@ -152,13 +152,7 @@ PACKING: tuple[Mutant, ...] = (
         "slice(batch.start, batch.stop), slice(0, len(heads))",
         seen_by("test_taken_apart", "test_a_slice_is"),
     ),
-    Mutant(
-        "slice of columns by the lists of rows",
-        TILE_LISTS,
-        "numbers[len(views) + 2 * i : len(views) + 2 * i + 2]",
-        "numbers[len(views) : len(views) + 2]",
-        seen_by("test_taken_apart", "test_a_slice_is"),
-    ),
+    # not by the lists of rows for columns: the tiles of a plane are as many in both
     Mutant(
         "plane from the end",
         TILE_LISTS,
