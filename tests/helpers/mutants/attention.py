@@ -240,14 +240,14 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "launcher: used rows and columns swapped",
         TRITON,
-        'used = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")',
-        'used = has_pair(block_mask, "cols"), has_pair(block_mask, "rows")',
+        'used = _used(q, block_mask, "rows"), _used(q, block_mask, "cols")',
+        'used = _used(q, block_mask, "cols"), _used(q, block_mask, "rows")',
         seen_by("test_interpreter", "unused_rows_that_differ"),
     ),
     Mutant(
         "launcher: unused keys read forward",
         TRITON,
-        'kv_has_pair = has_pair(block_mask, "cols")',
+        'kv_has_pair = _used(q, block_mask, "cols")',
         "kv_has_pair = None",
         seen_by("test_interpreter", "unused_keys and empty_columns and nan"),
     ),
