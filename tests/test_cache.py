@@ -149,16 +149,16 @@ class TestMisses:
         with pytest.raises(ValueError, match=r"mask has dtype torch\.int16"):
             attention(Q, K, V, mask)
 
-    def test_the_address_of_another_dtype_that_is_gone(self, packs: list[str]) -> None:
-        # a view of another dtype is a tensor of its own, often where the one before the last was
-        for _ in range(20):
-            mask = torch.full((10, 20), -(2**15), dtype=torch.int16)
-            flash_attention_custom_mask(Q, K, V, mask)
-            between = mask.view(torch.bfloat16)
-            del mask
-            zeros = between.view(torch.float16)
-            del between
-            assert torch.equal(flash_attention_custom_mask(Q, K, V, zeros), torch.zeros(2, 4, 10, 6))
+    def test_the_address_of_another_dtype_that_is_gone(self) -> None:
+        mask = torch.full((10, 20), -(2**15), dtype=torch.int16)
+        before = cache._tensor_key(mask)
+        # a tensor of its own, which may be where one that was remembered is no more
+        view = mask.view(torch.float16)
+        del mask
+        after = cache._tensor_key(view)
+        assert before is not None
+        assert after is not None
+        assert after._replace(base=before.base) != before
 
     def test_a_parameter_that_moves(self, packs: list[str]) -> None:
         module = nn.Module()

@@ -244,11 +244,11 @@ PACKING: tuple[Mutant, ...] = (
         seen_by("test_interpreter_packing", NARROW_SPANS),
     ),
     Mutant(
-        "scan: sum of the last chunk alone",
+        "scan: offsets of a chunk from 0 on",
         LISTS,
-        "total += tl.sum(n)",
-        "total = tl.sum(n)",
-        seen_by("test_interpreter_packing", "narrow_spans_and_chunks"),
+        "tl.store(offsets + 1 + x, total + tl.cumsum(n, 0)",
+        "tl.store(offsets + 1 + x, tl.cumsum(n, 0)",
+        seen_by("test_interpreter_packing", NARROW_SPANS),
     ),
     Mutant(
         "has_pair: positions in int32",
