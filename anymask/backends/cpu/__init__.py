@@ -7,7 +7,6 @@ columns after them are masked. Letters as in docs/kernels.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from anymask.backends.cpu import small
+from anymask.backends.cpu.small import LOG2_E, STEADY
 from anymask.block_mask import BlockMask
 from anymask.block_mask.bits import unpack_bits
 from anymask.layout import empty_as, laid_out_as
@@ -22,13 +23,8 @@ from anymask.precision import ieee_products
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE, tiles_over
 
-# torch's exp2 keeps its speed on -inf and on tiny results, its exp does not
-LOG2_E = math.log2(math.e)
 # kv tiles of a step: 128 x 1024 fp32 scores are 512 KiB a head, so that a few heads fit the L2 cache
 STEP_TILES = 8
-# largest |score| in base 2 for which exponentials need no running maximum: their sums, and do over them, are far from
-# the ends of fp32
-STEADY = 32.0
 # scores of a step over all its heads
 STEP_SCORES = 1 << 20
 
@@ -43,6 +39,8 @@ def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None) -> str | None:
 @ieee_products
 def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> tuple[O, LSE]:
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
+    if small.fits(q, k):
+        return small.forward(q, k, v, block_mask, sm_scale)
     call = _Call.of(q, k, v, block_mask)
     o = empty_as(q, v.shape[3]).zero_()
     lse = q.new_full(q.shape[:3], -float("inf"), dtype=call.compute)
@@ -87,17 +85,19 @@ def backward(
     deterministic: bool,
 ) -> tuple[Q, K, V]:
     """`dq, dk, dv` in the dtypes of `q, k, v`."""
-    call = _Call.of(q, k, v, block_mask)
-    dq = empty_as(q).zero_()
-    # [batch, kv_heads, dim, kv_tiles, 128]: products that end in this form are faster
-    dk_t, dv_t = (t.new_zeros(*t.shape[:2], t.shape[4], *t.shape[2:4]) for t in (call.k, call.v))
-    delta = (o.to(call.compute) * do.to(call.compute)).sum(-1)
+    delta = (o.to(lse.dtype) * do.to(lse.dtype)).sum(-1)
     if dlse is not None:
-        delta = delta - dlse.to(call.compute)
+        delta = delta - dlse.to(lse.dtype)
     # queries without a key give and receive nothing, whatever q, do or dlse hold there
     has_key = lse != -float("inf")
     delta = torch.where(has_key, delta, 0)
     lse2 = torch.where(has_key, lse * LOG2_E, 0)
+    if small.fits(q, k):
+        return small.backward(q, k, v, lse2, delta, do, block_mask, sm_scale)
+    call = _Call.of(q, k, v, block_mask)
+    dq = empty_as(q).zero_()
+    # [batch, kv_heads, dim, kv_tiles, 128]: products that end in this form are faster
+    dk_t, dv_t = (t.new_zeros(*t.shape[:2], t.shape[4], *t.shape[2:4]) for t in (call.k, call.v))
     for tile_row in call.tile_rows():
         q_rows, do_rows = (call.used_rows(t, tile_row) for t in (q, do))
         lse_rows, delta_rows = (call.rows(t[..., None], tile_row) for t in (lse2, delta))
