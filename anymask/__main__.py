@@ -16,7 +16,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        sys.exit(f"anymask: the command line needs {error.name}: pip install 'anymask[demo]'")
+        sys.exit(f"anymask: the command line needs {error.name}: pip install typer rich")
     app(prog_name="anymask")
 
 

@@ -66,7 +66,7 @@ def _show_usage_error(error: Any) -> int:
 
 
 def _show_error(message: str, code: int = 1) -> int:
-    # not through rich, which would read the brackets of 'anymask[viz]' as markup
+    # not through rich, which would read brackets of a message as markup
     typer.secho(f"anymask: {' '.join(message.split())}", fg="red", err=True)
     return code
 

@@ -174,4 +174,4 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ImportError("plots need matplotlib: pip install 'anymask[viz]'") from error
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error

@@ -184,7 +184,7 @@ class BlockMask:
         return tile_row, tile, rows.words[start:stop].cpu() if kind == PARTIAL else tile.new_empty(tile.numel(), 0)
 
     def save(self, path: str | Path) -> None:
-        """Write the mask as a safetensors file, whole or not at all. Needs `pip install 'anymask[files]'`.
+        """Write the mask as a safetensors file, whole or not at all. Needs `pip install safetensors`.
 
         Raises:
             OSError: no file can be written there. TypeError: no path.

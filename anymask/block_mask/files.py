@@ -64,5 +64,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        raise ImportError("masks on disk need safetensors: pip install 'anymask[files]'") from error
+        raise ImportError("masks on disk need safetensors: pip install safetensors") from error
     return safetensors
