@@ -194,6 +194,21 @@ def test_transformer_encoder_layer(masks: str, train: bool, monkeypatch: pytest.
     assert_module_agrees(module, lambda x: module(x, **kwargs), train, monkeypatch)
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("masks", ["both", "causal"])
+def test_a_compiled_module(masks: str) -> None:
+    module = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def call(x: Tensor) -> Tensor:
+        return module(x, x, x, need_weights=False, **MODULE_MASKS[masks])[0]
+
+    expected = module_results(module, call, True)
+    with replace_sdpa():
+        found = module_results(module, torch.compile(call, backend="aot_eager", fullgraph=True), True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_the_function_of_torch_comes_back() -> None:
     before = F.scaled_dot_product_attention
     fast = torch.backends.mha.get_fastpath_enabled()
