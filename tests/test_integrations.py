@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from anymask import attention, causal, document, drop_in, forget, pack, packing, scaled_dot_product_attention
+from anymask import attention, causal, document, drop_in, forget, ops, pack, packing, scaled_dot_product_attention
 from anymask.integrations.flex import flex_attention
 from anymask.integrations.torch import replace_sdpa
 from anymask.packing import cache
@@ -72,6 +72,12 @@ class TestSdpa:
         second = scaled_dot_product_attention(q, q, q, mask)
         assert made == [1, 1]
         assert not torch.equal(first, second)
+
+    @pytest.mark.parametrize("shape", [(5, 5), (2, 1, 5, 5)])
+    def test_opcheck(self, shape: tuple[int, ...]) -> None:
+        mask = torch.zeros(shape).masked_fill(torch.rand(shape) < 0.5, -torch.inf)
+        for given in (mask, mask.mT, mask[:1].expand_as(mask)):
+            torch.library.opcheck(ops.seen_op, (given,))
 
     @pytest.mark.compile
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
