@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import grid
 import pytest
 import torch
-from grid import BF16, F16, F32, F64, cases
-from test_pack import AllocationMode
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +11,9 @@ from anymask import attention, pack
 from anymask.backends import cpu
 from anymask.backends.cpu import small
 from anymask.testing import MASKS, Case, check, make_inputs, run
+from tests.helpers import grid
+from tests.helpers.grid import BF16, F16, F32, F64, cases
+from tests.helpers.memory import AllocationMode
 
 BACKENDS = ("cpu",)
 

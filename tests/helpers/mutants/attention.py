@@ -3,7 +3,7 @@
 from tests.helpers.mutants.record import Mutant, seen_by
 
 CPU, REFERENCE, OPS, VALIDATE, DROP_IN = (
-    f"anymask/{name}.py" for name in ("backends/cpu", "backends/reference", "ops", "validate", "drop_in")
+    f"anymask/{name}.py" for name in ("backends/cpu/__init__", "backends/reference", "ops", "validate", "drop_in")
 )
 TRITON, FORWARD, BACKWARD = (
     f"anymask/backends/triton/{name}.py" for name in ("__init__", "kernels/forward", "kernels/backward")
@@ -58,8 +58,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "cpu: gradient of lse with the other sign",
         CPU,
-        "delta = delta - dlse.to(call.compute)",
-        "delta = delta + dlse.to(call.compute)",
+        "delta = delta - dlse.to(lse.dtype)",
+        "delta = delta + dlse.to(lse.dtype)",
         seen_by("test_attention", "of_lse_alone and cpu"),
     ),
     Mutant(
