@@ -51,15 +51,15 @@ def test_lengths_heads_and_scales(backend: str, case: Case) -> None:
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(BACKENDS, [Case(m, 60, 100, 16, F32, q_heads=4) for m in ("empty_columns", "key_padding")])
-def test_dead_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
-    grid.check_dead_keys_reach_nothing(case, backend, "cpu", value)
+def test_unused_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_unused_keys_reach_nothing(case, backend, "cpu", value)
 
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(BACKENDS, [Case(m, 100, 60, 16, F32, q_heads=4) for m in ("empty_rows", "one_pair", "all_empty")])
-def test_dead_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
-    grid.check_dead_queries_reach_nothing(case, backend, "cpu", value)
+def test_unused_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_unused_queries_reach_nothing(case, backend, "cpu", value)
 
 
 @pytest.mark.parametrize("value", [1e25, 3e38])
