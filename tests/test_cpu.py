@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import grid
 import pytest
 import torch
-from grid import BF16, F16, F32, F64, cases
-from test_pack import AllocationMode
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +11,9 @@ from anymask import attention, pack
 from anymask.backends import cpu
 from anymask.backends.cpu import small
 from anymask.testing import MASKS, Case, check, make_inputs, run
+from tests.helpers import grid
+from tests.helpers.grid import BF16, F16, F32, F64, cases
+from tests.helpers.memory import AllocationMode
 
 BACKENDS = ("cpu",)
 
@@ -51,15 +51,15 @@ def test_lengths_heads_and_scales(backend: str, case: Case) -> None:
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(BACKENDS, [Case(m, 60, 100, 16, F32, q_heads=4) for m in ("empty_columns", "key_padding")])
-def test_dead_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
-    grid.check_dead_keys_reach_nothing(case, backend, "cpu", value)
+def test_unused_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_unused_keys_reach_nothing(case, backend, "cpu", value)
 
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(BACKENDS, [Case(m, 100, 60, 16, F32, q_heads=4) for m in ("empty_rows", "one_pair", "all_empty")])
-def test_dead_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
-    grid.check_dead_queries_reach_nothing(case, backend, "cpu", value)
+def test_unused_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
+    grid.check_unused_queries_reach_nothing(case, backend, "cpu", value)
 
 
 @pytest.mark.parametrize("value", [1e25, 3e38])

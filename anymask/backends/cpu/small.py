@@ -224,9 +224,9 @@ class _MaskOfPlanes:
         return [None if part is None else part[cut] for part in self.parts]
 
 
-def _used(block_mask: BlockMask, live: Tensor, of_mask: tuple[slice, slice]) -> Tensor | None:
+def _used(block_mask: BlockMask, has_pair: Tensor, of_mask: tuple[slice, slice]) -> Tensor | None:
     """bool `[samples, heads, length, 1]` of the mask's planes, None if every position has a pair."""
-    return live.view(block_mask.batch, block_mask.heads, -1, 1)[of_mask] != 0 if live.numel() else None
+    return has_pair.view(block_mask.batch, block_mask.heads, -1, 1)[of_mask] != 0 if has_pair.numel() else None
 
 
 def _bias(block_mask: BlockMask, of_mask: tuple[slice, slice], compute: torch.dtype) -> Tensor:
