@@ -203,7 +203,7 @@ class _MaskOfPlanes:
         has_all = heads.stop - heads.start == block_mask.heads
         stop = min(block_mask.batch, max(b.stop, b.start + PAIRS // pairs)) if has_all else b.stop
         samples = slice(b.start, stop) if block_mask.batch > 1 else slice(0, 1)
-        used = [_used(block_mask, lists.live, (samples, heads)) for lists in (block_mask.rows, block_mask.cols)]
+        used = [_used(block_mask, lists.has_pair, (samples, heads)) for lists in (block_mask.rows, block_mask.cols)]
         return _MaskOfPlanes(
             range(samples.start, samples.stop) if block_mask.batch > 1 else everything,
             range(g.start, g.stop) if has_heads else everything,
