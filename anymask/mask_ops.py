@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 from torch._library.fake_impl import allocate_size
+from torch._ops import _get_dispatch_mode_pre_dispatch
 
 from anymask import formats, validate
 from anymask.block_mask import BlockMask
@@ -58,13 +59,16 @@ def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any =
 
 
 def is_traced() -> bool:
-    """Whether operations are written down to be run again, with other values."""
-    if torch.compiler.is_compiling():
+    """Whether operations are written down to be run again, with other values.
+
+    Not where dynamo asks a function that it does not look into, such as that of `nn.MultiheadAttention`, for sizes.
+    """
+    if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
         return True
     if not _C._len_torch_dispatch_stack():
         return False
-    modes = _C._TorchDispatchModeKey
-    return any(_C._get_dispatch_mode(key) is not None for key in (modes.PROXY, modes.FUNCTIONAL))
+    keys = _C._TorchDispatchModeKey.PROXY, _C._TorchDispatchModeKey.FUNCTIONAL
+    return any(_C._get_dispatch_mode(key) or _get_dispatch_mode_pre_dispatch(key) for key in keys)
 
 
 def has_no_values(t: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from anymask import attention, causal, document, drop_in, forget, pack, packing, scaled_dot_product_attention
+from anymask import attention, causal, document, drop_in, forget, ops, pack, packing, scaled_dot_product_attention
 from anymask.integrations.flex import flex_attention
 from anymask.integrations.torch import replace_sdpa
 from anymask.packing import cache
@@ -72,6 +72,12 @@ class TestSdpa:
         second = scaled_dot_product_attention(q, q, q, mask)
         assert made == [1, 1]
         assert not torch.equal(first, second)
+
+    @pytest.mark.parametrize("shape", [(5, 5), (2, 1, 5, 5)])
+    def test_opcheck(self, shape: tuple[int, ...]) -> None:
+        mask = torch.zeros(shape).masked_fill(torch.rand(shape) < 0.5, -torch.inf)
+        for given in (mask, mask.mT, mask[:1].expand_as(mask)):
+            torch.library.opcheck(ops.seen_op, (given,))
 
     @pytest.mark.compile
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -192,6 +198,21 @@ def test_transformer_encoder_layer(masks: str, train: bool, monkeypatch: pytest.
     names = {"attn_mask": "src_mask", "key_padding_mask": "src_key_padding_mask"}
     kwargs = {names.get(name, name): value for name, value in MODULE_MASKS[masks].items()}
     assert_module_agrees(module, lambda x: module(x, **kwargs), train, monkeypatch)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("masks", ["both", "causal"])
+def test_a_compiled_module(masks: str) -> None:
+    module = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def call(x: Tensor) -> Tensor:
+        return module(x, x, x, need_weights=False, **MODULE_MASKS[masks])[0]
+
+    expected = module_results(module, call, True)
+    with replace_sdpa():
+        found = module_results(module, torch.compile(call, backend="aot_eager", fullgraph=True), True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_the_function_of_torch_comes_back() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import anymask
 from anymask import attention_varlen, causal, forget, pack, packing
@@ -145,6 +146,20 @@ def test_compiled_without_a_break(is_causal: bool, window: Any) -> None:
 
     compiled = torch.compile(call, backend="eager", fullgraph=True)
     assert torch.equal(compiled(q, k, v, cu_q, cu_k), call(q, k, v, cu_q, cu_k))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_traced_and_exported(pre_dispatch: bool) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, cu: Tensor) -> Tensor:
+            return attention_varlen(q, q, q, cu, causal=True)
+
+    q, cu, other = torch.randn(150, 2, 8), torch.tensor([0, 50, 150]), torch.tensor([0, 20, 150])
+    traced = make_fx(Module(), tracing_mode="symbolic", pre_dispatch=pre_dispatch)(q, cu)
+    # both see bounds that they were not made from
+    for module in (traced, torch.export.export(Module(), (q, cu), strict=pre_dispatch).module()):
+        assert torch.equal(module(q, other), Module()(q, other))
 
 
 @pytest.mark.compile

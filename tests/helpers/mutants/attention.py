@@ -58,8 +58,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "cpu: gradient of lse with the other sign",
         CPU,
-        "delta = delta - dlse.to(call.compute)",
-        "delta = delta + dlse.to(call.compute)",
+        "delta = delta - dlse.to(lse.dtype)",
+        "delta = delta + dlse.to(lse.dtype)",
         seen_by("test_attention", "of_lse_alone and cpu"),
     ),
     Mutant(
