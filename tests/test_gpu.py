@@ -270,7 +270,7 @@ def test_short_queries_of_grouped_heads(device: str, q_len: int, group: int, dim
     bits = torch.rand(2, 1, q_len, 1000, device=device, generator=generator) < 0.5
     bits[0, 0, 0, 128:] = False
     # with a mask for each head they do not share; that needs a query for every key
-    each_head = bits.expand(2, 2 * group, q_len, 1000).clone()
+    each_head = torch.rand(2, 2 * group, q_len, 1000, device=device, generator=generator) < 0.5
     each_head[:, :, -1] = True
     for mask in (None, bits, bits[:1], each_head, each_head[:1]):
         for x in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
