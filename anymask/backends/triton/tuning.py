@@ -48,7 +48,13 @@ TABLE: dict[str, Rows] = {
             256: TileConfig(64, 64, 8, 2),
         },
     },
-    # the same chip where tiles come through pointers, whose addresses take registers
+    # as much shared memory, and tensor memory that holds the sums
+    "blackwell": {
+        "fwd": {64: TileConfig(64, 128, 4, 2), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 2)},
+        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 2)},
+        "dkdv": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 2)},
+    },
+    # Hopper where tiles come through pointers, whose addresses take registers
     "hopper-pointers": {
         "fwd": {
             32: TileConfig(64, 128, 4, 2),
@@ -150,6 +156,8 @@ def family(backend: str, arch: int | str, use_tma: bool) -> str:
     # addresses of Hopper's long steps do not fit the registers that Blackwell's products leave
     if major < 9 or (major > 9 and not use_tma):
         return "ampere"
+    if major > 9:
+        return "blackwell"
     return "hopper" if use_tma else "hopper-pointers"
 
 
