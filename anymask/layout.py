@@ -16,8 +16,11 @@ def empty_as(t: Tensor, dim: int | None = None) -> Tensor:
 
 
 def laid_out_as(result: Tensor, t: Tensor) -> Tensor:
-    """`result`, of `t`'s shape but for the last dimension, in `t`'s dtype and layout."""
-    return empty_as(t, result.shape[3]).copy_(result)
+    """`result`, of `t`'s shape but for the last dimension, in `t`'s dtype and layout; differentiable and mappable."""
+    strides = dense_strides(t.shape, t.stride(), result.shape[3])
+    order = sorted(range(4), key=lambda d: (-strides[d], d))
+    laid = result.to(t.dtype).permute(order).contiguous()
+    return laid.permute([order.index(d) for d in range(4)])
 
 
 def dense_strides(shape: Sequence[int], strides: Sequence[int], dim: int | None = None) -> tuple[int, ...]:

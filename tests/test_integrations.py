@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from anymask import attention, causal, document, drop_in, forget, ops, pack, packing, scaled_dot_product_attention
+from anymask import attention, causal, document, drop_in, forget, mask_ops, pack, packing, scaled_dot_product_attention
 from anymask.integrations.flex import flex_attention
 from anymask.integrations.torch import replace_sdpa
 from anymask.packing import cache
@@ -77,7 +77,7 @@ class TestSdpa:
     def test_opcheck(self, shape: tuple[int, ...]) -> None:
         mask = torch.zeros(shape).masked_fill(torch.rand(shape) < 0.5, -torch.inf)
         for given in (mask, mask.mT, mask[:1].expand_as(mask)):
-            torch.library.opcheck(ops.seen_op, (given,))
+            torch.library.opcheck(mask_ops.seen_op, (given,))
 
     @pytest.mark.compile
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

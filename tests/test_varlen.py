@@ -167,7 +167,8 @@ def test_compiled_rows_of_padded_tokens_see_nothing() -> None:
     q = torch.randn(9, 2, 8)
     call = torch.compile(attention_varlen, backend="eager", fullgraph=True)
     o = call(q, q, q, torch.tensor([0, 2, 6]), causal=True)
-    assert torch.equal(o[:6], attention_varlen(q[:6], q[:6], q[:6], torch.tensor([0, 2, 6]), causal=True))
+    alone = attention_varlen(q[:6], q[:6], q[:6], torch.tensor([0, 2, 6]), causal=True)
+    torch.testing.assert_close(o[:6], alone, atol=1e-6, rtol=1e-6)
     assert not o[6:].any()
 
 

@@ -44,11 +44,13 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     o, lse = empty_as(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=compute)
     for planes in _planes(q, k, block_mask, compute):
         q_rows, k_rows, v_rows = planes.queries(q) * (sm_scale * LOG2_E), planes.keys(k), planes.keys(v)
-        steady = _products_within(STEADY, q_rows, k_rows)
-        if planes.has_unused and not steady:
+        # of each plane by itself, so that no sample depends on its batch
+        is_steady = _products_within(STEADY, q_rows, k_rows)
+        if planes.has_unused and not is_steady.all():
             # what they hold decides nothing
             q_rows, k_rows = planes.used_queries(q_rows), planes.used_keys(k_rows)
-            steady = _products_within(STEADY, q_rows, k_rows)
+            is_steady = _products_within(STEADY, q_rows, k_rows)
+        steady = bool(is_steady.all())
         # 0 times a NaN is no 0
         if planes.kv_has_pair is not None and not v_rows.sum().isfinite():
             v_rows = planes.used_keys(v_rows)
@@ -56,7 +58,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
         if not steady:
             m = p.amax(-1, keepdim=True)
             # a row without a key has m = -inf, and -inf - -inf would be NaN
-            m = torch.where(m == -float("inf"), 0, m)
+            m = torch.where((m == -float("inf")) | is_steady, 0, m)
             p.sub_(m)
         l = p.exp2_().sum(-1, keepdim=True)  # noqa: E741
         planes.put_queries(o, (p @ v_rows).div_(torch.where(l == 0, 1, l)))
@@ -75,8 +77,8 @@ def backward(
         q_rows, do_rows, k_rows, v_rows = planes.queries(q), planes.queries(do), planes.keys(k), planes.keys(v)
         lse_rows, delta_rows = (planes.queries(t[..., None]) for t in (lse2, delta))
         if planes.has_unused and not (
-            _products_within(STEADY / abs(sm_scale * LOG2_E or 1), q_rows, k_rows)
-            and _products_within(LARGE, do_rows, v_rows)
+            _products_within(STEADY / abs(sm_scale * LOG2_E or 1), q_rows, k_rows).all()
+            and _products_within(LARGE, do_rows, v_rows).all()
         ):
             q_rows, do_rows = planes.used_queries(q_rows), planes.used_queries(do_rows)
             k_rows, v_rows = planes.used_keys(k_rows), planes.used_keys(v_rows)
@@ -88,10 +90,11 @@ def backward(
     return dq, dk, dv
 
 
-def _products_within(limit: float, rows: Tensor, columns: Tensor) -> bool:
-    """Whether every `rows @ columns^T` is finite and within `limit`, by the Cauchy-Schwarz bound."""
-    longest = [torch.linalg.vector_norm(t, dim=-1).amax().item() if t.numel() else 0.0 for t in (rows, columns)]
-    return longest[0] * longest[1] <= limit
+def _products_within(limit: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """bool `[samples, heads, 1, 1]`: are all `rows @ columns^T` finite and within `limit`, by Cauchy and Schwarz."""
+    longest = [torch.linalg.vector_norm(t, dim=-1).amax(-1)[..., None, None] for t in (rows, columns)]
+    within: Tensor = longest[0] * longest[1] <= limit
+    return within
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class _Planes:
     """Some samples `b` and kv heads `g`, with all query heads of these.
 
     Rows are the queries of a group one below the other, `[samples, kv_heads, group * q_len, dim]`; where the heads of a
-    group have different keys that no query attends to, each head has rows and keys of its own.
+    group have masks of their own, which may leave different keys unused, each head has rows and keys of its own.
     """
 
     b: slice
@@ -208,7 +211,7 @@ class _MaskOfPlanes:
             range(samples.start, samples.stop) if block_mask.batch > 1 else everything,
             range(g.start, g.stop) if has_heads else everything,
             (_bias(block_mask, (samples, heads), compute), *used),
-            used[1] is not None and has_heads and group > 1,
+            has_heads and group > 1,
         )
 
     def holds(self, b: slice, g: slice) -> bool:
