@@ -14,16 +14,12 @@ from safetensors.torch import load_file, save_file
 import anymask
 from anymask import BlockMask, causal, pack, viz
 from anymask.testing import MASKS, assert_same_block_mask, make_qkv
-
-
-def _packed(name: str, q_len: int = 300, kv_len: int = 260) -> BlockMask:
-    mask, dense = MASKS[name](2, 3, q_len, kv_len)
-    return pack(dense if mask is None else mask, q_len=q_len, kv_len=kv_len)
+from tests.helpers import grid
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_file_holds_the_mask(name: str, tmp_path: Path) -> None:
-    packed = _packed(name)
+    packed = grid.packed(name)
     packed.save(tmp_path / "mask.safetensors")
     assert_same_block_mask(BlockMask.load(tmp_path / "mask.safetensors"), packed)
     assert [p.name for p in tmp_path.iterdir()] == ["mask.safetensors"]
@@ -38,7 +34,7 @@ def test_empty_lengths_on_disk(tmp_path: Path) -> None:
 
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mask.safetensors"
-    _packed("causal").save(path)
+    grid.packed("causal").save(path)
     before = path.read_bytes()
 
     def full_disk(tensors: Any, part: Path, header: Any) -> None:
@@ -47,7 +43,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        _packed("random").save(path)
+        grid.packed("random").save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -55,7 +51,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_file(share: float, tmp_path: Path) -> None:
     path = tmp_path / "mask.safetensors"
-    _packed("documents").save(path)
+    grid.packed("documents").save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=r"mask\.safetensors is no whole safetensors file"):
@@ -107,7 +103,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("header", [{}, {"q_len": "300"}, {"q_len": "300", "kv_len": "many"}], ids=str)
 def test_a_file_without_lengths(header: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "mask.safetensors"
-    _packed("documents").save(path)
+    grid.packed("documents").save(path)
     save_file(load_file(path), path, {"format": "anymask.BlockMask 1", **header})
     with pytest.raises(ValueError, match=r"mask\.safetensors has q_len '\d*' and kv_len '\w*'; allowed are 0 and more"):
         BlockMask.load(path)
@@ -158,7 +154,7 @@ def test_a_tile_is_full_or_partial() -> None:
 )
 @pytest.mark.parametrize("name", MASKS)
 def test_queries_are_those_of_the_dense_mask(name: str, start: int, stop: int) -> None:
-    packed = _packed(name)
+    packed = grid.packed(name)
     some = anymask.slice_queries(packed, start, stop)
     assert_same_block_mask(some, pack(packed.to_dense()[:, :, start:stop], q_len=stop - start, kv_len=260))
 
@@ -175,7 +171,7 @@ def test_decoding_step_by_step() -> None:
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 301)])
 def test_queries_beyond_the_mask(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match=f"queries {start} to {stop} of a mask with q_len=300; allowed"):
-        anymask.slice_queries(_packed("causal"), start, stop)
+        anymask.slice_queries(grid.packed("causal"), start, stop)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 0), (1, 1), (127, 130), (128, 256), (200, 100), (300, 260)], ids=str)

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 from anymask import attention, causal, document, formats, pack, sliding_window
 from anymask.mask.program import program_of
 from anymask.testing import MASKS, assert_same_block_mask, make_qkv
+from tests.helpers import grid
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # in any shape, and in a square only
@@ -19,14 +20,9 @@ COLUMN_WISE = ["causal", "key_padding", "all_empty", "all_full"]
 COLUMN_WISE_SQUARE = [*COLUMN_WISE, "window", "documents", "one_pair"]
 
 
-def _packed(name: str, q_len: int, kv_len: int) -> Any:
-    mask, dense = MASKS[name](2, 3, q_len, kv_len)
-    return pack(dense if mask is None else mask, q_len=q_len, kv_len=kv_len)
-
-
 @pytest.mark.parametrize("name", MASKS)
 def test_flex_and_back(name: str) -> None:
-    packed = _packed(name, 300, 260)
+    packed = grid.packed(name, 300, 260)
     flex = formats.to_flex(packed)
     dense = create_mask(flex.mask_mod, packed.batch, packed.heads, 300, 260, device="cpu")
     assert torch.equal(dense, packed.to_dense())
@@ -48,7 +44,7 @@ def test_from_flex_takes_nothing_else() -> None:
     with pytest.raises(
         TypeError, match=r"is a anymask\.block_mask\.block_mask\.BlockMask; allowed is a BlockMask of torch"
     ):
-        formats.from_flex(_packed("causal", 300, 260))
+        formats.from_flex(grid.packed("causal", 300, 260))
     with pytest.raises(TypeError, match=r"block_mask is a torch\.Tensor; allowed"):
         formats.from_flex(torch.ones(4, 4, dtype=torch.bool))
 
@@ -87,7 +83,7 @@ def test_startend_row_indices_mean_hidden_rows(n: int, causal_: bool) -> None:
     ("name", "q_len", "kv_len"), [(n, 200, 200) for n in COLUMN_WISE_SQUARE] + [(n, 130, 260) for n in COLUMN_WISE]
 )
 def test_startend_row_indices_and_back(name: str, q_len: int, kv_len: int, causal_: bool) -> None:
-    packed = _packed(name, q_len, kv_len)
+    packed = grid.packed(name, q_len, kv_len)
     if causal_:
         packed = pack(formats.causal_lower_right() & formats.from_dense(packed.to_dense()), q_len=q_len, kv_len=kv_len)
     indices = formats.to_startend_row_indices(packed, causal_)
@@ -110,16 +106,16 @@ def test_startend_row_indices_of_grouped_heads() -> None:
 
 def test_what_startend_row_indices_cannot_say() -> None:
     with pytest.raises(ValueError, match=r"hidden from \d+ ranges of queries; allowed with causal=False are 2"):
-        formats.to_startend_row_indices(_packed("random", 100, 100), False)
+        formats.to_startend_row_indices(grid.packed("random", 100, 100), False)
     with pytest.raises(ValueError, match="shows a key to a query before it"):
-        formats.to_startend_row_indices(_packed("all_full", 100, 100), True)
+        formats.to_startend_row_indices(grid.packed("all_full", 100, 100), True)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (5, 3), (130, 257)], ids=str)
 @pytest.mark.parametrize("name", ["random", "per_batch_head", "causal", "all_empty"])
 def test_bits_and_back(name: str, q_len: int, kv_len: int) -> None:
     np = pytest.importorskip("numpy")
-    packed = _packed(name, q_len, kv_len)
+    packed = grid.packed(name, q_len, kv_len)
     bits = formats.to_bits(packed)
     expected = np.packbits(packed.to_dense().flatten(2).numpy(), axis=-1, bitorder="little")
     assert torch.equal(bits, torch.from_numpy(expected))

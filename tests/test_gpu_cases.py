@@ -1,7 +1,5 @@
 """The cases of test_cases.py at the sizes that were reported, on a GPU."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,17 +10,6 @@ from tests.helpers import grid
 
 pytestmark = pytest.mark.gpu
 F16, BF16 = torch.float16, torch.bfloat16
-
-
-def _grads(q: Tensor, k: Tensor, v: Tensor, mask: Any, do: Tensor) -> Results:
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    o, lse = attention(*leaves, mask, return_lse=True)
-    return Results(o.detach(), lse.detach(), *torch.autograd.grad(o, leaves, do))
-
-
-def _randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
 
 
 def _compare_plane(
@@ -42,7 +29,7 @@ def test_case_02_masks_of_more_than_2_to_the_31_elements(
     dtype: torch.dtype, sizes: tuple[int, int, int, int], mask_dtype: torch.dtype, device: str
 ) -> None:
     batch, heads, length, _ = sizes
-    q, k, v, do = (_randn(*sizes, dtype=dtype, seed=i) for i in range(4))
+    q, k, v, do = (grid.randn(*sizes, dtype=dtype, seed=i) for i in range(4))
     mask = torch.ones(batch, heads, length, length, dtype=mask_dtype, device=device).tril_()
     # the last plane lies beyond 2**31, so only it differs
     mask[-1, -1, :, ::3] = 0
@@ -50,7 +37,7 @@ def test_case_02_masks_of_more_than_2_to_the_31_elements(
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     o = flash_attention_custom_mask(*leaves, mask)
     got = Results(o.detach(), o.new_zeros(()), *torch.autograd.grad(o, leaves, do))
-    expected = _grads(q, k, v, causal(), do)
+    expected = grid.results_of(q, k, v, causal(), do)
     for name in ("o", "dq", "dk", "dv"):
         x, y = (getattr(r, name).flatten(0, 1)[:-1] for r in (got, expected))
         if name == "dq":
@@ -68,9 +55,9 @@ def test_case_02_masks_of_more_than_2_to_the_31_elements(
 
 def test_case_03_mask_expanded_over_40_heads(device: str) -> None:
     batch, heads, length = 2, 40, 17776
-    q, k, v, do = (_randn(batch, heads, length, 64, dtype=F16, seed=i) for i in range(4))
+    q, k, v, do = (grid.randn(batch, heads, length, 64, dtype=F16, seed=i) for i in range(4))
     mask = torch.randint(0, 2, (batch, 1, length, length), dtype=torch.bool, device=device)
-    results = _grads(q, k, v, mask.expand(-1, heads, -1, -1), do)
+    results = grid.results_of(q, k, v, mask.expand(-1, heads, -1, -1), do)
     _compare_plane(results, q, k, v, mask[1, 0], do, 1, heads - 1)
     o = torch.nn.functional.scaled_dot_product_attention(q[:1, :2], k[:1, :2], v[:1, :2], attn_mask=mask[:1])
     torch.testing.assert_close(results.o[:1, :2], o, atol=2e-3, rtol=2e-2)
@@ -78,12 +65,12 @@ def test_case_03_mask_expanded_over_40_heads(device: str) -> None:
 
 def test_case_04_offsets_beyond_int32(device: str) -> None:
     batch, tokens, dim, length = 720, 24000, 128, 256
-    stored = [_randn(tokens, batch, dim, dtype=BF16, seed=i) for i in range(2)]
+    stored = [grid.randn(tokens, batch, dim, dtype=BF16, seed=i) for i in range(2)]
     k, v = (t.transpose(0, 1)[:, None] for t in stored)
     assert (tokens - 1) * k.stride(2) > 2**31 - 1
-    q, do = (_randn(batch, 1, length, dim, dtype=BF16, seed=i) for i in (2, 3))
+    q, do = (grid.randn(batch, 1, length, dim, dtype=BF16, seed=i) for i in (2, 3))
     dense = torch.rand(length, tokens, device=device) < 0.5
-    results = _grads(q, k, v, dense, do)
+    results = grid.results_of(q, k, v, dense, do)
     for b in (0, batch - 1):
         _compare_plane(results, q, k, v, dense, do, b, 0)
 
@@ -93,7 +80,7 @@ def test_case_09_grouped_heads_28_over_4(device: str) -> None:
     do, dense = torch.randn_like(q), torch.rand(28, 1024, 1024, device=device) < 0.5
     args = q, k, v, dense[None], None, do
     for what, got, want, near in zip(
-        Results._fields, _grads(q, k, v, dense, do), reference(*args), eager(*args), strict=True
+        Results._fields, grid.results_of(q, k, v, dense, do), reference(*args), eager(*args), strict=True
     ):
         assert_matches(got, want, near, BF16, what)
 
@@ -104,7 +91,7 @@ def test_case_16_fp32_is_exact_unless_torch_may_take_tf32(device: str) -> None:
     do, dense = torch.randn_like(q), torch.ones(128, 128, dtype=torch.bool, device=device).tril()
     for setting, limit in (("highest", 1e-5), ("medium", 5e-2)):
         torch.set_float32_matmul_precision(setting)
-        got = _grads(q, k, v, causal(), do)
+        got = grid.results_of(q, k, v, causal(), do)
         torch.set_float32_matmul_precision("highest")
         for x, want in zip(got, reference(q, k, v, dense, None, do), strict=True):
             assert (x.double() - want).abs().max() < limit
@@ -144,6 +131,6 @@ def test_case_20_a_block_structure_is_honoured_as_it_is(device: str) -> None:
     do = torch.randn_like(q)
     args = q, k, v, dense, None, do
     for what, got, want, near in zip(
-        Results._fields, _grads(q, k, v, mask, do), reference(*args), eager(*args), strict=True
+        Results._fields, grid.results_of(q, k, v, mask, do), reference(*args), eager(*args), strict=True
     ):
         assert_matches(got, want, near, F16, what)

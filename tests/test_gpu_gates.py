@@ -21,17 +21,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.filterwarnings("ign
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
-def _randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
-
-
-def _results(q: Tensor, k: Tensor, v: Tensor, mask: object, do: Tensor, backend: str | None = None) -> Results:
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    o, lse = attention(*leaves, mask, return_lse=True, backend=backend)
-    return Results(o.detach(), lse.detach(), *torch.autograd.grad(o, leaves, do))
-
-
 class TestBeyond31Bits:
     """q, k, v, o and gradients, and words, of more than 2^31 elements. test_gpu_cases.py has masks and strides."""
 
@@ -39,8 +28,8 @@ class TestBeyond31Bits:
     def test_elements_of_every_tensor(self, backend: str, device: str) -> None:
         batch, heads, length, dim = 66, 16, 32000, 64
         assert batch * heads * length * dim > 2**31
-        tensors = [_randn(batch, heads, length, dim, dtype=F16, seed=i) for i in range(4)]
-        got = _results(*tensors[:3], sliding_window(300, 20), tensors[3], backend)
+        tensors = [grid.randn(batch, heads, length, dim, dtype=F16, seed=i) for i in range(4)]
+        got = grid.results_of(*tensors[:3], sliding_window(300, 20), tensors[3], backend)
         q, k, v, do = (t[-1:, -1:, -700:] for t in tensors)
         position = torch.arange(700, device=device)
         distance = position[:, None] - position
@@ -59,8 +48,8 @@ class TestBeyond31Bits:
         # in every tile some pairs, by a kernel that evaluates them
         mask = pack(Stride(3), q_len=length, kv_len=length, device=device)
         assert mask.rows.words.numel() > 2**31
-        q, k, v, do = (_randn(1, 1, length, 64, dtype=F16, seed=i) for i in range(4))
-        got = _results(q, k, v, mask, do, backend)
+        q, k, v, do = (grid.randn(1, 1, length, 64, dtype=F16, seed=i) for i in range(4))
+        got = grid.results_of(q, k, v, mask, do, backend)
         # queries of one remainder attend to the keys of the same
         for remainder in (0, 2):
             rows = torch.arange(remainder, length, 3, device=device)

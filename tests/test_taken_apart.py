@@ -16,6 +16,7 @@ import anymask
 from anymask import BlockMask, attention, causal, document, pack
 from anymask.block_mask import MaskBuffer
 from anymask.testing import MASKS, assert_same_block_mask, make_qkv
+from tests.helpers import grid
 
 
 def planes(batch: int, heads: int, q_len: int = 300, kv_len: int = 260) -> tuple[torch.Tensor, BlockMask]:
@@ -57,8 +58,7 @@ def test_a_slice_is_the_dense_mask_s_packed(index: Any, same: Any, q_len: int, k
 
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_slices(name: str) -> None:
-    mask, dense = MASKS[name](2, 3, 300, 260)
-    whole = pack(dense if mask is None else mask, q_len=300, kv_len=260)
+    whole = grid.packed(name)
     for b in range(whole.batch):
         for h in range(whole.heads):
             alone = pack(whole.to_dense()[b : b + 1, h : h + 1])

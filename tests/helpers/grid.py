@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from anymask import attention
-from anymask.testing import Case, Results, make_inputs, make_qkv, reference, run
+from anymask import BlockMask, Mask, attention, pack
+from anymask.backends import Backend
+from anymask.testing import MASKS, Case, Results, make_inputs, make_qkv, reference, run
 from anymask.testing.properties import assert_nearly as assert_nearly
 from anymask.testing.properties import check_a_first_tile_of_zero_scores as check_a_first_tile_of_zero_scores
 from anymask.testing.properties import check_emptied_rows_leave_the_others as check_emptied_rows_leave_the_others
@@ -30,6 +32,27 @@ LENGTHS = [(1, 1), (1, 5), (5, 3), (1, 239), (239, 1), (63, 129), (127, 257), (1
 LENGTH_MASKS = ["none", "causal", "causal_lower_right", "random", "empty_rows"]
 HEAD_MASKS = ["none", "per_head", "per_batch", "per_batch_head", "documents"]
 UNUSED_MASKS = ["empty_columns", "key_padding", "all_empty", "one_pair", "empty_head", "tiles", "causal_behind", "row"]
+
+
+def packed(name: str, q_len: int = 300, kv_len: int = 260) -> BlockMask:
+    """The mask `name` of 2 samples and 3 heads, packed on the CPU."""
+    mask, dense = MASKS[name](2, 3, q_len, kv_len)
+    return pack(dense if mask is None else mask, q_len=q_len, kv_len=kv_len)
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal numbers drawn on the GPU, for inputs that would take long to draw and copy."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+
+
+def results_of(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Mask | BlockMask | None, do: Tensor, backend: Backend | None = None
+) -> Results:
+    """What `attention` gives, and its gradients for `do`."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    o, lse = attention(*leaves, mask, return_lse=True, backend=backend)
+    return Results(o.detach(), lse.detach(), *torch.autograd.grad(o, leaves, do))
 
 
 def cases(backends: tuple[str, ...], many: list[Case]) -> pytest.MarkDecorator:
