@@ -30,6 +30,7 @@ from anymask.backends.triton import tuning
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
 from anymask.layout import empty_as
+from anymask.scores import Scores
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -38,8 +39,10 @@ MAX_HEAD_DIM = 256
 TINY_SCALE = 1e-30
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
     """Why this backend cannot run the call, or None."""
+    if scores is not None:
+        return "the call has a bias, a softcap, sinks or dropout, which these kernels do not have"
     if not target.is_installed():
         return "Triton is not installed"
     if q.dtype not in DTYPES:
