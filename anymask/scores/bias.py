@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,13 @@ class Bias(ABC):
 
     def __radd__(self, other: Bias | Tensor) -> Bias:
         return _sum(other, self) if isinstance(other, (Bias, Tensor)) else NotImplemented
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Bias:
+        """A sum with a tensor, of which torch is asked first."""
+        if kwargs or func not in (torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, operator.add):
+            return NotImplemented
+        return _sum(*args)
 
 
 @dataclass(frozen=True, eq=False)
