@@ -47,6 +47,20 @@ class Scores:
     dropout_p: float = 0.0
     seed: Tensor | None = None
 
+    def in_words(self) -> str:
+        """One line: terms of the bias with shape and dtype, and what else happens."""
+        parts = [f"bias {list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self.dense]
+        for lookup in self.lookups:
+            kind = "by distance" if lookup.is_diagonal else "by place"
+            parts.append(f"table {list(lookup.table.shape)} {kind}")
+        if self.softcap:
+            parts.append(f"softcap {self.softcap:g}")
+        if self.sinks is not None:
+            parts.append("sinks")
+        if self.dropout_p:
+            parts.append(f"dropout {self.dropout_p:g}")
+        return ", ".join(parts)
+
 
 class Needs(NamedTuple):
     """Which gradients beside those of q, k and v anybody wants."""
