@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
-from torch._library.fake_impl import allocate_size
 from torch._ops import _get_dispatch_mode_pre_dispatch
 
 from anymask import formats, validate
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.program import mask_from_program, program_of
+from anymask.mask.traced import unknown_size
 from anymask.packing import cache, pack
 from anymask.tiles import TILE, WORDS, tiles_over
 
@@ -94,14 +94,14 @@ def _pack_fake(
     nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
 ) -> list[Tensor]:
     batch, heads = mask_from_program(nodes, numbers, tensors).planes
-    n_full, n_partial = _unknown_size(), _unknown_size()
+    n_full, n_partial = unknown_size(), unknown_size()
 
     def empty(*shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def lists(length: int) -> list[Tensor]:
         # torch asks whether a dimension is 1, and an answer would tie a symbol to lengths beyond a tile, or within one
-        tile_rows = _unknown_size() if isinstance(length, torch.SymInt) else tiles_over(length)
+        tile_rows = unknown_size() if isinstance(length, torch.SymInt) else tiles_over(length)
         offsets = batch * heads * tile_rows + 1
         return [
             empty(offsets),
@@ -110,22 +110,10 @@ def _pack_fake(
             empty(n_partial),
             empty(n_partial, TILE, WORDS),
             empty(batch, heads, tile_rows),
-            empty(_unknown_size(), dtype=torch.uint8),
+            empty(unknown_size(), dtype=torch.uint8),
         ]
 
     return lists(q_len) + lists(kv_len)
-
-
-def _unknown_size() -> torch.SymInt:
-    """A size that depends on values, in a fake.
-
-    `new_dynamic_size` of torch's context refuses it outside of `fullgraph=True`, and the graph would break.
-    """
-    shape_env = torch.library.get_ctx()._shape_env
-    if shape_env is None:
-        raise NotImplementedError("a mask inside fake tensors without symbolic sizes; allowed is its BlockMask")
-    size: torch.SymInt = allocate_size(shape_env)
-    return size
 
 
 def _attended_kernel(mask: Tensor) -> Tensor:
