@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
-from torch._library.fake_impl import allocate_size
 from torch._ops import _get_dispatch_mode_pre_dispatch
 
 from anymask import formats, validate
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.program import mask_from_program, program_of
+from anymask.mask.traced import unknown_size
 from anymask.packing import cache, pack
-from anymask.tiles import TILE, WORDS, tiles_over
+from anymask.tiles import TILE, WORDS
 
 _LIBRARY = torch.library.Library("anymask", "FRAGMENT")
 _LIBRARY.define(
@@ -49,7 +49,7 @@ def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any =
         program, q_len = program_of(mask), q.shape[2]
         if program is None:
             raise ValueError("mask is a from_function mask inside a traced function; allowed is its BlockMask")
-        return BlockMask.from_tensors(pack_op(*program, q_len, kv_len, q.device), q_len, kv_len)
+        return BlockMask(q_len, kv_len, *pack_op(*program, q_len, kv_len, q.device))
     if has_no_values(q):
         # nothing to mask, and sizes do not depend on it
         return None
@@ -84,48 +84,29 @@ def has_no_values(t: Tensor) -> bool:
 def _pack(
     nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
 ) -> list[Tensor]:
-    packed = pack(mask_from_program(nodes, numbers, tensors), q_len=q_len, kv_len=kv_len, device=device)
-    # what an operator returns may not share memory, as all but the words, the large ones, may
-    return [t if t is packed.rows.words or t is packed.cols.words else t.clone() for t in packed.tensors()]
+    return _outputs(pack(mask_from_program(nodes, numbers, tensors), q_len=q_len, kv_len=kv_len, device=device))
+
+
+def _outputs(packed: BlockMask) -> list[Tensor]:
+    """The tensors of a new mask: what an operator returns may not share memory, as those without elements may."""
+    return [t if t.numel() else t.clone() for t in packed.tensors()]
 
 
 @torch.library.register_fake("anymask::pack")
 def _pack_fake(
     nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
 ) -> list[Tensor]:
-    batch, heads = mask_from_program(nodes, numbers, tensors).planes
-    n_full, n_partial = _unknown_size(), _unknown_size()
+    return _unknown_mask(*mask_from_program(nodes, numbers, tensors).planes, device)
+
+
+def _unknown_mask(batch: int, heads: int, device: torch.device) -> list[Tensor]:
+    """Fakes of the tensors of a mask of so many planes, which only a run packs."""
 
     def empty(*shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def lists(length: int) -> list[Tensor]:
-        # torch asks whether a dimension is 1, and an answer would tie a symbol to lengths beyond a tile, or within one
-        tile_rows = _unknown_size() if isinstance(length, torch.SymInt) else tiles_over(length)
-        offsets = batch * heads * tile_rows + 1
-        return [
-            empty(offsets),
-            empty(n_full),
-            empty(offsets),
-            empty(n_partial),
-            empty(n_partial, TILE, WORDS),
-            empty(batch, heads, tile_rows),
-            empty(_unknown_size(), dtype=torch.uint8),
-        ]
-
-    return lists(q_len) + lists(kv_len)
-
-
-def _unknown_size() -> torch.SymInt:
-    """A size that depends on values, in a fake.
-
-    `new_dynamic_size` of torch's context refuses it outside of `fullgraph=True`, and the graph would break.
-    """
-    shape_env = torch.library.get_ctx()._shape_env
-    if shape_env is None:
-        raise NotImplementedError("a mask inside fake tensors without symbolic sizes; allowed is its BlockMask")
-    size: torch.SymInt = allocate_size(shape_env)
-    return size
+    has_pair = [empty(batch, heads, unknown_size(), dtype=torch.uint8) for _ in range(2)]
+    return [empty(unknown_size()), empty(2, unknown_size(), TILE, WORDS), *has_pair]
 
 
 def _attended_kernel(mask: Tensor) -> Tensor:

@@ -24,6 +24,18 @@ WITH_MASK = ("flex", "flex:dense", "cudnn", "cudnn:bias", "efficient", "fa4", "e
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model of Hugging Face transformers that is made from a configuration, and trained on one batch."""
+
+    # of `benchmarks.models.KINDS`
+    kind: str
+    layers: int = 12
+    vocab: int = 32000
+    # whose losses are compared
+    steps: int = 50
+
+
+@dataclass(frozen=True)
 class Case:
     """One mask at one shape, and who runs it."""
 
@@ -33,10 +45,14 @@ class Case:
     mask: MaskKind | None
     baselines: tuple[str, ...]
     ours: tuple[str, ...] = ("anymask",)
-    # of "inference" (no gradients recorded), "forward", "backward", "both", "build" (the mask alone)
+    # of "inference" (no gradients recorded), "forward", "backward", "both", "build" (the mask alone), "train" (a step)
     passes: tuple[str, ...] = BOTH
     # "eager", or the call is compiled by torch: "default", "reduce-overhead"
     mode: str = "eager"
+    # whether tensors are views of `[batch, length, heads, dim]`, as those of layers of models are
+    transposed: bool = False
+    # whose layers attend so
+    model: Model | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,11 @@ class Inputs:
     earlier: str | None = None
 
     @property
+    def device(self) -> str:
+        """Where the tensors are: "cuda" or "cpu"."""
+        return self.q.device.type
+
+    @property
     def grouped(self) -> bool:
         """Whether several query heads share one of k and v."""
         return self.case.shape.heads != self.case.shape.kv_heads
@@ -91,7 +112,9 @@ def make_inputs(case: Case, device: str, seed: int = 0, earlier: str | None = No
     generator, s = torch.Generator(device).manual_seed(seed), case.shape
 
     def draw(heads: int, length: int, dim: int) -> Tensor:
-        return torch.randn(s.batch, heads, length, dim, generator=generator, device=device, dtype=s.dtype)
+        sizes = (length, heads) if case.transposed else (heads, length)
+        found = torch.randn(s.batch, *sizes, dim, generator=generator, device=device, dtype=s.dtype)
+        return found.transpose(1, 2) if case.transposed else found
 
     q, k = draw(s.heads, s.q_len, s.head_dim), draw(s.kv_heads, s.kv_len, s.head_dim)
     v, do = draw(s.kv_heads, s.kv_len, s.v_dim), draw(s.heads, s.q_len, s.v_dim)
@@ -178,9 +201,23 @@ def _latency() -> list[Case]:
         Case("compiled", small, RANDOM, CUDNN, passes=("forward", "both"), mode="default"),
         Case("reduce-overhead", small, RANDOM, CUDNN, passes=("both",), mode="reduce-overhead"),
         Case("dense tensor", small, RANDOM, ("anymask",), ("anymask:dense", "anymask:view"), ("inference",)),
+        Case("layer of a model", small, CAUSAL, ("anymask",), ("anymask:layer",), (*host, "both"), transposed=True),
         Case("causal B4 H32 L1024", Shape(4, 32, 1024, 128), CAUSAL, ("fa4",), passes=("backward",)),
         Case("documents by name, L32768", long, masks.documents(8), ("flex:build",), ("pack:named",), **BUILD),
         *(Case(f"causal L{s.q_len}", s, CAUSAL, baselines, OURS, (*host, "backward")) for s in short),
+    ]
+
+
+def _models() -> list[Case]:
+    """Each implementation makes its mask of what the model is given, in each step."""
+
+    def case(name: str, shape: Shape, mask: MaskKind, model: Model) -> Case:
+        return Case(name, shape, mask, ("sdpa:model", "flex:model"), ("anymask:model",), ("train",), model=model)
+
+    llama, bert = Model("llama"), Model("bert", vocab=30522)
+    return [
+        *(case(f"Llama, packed, B{b}", Shape(b, 16, 4096, 64, BF16), masks.PACKED_DOCUMENTS, llama) for b in (1, 4)),
+        case("BERT, padded", Shape(64, 12, 512, 64, BF16), masks.padding("padding", 1 / 16), bert),
     ]
 
 
@@ -224,6 +261,8 @@ def _suites() -> Iterator[Suite]:
     yield Suite("memory", about, peaks, rounds=1, block_ms=10.0, memory=True)
     about = "Small calls on the wall clock, B1 H8 D128; a time holds the host and the device."
     yield Suite("latency", about, _latency(), "wall", rounds=400, host=True)
+    about = "Training steps of 12-layer models of transformers on the wall clock, forward to optimizer, masks included."
+    yield Suite("models", about, _models(), "wall", rounds=20, host=True)
     yield Suite("classic", "The shapes of flashattention2-custom-mask: B4 D64, fp16.", _classic())
     ways = ((RANDOM, "flex:dense"), (masks.documents(8), "flex"))
     both = [Case(m.name, cpu, m, ("sdpa", flex), passes=(*BOTH, "both")) for m, flex in ways]
@@ -240,5 +279,6 @@ def tiny(suite: Suite) -> Suite:
     for case in suite.cases:
         sizes = {name: min(getattr(case.shape, name), size) for name, size in most.items()}
         heads = {"heads": case.shape.heads // case.shape.kv_heads, "kv_heads": 1}
-        cases.append(replace(case, shape=replace(case.shape, **sizes, **heads)))
+        model = None if case.model is None else replace(case.model, layers=2, vocab=64, steps=3)
+        cases.append(replace(case, shape=replace(case.shape, **sizes, **heads), model=model))
     return replace(suite, cases=cases, rounds=1, block_ms=1.0)

@@ -46,7 +46,8 @@ class Errors:
         return all(e <= 1 for e in self.excess.values())
 
     def __str__(self) -> str:
-        said = (f"{name} {self.total[name]:.1e} ({self.ratio[name]:.2f} of eager's)" for name in self.total)
+        beside = {name: f" ({times:.2f} of eager's)" for name, times in self.ratio.items()}
+        said = (f"{name} {error:.1e}{beside.get(name, '')}" for name, error in self.total.items())
         return ", ".join(said) or "it packs another mask"
 
 

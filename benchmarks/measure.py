@@ -9,12 +9,14 @@ import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 import anymask
-from benchmarks import check, timing
+from benchmarks import check, models, timing
 from benchmarks.cases import SUITES, Case, Inputs, Suite, make_inputs
+from benchmarks.models import Batch
 from benchmarks.providers import Prepared, Unsupported, failures, is_ours, prepare
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Row, reason
 
@@ -28,8 +30,11 @@ class Lost(Exception):
     """The GPU answers no more calls of this process."""
 
 
-def errors_of(prepared: Prepared, inputs: Inputs, expected: Callable[[bool], check.Expected]) -> check.Errors:
+def errors_of(prepared: Prepared, inputs: Inputs | Batch, expected: Callable[[bool], Any]) -> check.Errors:
     """Errors of what it computes, or whether it builds the mask of the case; `expected` takes whether with the mask."""
+    if isinstance(inputs, Batch):
+        assert prepared.training is not None
+        return models.errors(prepared.training, expected(True))
     if prepared.attend is None:
         built = prepared.builds[0]()
         right = not isinstance(built, anymask.BlockMask) or check.mask_is(built, inputs)
@@ -43,8 +48,9 @@ def errors_of(prepared: Prepared, inputs: Inputs, expected: Callable[[bool], che
 
 def rows_of(suite: Suite, case: Case, device: str, names: list[str], earlier: str | None) -> Iterator[Row]:
     """The rows of a case, those without numbers first."""
-    inputs, ready = make_inputs(case, device, earlier=earlier), {}
-    expected = functools.cache(functools.partial(check.expected, inputs))
+    inputs = _inputs(case, device, earlier)
+    oracle: Any = models.expected if isinstance(inputs, Batch) else check.expected
+    expected, ready = functools.cache(functools.partial(oracle, inputs)), {}
     for name in names:
         found = _ready(suite, inputs, expected, name)
         if isinstance(found, Prepared):
@@ -59,7 +65,11 @@ def rows_of(suite: Suite, case: Case, device: str, names: list[str], earlier: st
             yield from _timed(suite, inputs, step, functions, ready)
 
 
-def _ready(suite: Suite, inputs: Inputs, expected: Callable[[bool], check.Expected], name: str) -> Prepared | Row:
+def _inputs(case: Case, device: str, earlier: str | None = None) -> Inputs | Batch:
+    return make_inputs(case, device, earlier=earlier) if case.model is None else models.make_batch(case, device)
+
+
+def _ready(suite: Suite, inputs: Inputs | Batch, expected: Callable[[bool], Any], name: str) -> Prepared | Row:
     """The provider ready to be timed, or the row that says why not."""
     case = inputs.case
     row = Row(suite.name, case.name, str(case.shape), name, "", FAILED, "")
@@ -82,8 +92,11 @@ def _ready(suite: Suite, inputs: Inputs, expected: Callable[[bool], check.Expect
     return replace(row, status=WRONG, note=note, errors=errors.total, error_ratios=errors.ratio)
 
 
-def _call(inputs: Inputs, prepared: Prepared, step: str) -> Callable[[], object] | None:
+def _call(inputs: Inputs | Batch, prepared: Prepared, step: str) -> Callable[[], object] | None:
     """The call that is timed, None if the provider has no such pass."""
+    if isinstance(inputs, Batch):
+        assert prepared.training is not None
+        return prepared.training.step
     if step == "build":
         turns = itertools.cycle(prepared.builds)
         return lambda: next(turns)()
@@ -110,9 +123,13 @@ def _call(inputs: Inputs, prepared: Prepared, step: str) -> Callable[[], object]
 
 
 def _timed(
-    suite: Suite, inputs: Inputs, step: str, functions: dict[str, Callable[[], object]], ready: dict[str, Prepared]
+    suite: Suite,
+    inputs: Inputs | Batch,
+    step: str,
+    functions: dict[str, Callable[[], object]],
+    ready: dict[str, Prepared],
 ) -> Iterator[Row]:
-    case, on_gpu, rows = inputs.case, inputs.q.device.type == "cuda", {}
+    case, on_gpu, rows = inputs.case, inputs.device == "cuda", {}
     for name, function in functions.items():
         rows[name] = Row(suite.name, case.name, str(case.shape), name, step, OK, ready[name].note)
         rows[name].errors, rows[name].error_ratios = ready[name].errors.total, ready[name].errors.ratio
@@ -123,9 +140,9 @@ def _timed(
     if by_events := on_gpu and suite.clock == "device":
         times = timing.cuda_ms(functions, suite.rounds, suite.block_ms)
     else:
-        found = timing.wall_ms(functions, suite.rounds, inputs.q.device.type)
+        found = timing.wall_ms(functions, suite.rounds, inputs.device)
         times = {name: wall for name, (wall, _) in found.items()}
-    s, pairs = case.shape, inputs.pairs
+    s, pairs = case.shape, 0 if isinstance(inputs, Batch) else inputs.pairs
     for name, row in rows.items():
         row.ms, row.p20, row.p80 = times[name].median, times[name].p20, times[name].p80
         if suite.host:
@@ -152,7 +169,7 @@ def set_ratios(case: Case, rows: list[Row], unmasked: dict[str, bool]) -> None:
 def warm(suite: str, name: str, providers: list[str]) -> None:
     """Compile what ours and FlexAttention need for a case into the caches on disk. What fails here fails in the run."""
     case = next(case for case in SUITES[suite].cases if case.name == name)
-    inputs = make_inputs(case, "cuda")
+    inputs = _inputs(case, "cuda")
     for provider in (p for p in providers if p.partition(":")[0] in ("anymask", "pack", "flex")):
         # nothing is compared
         _ready(SUITES[suite], inputs, lambda with_mask: {}, provider)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import anymask
 from anymask import backends
+from anymask.integrations.transformers import attention_forward
 from benchmarks.cases import Inputs
 from benchmarks.providers import Prepared, Unsupported, compiled, mask_of
 
@@ -32,6 +33,17 @@ def attention(inputs: Inputs, base: str, variant: str) -> Prepared:
     runs = backend or anymask.explain(inputs.q, inputs.k, inputs.v, packed).backend
     how = "no mask" if packed is None else "mask packed once" if mask is packed else f"{variant} tensor"
     return Prepared(compiled(inputs, attend), f"backend {runs}, {how}")
+
+
+def layer(inputs: Inputs, base: str, variant: str) -> Prepared:
+    """What a layer of a model of transformers calls, and a view of its result in the order of q."""
+    module, mask, scale = torch.nn.Module(), inputs.block_mask, inputs.case.shape.head_dim**-0.5
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, _ = attention_forward(module, q, k, v, mask, dropout=0.0, scaling=scale, position_ids=None, use_cache=False)
+        return o.transpose(1, 2)
+
+    return Prepared(compiled(inputs, attend), "mask packed once")
 
 
 def pack(inputs: Inputs, base: str, variant: str) -> Prepared:
