@@ -127,11 +127,10 @@ def _launch_forward(call: _Forward) -> None:
     # Triton unpacks them for each descriptor: of a tuple in half the time of a `torch.Size`
     q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
     batch, q_heads, q_len, head_dim = q_shape
-    block_d = _block_d(head_dim, v_shape[3])
-    config = tuning.FORWARD[block_d]
+    dims = _padded_dims(head_dim, v_shape[3])
+    config = tuning.FORWARD[dims if dims[0] != dims[1] else dims[0]]
+    d_width, v_width = config.widths or dims
     q_tiles = tiles_over(q_len)
-    block_q = _block((1, 1, WARPGROUP_ROWS, block_d), q.dtype)
-    block_kv = _block((1, 1, config.BLOCK_N, block_d), q.dtype)
     n_work_tiles = q_tiles * q_heads * batch
     programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
     if config.is_persistent[block_mask is not None]:
@@ -140,10 +139,10 @@ def _launch_forward(call: _Forward) -> None:
         _fwd_kernel,
         (programs, 1, 1),
         (
-            _tiles(q, q_shape, block_q),
-            _tiles(k, k_shape, block_kv),
-            _tiles(v, v_shape, block_kv),
-            _tiles(o, o_shape, block_q),
+            _tiles(q, q_shape, _block((1, 1, WARPGROUP_ROWS, d_width), q.dtype)),
+            _tiles(k, k_shape, _block((1, 1, config.BLOCK_N, d_width), q.dtype)),
+            _tiles(v, v_shape, _block((1, 1, config.BLOCK_N, v_width), q.dtype)),
+            _tiles(o, o_shape, _block((1, 1, WARPGROUP_ROWS, v_width), q.dtype)),
             call.lse,
             *mask_lists(block_mask, "rows"),
             *plane_strides(block_mask),
@@ -158,14 +157,15 @@ def _launch_forward(call: _Forward) -> None:
             call.sm_scale * LOG2_E,
         ),
         {
-            "HEAD_DIM": block_d,
+            "D_BLOCKS": dims[0] // d_width,
+            "V_BLOCKS": dims[1] // v_width,
             "STAGES": config.STAGES,
             "Q_STAGES": config.Q_STAGES,
             "CONSUMER_PAIRS": config.CONSUMER_PAIRS,
             "PACK_GQA": call.pack_gqa and block_mask is not None,
             "PLAIN_SOFTMAX": config.PLAIN_SOFTMAX,
         },
-        (q.device, q.dtype, config.BLOCK_N, block_mask is None),
+        (q.device, q.dtype, config.BLOCK_N, d_width, v_width, block_mask is None),
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -297,6 +297,11 @@ def _swizzle_heads(has_mask: bool, tiles: int, heads: int, num_workers: int) -> 
         return 1
     blocks = max(1, tiles * heads // (4 * num_workers))
     return -(-heads // (blocks - (blocks % 2 == 0)))
+
+
+def _padded_dims(head_dim: int, v_dim: int) -> tuple[int, int]:
+    """What head_dim and v_dim are padded to: the smallest of the pairs that kernels exist for."""
+    return next(dims for dims in tuning.DIMS if head_dim <= dims[0] and v_dim <= dims[1])
 
 
 def _block_d(head_dim: int, v_dim: int) -> int:

@@ -21,10 +21,20 @@ class ForwardConfig:
     is_persistent: tuple[bool, bool]
     # row maxima by tensor code in place of PTX: slower, the same bits, for a test
     PLAIN_SOFTMAX: bool = False
+    # columns of a block of q and k, and of a block of v and o; None: one block has all
+    widths: tuple[int, int] | None = None
 
 
-# padded head_dim -> options
-FORWARD = {64: ForwardConfig(64, 2, 4, 2, (False, True)), 128: ForwardConfig(128, 1, 2, 2, (True, True))}
+# padded head_dim and v_dim that there are kernels for, the smallest first
+DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
+# padded head_dim, or both of DIMS where they differ -> options
+FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
+    64: ForwardConfig(64, 2, 4, 2, (False, True)),
+    128: ForwardConfig(128, 1, 2, 2, (True, True)),
+    (192, 128): ForwardConfig(128, 1, 2, 1, (True, True), widths=(64, 64)),
+    192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
+    256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
+}
 # queries of a step of the backward pass
 BLOCK_M = {64: 128, 128: 64}
 # the dq pass of the deterministic variant: the Triton kernel, whose other rows are in triton/tuning.py

@@ -25,13 +25,48 @@ from anymask.backends.hopper.kernels.words import ROWS, load_words, tail_words, 
 
 
 @gluon.jit
-def _issue_scores(q, k_buf):
-    """Issue `q @ k.T`, `[ROWS, BLOCK_N]`, without waiting for it."""
-    BLOCK_N: gl.constexpr = k_buf.shape[2]
+def _issue_scores(q, k_bufs, stage):
+    """Issue `q @ k.T`, `[ROWS, BLOCK_N]`, without waiting for it: a product for each block of columns, which add up."""
+    BLOCK_N: gl.constexpr = k_bufs.shape[3]
+    BLOCKS: gl.constexpr = len(q)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-    k = k_buf.reshape([BLOCK_N, q.shape[1]])
-    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    for c in gl.static_range(BLOCKS):
+        k = k_bufs.index(stage * BLOCKS + c).reshape([BLOCK_N, q[c].shape[1]])
+        s = warpgroup_mma(q[c], k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def _issue_output(p, v_bufs, stage, acc):
+    """Issue `acc + p @ v`, a product for each block of columns, without waiting for it."""
+    BLOCKS: gl.constexpr = len(acc)
+    flying = (_issue_block(p, v_bufs, stage * BLOCKS, acc[0]),)
+    for c in gl.static_range(1, BLOCKS):
+        flying = flying + (_issue_block(p, v_bufs, stage * BLOCKS + c, acc[c]),)
+    return flying
+
+
+@gluon.jit
+def _issue_block(p, v_bufs, block, acc):
+    v = v_bufs.index(block).reshape([v_bufs.shape[3], v_bufs.shape[4]])
+    return warpgroup_mma(p, v, acc, is_async=True)
+
+
+@gluon.jit
+def _wait_output(flying, p):
+    """What `_issue_output` issued, when all products are done, and the left operand that they shared."""
+    gl.static_assert(len(flying) <= 3)
+    if len(flying) == 1:
+        a, p = warpgroup_mma_wait(0, deps=[flying[0], p])
+        acc = (a,)
+    elif len(flying) == 2:
+        a, b, p = warpgroup_mma_wait(0, deps=[flying[0], flying[1], p])
+        acc = (a, b)
+    else:
+        a, b, c, p = warpgroup_mma_wait(0, deps=[flying[0], flying[1], flying[2], p])
+        acc = (a, b, c)
+    return acc, p
 
 
 @gluon.jit
@@ -65,22 +100,21 @@ def _steps(
     p, acc, l_i, m_i = state.p, state.acc, state.l_i, state.m_i
     # words of the next step are read one step ahead
     words, w_next, mask_rows = partial.words, partial.next_w, partial.mask_rows
-    D: gl.constexpr = q.shape[1]
     BLOCK_N: gl.constexpr = kv.k_bufs.shape[3]
     STEPS: gl.constexpr = TILE // BLOCK_N
     STAGES: gl.constexpr = cfg.STAGES
     PACK_GQA: gl.constexpr = cfg.PACK_GQA
     PLAIN: gl.constexpr = cfg.PLAIN_SOFTMAX
-    dtype: gl.constexpr = q.dtype
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    dtype: gl.constexpr = kv.k_bufs.dtype
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc[0].type.layout, 2)
     W_LAYOUT: gl.constexpr = m_i.type.layout
     for i in range(begin, end):
         last = stage_and_phase(i - 1, STAGES)[0]
         stage, phase = stage_and_phase(i, STAGES)
         mbarrier.wait(kv.k_full.index(stage), phase)
-        s_flying = _issue_scores(q, kv.k_bufs.index(stage))
+        s_flying = _issue_scores(q, kv.k_bufs, stage)
         p = unpack_halves(p, dtype, P_LAYOUT)
-        acc_flying = warpgroup_mma(p, kv.v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
+        acc_flying = _issue_output(p, kv.v_bufs, last, acc)
         s = warpgroup_mma_wait(1, deps=[s_flying])
         z = exponents(s, m_i, qk_scale)
         if MASK_STEPS == "all":
@@ -104,9 +138,9 @@ def _steps(
         needed = needs_rescale(alpha, l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(kv.v_full.index(stage), phase)
-        acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
+        acc, p = _wait_output(acc_flying, p)
         mbarrier.arrive(kv.empty.index(stage))
-        acc = rescale(acc, alpha, needed)
+        acc = [rescale(block, alpha, needed) for block in acc]
         p = pack_halves(x, dtype)
     return SoftmaxState(p, acc, l_i, m_i)
 
@@ -122,20 +156,19 @@ def mainloop(
     sizes,
     qk_scale,
     step_base,
+    acc,
     cfg: gl.constexpr,
     WARPGROUP: gl.constexpr,
 ):
-    """The `n >= 1` steps of a work tile, partial tiles first: output `[ROWS, D]` before division, row sums, row maxima.
+    """The `n >= 1` steps of a work tile, partial tiles first: output before division, row sums, row maxima.
 
-    `step_base`: steps of the worker before, whole tiles. `w`: with a mask, the words of the first tile.
+    `q`, `acc`: blocks of columns `[ROWS, width]`, the output and its start of 0. `step_base`: steps of the worker before, whole tiles. `w`: with a mask, the words of the first tile.
     """
-    D: gl.constexpr = q.shape[1]
     BLOCK_N: gl.constexpr = kv.k_bufs.shape[3]
     STEPS: gl.constexpr = TILE // BLOCK_N
     STAGES: gl.constexpr = cfg.STAGES
-    dtype: gl.constexpr = q.dtype
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    dtype: gl.constexpr = kv.k_bufs.dtype
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc[0].type.layout, 2)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     W_LAYOUT: gl.constexpr = zero_words(BLOCK_N, S_LAYOUT).type.layout
     if cfg.HAS_MASK:
@@ -150,7 +183,7 @@ def mainloop(
         partial = PartialTiles(None, w, sizes.mask_rows)
     stage, phase = stage_and_phase(step_base, STAGES)
     mbarrier.wait(kv.k_full.index(stage), phase)
-    s = _issue_scores(q, kv.k_bufs.index(stage))
+    s = _issue_scores(q, kv.k_bufs, stage)
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
     z = mask_exponents(exponents(s, m_i, qk_scale), w)
@@ -159,7 +192,6 @@ def mainloop(
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
     mbarrier.arrive(kv.empty.index(stage))
-    acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
     state = SoftmaxState(pack_halves(x, dtype), acc, l_i, m_i)
     begin, end, last_partial = step_base + 1, step_base + n, step_base + partial_steps - 1
     # one loop for all where two pairs share the multiprocessor: two loops were slower there
@@ -171,6 +203,6 @@ def mainloop(
     state = _steps(begin, end, last_partial, state, q, kv, partial, qk_scale, cfg, REST, WARPGROUP)
     last = stage_and_phase(step_base + n - 1, STAGES)[0]
     p = unpack_halves(state.p, dtype, P_LAYOUT)
-    acc_flying = warpgroup_mma(p, kv.v_bufs.index(last).reshape([BLOCK_N, D]), state.acc, is_async=True)
-    acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
+    acc_flying = _issue_output(p, kv.v_bufs, last, state.acc)
+    acc, p = _wait_output(acc_flying, p)
     return acc, state.l_i, state.m_i
