@@ -19,11 +19,13 @@ from anymask.backends.gpu.arguments import (
     has_pair,
     kernel_options,
     mask_lists,
+    padded_dim,
     plane_strides,
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
 from anymask.backends.hopper import tuning
+from anymask.backends.triton import tuning as triton_tuning
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard, launch
 from anymask.layout import empty_as
@@ -31,7 +33,9 @@ from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16)
 # below, the Triton kernels pad less; above, the accumulators do not fit the registers
-MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 128
+MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 256
+# up to it one warpgroup has both sums of 64 keys in the backward pass
+NARROW = 128
 
 # queries of a consumer warpgroup in the forward kernel
 WARPGROUP_ROWS = 64
@@ -195,6 +199,12 @@ def backward(
     q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
     k, v = (zero_unused_rows(t, block_mask, "cols") for t in (k, v))
     v_dim = v.shape[3]
+    if max(head_dim, v_dim) > NARROW:
+        with device_guard(q.device):
+            call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
+            _launch_wide_backward(call, dk, dv)
+            _launch_wide_dq(call, dq)
+        return dq, dk, dv
     block_d = _block_d(head_dim, v_dim)
     n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
     programs = min(n_work_tiles, _multiprocessors(q.device))
@@ -260,6 +270,106 @@ def _launch_backward(
         {"HEAD_DIM": block_d, "BLOCK_M": block_m, "STAGES": 2, "HAS_TAIL": block_mask is None and kv_len % TILE != 0},
         (q.device, q.dtype, do.dtype, q_heads // kv_heads, dq_acc is not None, block_mask is None),
         num_warps=8,
+        enable_fp_fusion=True,
+    )
+
+
+def _launch_wide_backward(call: BackwardCall, dk: Tensor, dv: Tensor) -> None:
+    """dk and dv of head_dim above 128."""
+    from anymask.backends.hopper.kernels.wide import _dkdv_kernel
+
+    q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
+    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    batch, q_heads, q_len, head_dim = q_shape
+    kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
+    dims = _padded_dims(head_dim, v_dim)
+    config = tuning.WIDE[dims if dims[0] != dims[1] else dims[0]]
+    block = _block((1, 1, WARPGROUP_ROWS, config.WIDTH), q.dtype)
+    block_rows = _block((WARPGROUP_ROWS,), torch.float32)
+    padded = call.lse2.numel()
+    tiles = tiles_over(kv_len) * (TILE // WARPGROUP_ROWS)
+    n_work_tiles = tiles * kv_heads * batch
+    programs = min(n_work_tiles, _multiprocessors(q.device))
+    launch(
+        _dkdv_kernel,
+        (programs, 1, 1),
+        (
+            _tiles(q, q_shape, block),
+            _tiles(k, k_shape, block),
+            _tiles(v, v_shape, block),
+            _tiles(do, (batch, q_heads, q_len, v_dim), block),
+            _descriptor(call.lse2, (padded,), (1,), block_rows),
+            _descriptor(call.delta, (padded,), (1,), block_rows),
+            _tiles(dk, k_shape, block),
+            _tiles(dv, v_shape, block),
+            *mask_lists(block_mask, "cols"),
+            *plane_strides(block_mask),
+            tiles_over(q_len),
+            kv_heads,
+            q_heads // kv_heads,
+            kv_len,
+            n_work_tiles,
+            _swizzle_heads(block_mask is not None, tiles, batch * kv_heads, programs),
+            call.sm_scale,
+            call.sm_scale * LOG2_E,
+        ),
+        {
+            "D_BLOCKS": dims[0] // config.WIDTH,
+            "V_BLOCKS": dims[1] // config.WIDTH,
+            "STAGES": config.STAGES,
+            "P_STAGES": config.P_STAGES,
+        },
+        (q.device, q.dtype, config.WIDTH, block_mask is None),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def _launch_wide_dq(call: BackwardCall, dq: Tensor) -> None:
+    """dq of head_dim above 128."""
+    from anymask.backends.hopper.kernels.wide_dq import _wide_dq_kernel
+
+    q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
+    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    batch, q_heads, q_len, head_dim = q_shape
+    dims = _padded_dims(head_dim, v_shape[3])
+    config = tuning.WIDE_DQ[dims if dims[0] != dims[1] else dims[0]]
+    block = _block((1, 1, WARPGROUP_ROWS, config.WIDTH), q.dtype)
+    q_tiles = tiles_over(q_len)
+    n_work_tiles = q_tiles * q_heads * batch
+    programs = min(n_work_tiles, _multiprocessors(q.device))
+    launch(
+        _wide_dq_kernel,
+        (programs, 1, 1),
+        (
+            _tiles(q, q_shape, block),
+            _tiles(k, k_shape, block),
+            _tiles(v, v_shape, block),
+            _tiles(do, (batch, q_heads, q_len, v_shape[3]), block),
+            _tiles(dq, q_shape, block),
+            call.lse2,
+            call.delta,
+            *mask_lists(block_mask, "rows"),
+            *plane_strides(block_mask),
+            q_tiles,
+            q_heads,
+            q_heads // k_shape[1],
+            q_len,
+            k_shape[2],
+            n_work_tiles,
+            _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs),
+            call.sm_scale,
+            call.sm_scale * LOG2_E,
+        ),
+        {
+            "D_BLOCKS": dims[0] // config.WIDTH,
+            "V_BLOCKS": dims[1] // config.WIDTH,
+            "K_STAGES": config.K_STAGES,
+            "V_STAGES": config.V_STAGES,
+            "LATE": config.LATE,
+        },
+        (q.device, q.dtype, config.WIDTH, block_mask is None),
+        num_warps=4,
         enable_fp_fusion=True,
     )
 

@@ -25,6 +25,25 @@ class ForwardConfig:
     widths: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class WideConfig:
+    """Columns of a block of q, k, v and do, stages for q and do, and for p on its way between warpgroups."""
+
+    WIDTH: int
+    STAGES: int
+    P_STAGES: int
+
+
+@dataclass(frozen=True)
+class WideDQConfig:
+    """Columns of a block of q, k, v and do, stages for k and for v."""
+
+    WIDTH: int
+    K_STAGES: int
+    V_STAGES: int
+    LATE: bool = True
+
+
 # padded head_dim and v_dim that there are kernels for, the smallest first
 DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 # padded head_dim, or both of DIMS where they differ -> options
@@ -34,6 +53,17 @@ FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
     (192, 128): ForwardConfig(128, 1, 2, 1, (True, True), widths=(64, 64)),
     192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
     256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
+}
+# of the backward pass above 128
+WIDE: dict[int | tuple[int, int], WideConfig] = {
+    (192, 128): WideConfig(64, 3, 2),
+    192: WideConfig(64, 2, 2),
+    256: WideConfig(256, 2, 1),
+}
+WIDE_DQ: dict[int | tuple[int, int], WideDQConfig] = {
+    (192, 128): WideDQConfig(64, 3, 3),
+    192: WideDQConfig(64, 3, 2),
+    256: WideDQConfig(256, 2, 1),
 }
 # queries of a step of the backward pass
 BLOCK_M = {64: 128, 128: 64}

@@ -10,7 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from anymask.backends.hopper.kernels.compat import tma_load, tma_store
+from anymask.backends.hopper.kernels.blocks import blocks_at, load_blocks
+from anymask.backends.hopper.kernels.compat import tma_store
 from anymask.backends.hopper.kernels.mainloop import mainloop
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
 from anymask.backends.hopper.kernels.records import (
@@ -66,19 +67,21 @@ def _produce(q_desc, k_desc, v_desc, pair, schedule, group, cfg: gl.constexpr):
         mbarrier.expect(q.full.index(q_stage), WARPGROUPS * cfg.D_BLOCKS * q_desc.block_type.nbytes)
         for g in gl.static_range(WARPGROUPS):
             row = tile.tile * TILE + g * ROWS
-            _load(q_desc, sample, head, row, q.full.index(q_stage), q.bufs, q_stage * WARPGROUPS + g, cfg.D_BLOCKS)
+            load_blocks(
+                q_desc, sample, head, row, q.full.index(q_stage), q.bufs, q_stage * WARPGROUPS + g, cfg.D_BLOCKS
+            )
         next_next = work_tile_at(iteration + 2, pair.worker, schedule)
         pending = prefetch_tile_range(next_tile, next_next, schedule, HAS_MASK)
-        kv_tile = _load_kv_tile(0, lists, tile_range, HAS_MASK)
+        kv_tile = load_kv_tile(0, lists, tile_range, HAS_MASK)
         last_row = 0
         for t in range(n):
             stage, phase = stage_and_phase(step_base + t, STAGES)
             row = kv_tile * TILE + t % STEPS * BLOCK_N
             # read one step ahead: it is an indirection
-            kv_tile = _load_kv_tile((t + 1) // STEPS, lists, tile_range, HAS_MASK)
+            kv_tile = load_kv_tile((t + 1) // STEPS, lists, tile_range, HAS_MASK)
             mbarrier.wait(kv.empty.index(stage), phase ^ 1)
             mbarrier.expect(kv.k_full.index(stage), cfg.D_BLOCKS * k_desc.block_type.nbytes)
-            _load(k_desc, sample, kv_head, row, kv.k_full.index(stage), kv.k_bufs, stage, cfg.D_BLOCKS)
+            load_blocks(k_desc, sample, kv_head, row, kv.k_full.index(stage), kv.k_bufs, stage, cfg.D_BLOCKS)
             if t > 0:
                 _load_v(v_desc, sample, kv_head, last_row, kv, stage_and_phase(step_base + t - 1, STAGES)[0], cfg)
             last_row = row
@@ -92,30 +95,13 @@ def _produce(q_desc, k_desc, v_desc, pair, schedule, group, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _load(desc, sample, head, row, full, bufs, stage, BLOCKS: gl.constexpr):
-    """Load rows from `row` on, all BLOCKS blocks of columns of them, into a stage of `bufs`."""
-    WIDTH: gl.constexpr = desc.block_type.shape[3]
-    for c in gl.static_range(BLOCKS):
-        tma_load(desc, [sample, head, row, c * WIDTH], full, bufs.index(stage * BLOCKS + c))
-
-
-@gluon.jit
 def _load_v(v_desc, sample, kv_head, row, kv, stage, cfg: gl.constexpr):
     mbarrier.expect(kv.v_full.index(stage), cfg.V_BLOCKS * v_desc.block_type.nbytes)
-    _load(v_desc, sample, kv_head, row, kv.v_full.index(stage), kv.v_bufs, stage, cfg.V_BLOCKS)
+    load_blocks(v_desc, sample, kv_head, row, kv.v_full.index(stage), kv.v_bufs, stage, cfg.V_BLOCKS)
 
 
 @gluon.jit
-def _blocks_of(bufs, stage, BLOCKS: gl.constexpr):
-    """The blocks of columns `[ROWS, width]` of a stage of `bufs`, as a tuple."""
-    blocks = (bufs.index(stage * BLOCKS).reshape([bufs.shape[3], bufs.shape[4]]),)
-    for c in gl.static_range(1, BLOCKS):
-        blocks = blocks + (bufs.index(stage * BLOCKS + c).reshape([bufs.shape[3], bufs.shape[4]]),)
-    return blocks
-
-
-@gluon.jit
-def _load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
+def load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
     """The `t`-th kv tile of a work tile, partial ones first; 0 past the end."""
     n_partial, n_full = tile_range.n_partial, tile_range.n_full
     if HAS_MASK:
@@ -157,7 +143,7 @@ def _consume(o_desc, lse, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP
         next_next = work_tile_at(iteration + 2, pair.worker, schedule)
         pending = prefetch_tile_range(next_tile, next_next, schedule, HAS_MASK)
         q_stage, q_phase = stage_and_phase(iteration, cfg.Q_STAGES)
-        q_blocks = _blocks_of(q.bufs, q_stage * WARPGROUPS + WARPGROUP, cfg.D_BLOCKS)
+        q_blocks = blocks_at(q.bufs, q_stage * WARPGROUPS + WARPGROUP, cfg.D_BLOCKS)
         acc = (gl.zeros([ROWS, WIDTH], gl.float32, O_LAYOUT),) * cfg.V_BLOCKS
         l_i = zero_words(BLOCK_N, S_LAYOUT).to(gl.float32)
         m_i = l_i

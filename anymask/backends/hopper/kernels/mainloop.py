@@ -5,8 +5,9 @@ docs/kernels.md, section 4, says what runs beside what.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
+from anymask.backends.hopper.kernels.blocks import issue_scores, issue_sums, wait_sums
 from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
 from anymask.backends.hopper.kernels.softmax import (
@@ -22,51 +23,6 @@ from anymask.backends.hopper.kernels.softmax import (
     update_row_max,
 )
 from anymask.backends.hopper.kernels.words import ROWS, load_words, tail_words, zero_words
-
-
-@gluon.jit
-def _issue_scores(q, k_bufs, stage):
-    """Issue `q @ k.T`, `[ROWS, BLOCK_N]`, without waiting for it: a product for each block of columns, which add up."""
-    BLOCK_N: gl.constexpr = k_bufs.shape[3]
-    BLOCKS: gl.constexpr = len(q)
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-    for c in gl.static_range(BLOCKS):
-        k = k_bufs.index(stage * BLOCKS + c).reshape([BLOCK_N, q[c].shape[1]])
-        s = warpgroup_mma(q[c], k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
-    return s
-
-
-@gluon.jit
-def _issue_output(p, v_bufs, stage, acc):
-    """Issue `acc + p @ v`, a product for each block of columns, without waiting for it."""
-    BLOCKS: gl.constexpr = len(acc)
-    flying = (_issue_block(p, v_bufs, stage * BLOCKS, acc[0]),)
-    for c in gl.static_range(1, BLOCKS):
-        flying = flying + (_issue_block(p, v_bufs, stage * BLOCKS + c, acc[c]),)
-    return flying
-
-
-@gluon.jit
-def _issue_block(p, v_bufs, block, acc):
-    v = v_bufs.index(block).reshape([v_bufs.shape[3], v_bufs.shape[4]])
-    return warpgroup_mma(p, v, acc, is_async=True)
-
-
-@gluon.jit
-def _wait_output(flying, p):
-    """What `_issue_output` issued, when all products are done, and the left operand that they shared."""
-    gl.static_assert(len(flying) <= 3)
-    if len(flying) == 1:
-        a, p = warpgroup_mma_wait(0, deps=[flying[0], p])
-        acc = (a,)
-    elif len(flying) == 2:
-        a, b, p = warpgroup_mma_wait(0, deps=[flying[0], flying[1], p])
-        acc = (a, b)
-    else:
-        a, b, c, p = warpgroup_mma_wait(0, deps=[flying[0], flying[1], flying[2], p])
-        acc = (a, b, c)
-    return acc, p
 
 
 @gluon.jit
@@ -112,9 +68,9 @@ def _steps(
         last = stage_and_phase(i - 1, STAGES)[0]
         stage, phase = stage_and_phase(i, STAGES)
         mbarrier.wait(kv.k_full.index(stage), phase)
-        s_flying = _issue_scores(q, kv.k_bufs, stage)
+        s_flying = issue_scores(q, kv.k_bufs, stage)
         p = unpack_halves(p, dtype, P_LAYOUT)
-        acc_flying = _issue_output(p, kv.v_bufs, last, acc)
+        acc_flying = issue_sums(p, kv.v_bufs, last, acc)
         s = warpgroup_mma_wait(1, deps=[s_flying])
         z = exponents(s, m_i, qk_scale)
         if MASK_STEPS == "all":
@@ -138,7 +94,7 @@ def _steps(
         needed = needs_rescale(alpha, l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(kv.v_full.index(stage), phase)
-        acc, p = _wait_output(acc_flying, p)
+        acc, p = wait_sums(acc_flying, p)
         mbarrier.arrive(kv.empty.index(stage))
         acc = [rescale(block, alpha, needed) for block in acc]
         p = pack_halves(x, dtype)
@@ -162,7 +118,8 @@ def mainloop(
 ):
     """The `n >= 1` steps of a work tile, partial tiles first: output before division, row sums, row maxima.
 
-    `q`, `acc`: blocks of columns `[ROWS, width]`, the output and its start of 0. `step_base`: steps of the worker before, whole tiles. `w`: with a mask, the words of the first tile.
+    `q`: blocks of columns `[ROWS, width]`. `acc`: those of the output, zeros. `step_base`: steps of the worker before,
+    whole tiles. `w`: with a mask, the words of the first tile.
     """
     BLOCK_N: gl.constexpr = kv.k_bufs.shape[3]
     STEPS: gl.constexpr = TILE // BLOCK_N
@@ -183,7 +140,7 @@ def mainloop(
         partial = PartialTiles(None, w, sizes.mask_rows)
     stage, phase = stage_and_phase(step_base, STAGES)
     mbarrier.wait(kv.k_full.index(stage), phase)
-    s = _issue_scores(q, kv.k_bufs, stage)
+    s = issue_scores(q, kv.k_bufs, stage)
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
     z = mask_exponents(exponents(s, m_i, qk_scale), w)
@@ -203,6 +160,6 @@ def mainloop(
     state = _steps(begin, end, last_partial, state, q, kv, partial, qk_scale, cfg, REST, WARPGROUP)
     last = stage_and_phase(step_base + n - 1, STAGES)[0]
     p = unpack_halves(state.p, dtype, P_LAYOUT)
-    acc_flying = _issue_output(p, kv.v_bufs, last, state.acc)
-    acc, p = _wait_output(acc_flying, p)
+    acc_flying = issue_sums(p, kv.v_bufs, last, state.acc)
+    acc, p = wait_sums(acc_flying, p)
     return acc, state.l_i, state.m_i

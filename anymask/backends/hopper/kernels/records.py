@@ -214,3 +214,61 @@ class BackwardPipelines(NamedTuple):
     ds_bufs: Any
     dq: DQBuffer | None
     out_buf: Any
+
+
+class Ring(NamedTuple):
+    """Stages of q and lse2, or of do and delta, with a full and an empty barrier a stage."""
+
+    bufs: Any
+    row_bufs: Any
+    full: Any
+    empty: Any
+
+
+class Exchange(NamedTuple):
+    """Stages of p in fp32 between two warpgroups, with a full and an empty barrier a stage."""
+
+    bufs: Any
+    full: Any
+    empty: Any
+
+
+class WidePipelines(NamedTuple):
+    """Shared memory of a program of the wide backward kernel; k and v have one stage."""
+
+    k_bufs: Any
+    v_bufs: Any
+    kv_full: Any
+    kv_empty: Any
+    q: Ring
+    do: Ring
+    p: Exchange
+
+
+class WideConfig(NamedTuple):
+    """Constants of the wide backward kernel, see there."""
+
+    D_BLOCKS: Any
+    V_BLOCKS: Any
+    STAGES: Any
+    P_STAGES: Any
+    HAS_MASK: Any
+
+
+class DQPipelines(NamedTuple):
+    """Shared memory of a program of the wide kernel of dq: q with do, and k and v, whose stages are apart."""
+
+    q: Ring
+    k: Ring
+    v: Ring
+
+
+class DQConfig(NamedTuple):
+    """Constants of the wide kernel of dq, see there."""
+
+    D_BLOCKS: Any
+    V_BLOCKS: Any
+    K_STAGES: Any
+    V_STAGES: Any
+    LATE: Any
+    HAS_MASK: Any
