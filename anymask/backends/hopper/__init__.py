@@ -7,7 +7,7 @@ are in `kernels/`.
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,22 +19,21 @@ from anymask.backends.gpu.arguments import (
     has_pair,
     kernel_options,
     mask_lists,
-    padded_dim,
     plane_strides,
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
-from anymask.backends.hopper import tuning
-from anymask.backends.triton import tuning as triton_tuning
+from anymask.backends.hopper import tuning, wide
+from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard, launch
 from anymask.layout import empty_as
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16)
-# below, the Triton kernels pad less; above, the accumulators do not fit the registers
+# below, the Triton kernels pad less
 MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 256
-# up to it one warpgroup has both sums of 64 keys in the backward pass
+# up to it a warpgroup has registers for dk and dv of 64 keys
 NARROW = 128
 
 # queries of a consumer warpgroup in the forward kernel
@@ -143,10 +142,10 @@ def _launch_forward(call: _Forward) -> None:
         _fwd_kernel,
         (programs, 1, 1),
         (
-            _tiles(q, q_shape, _block((1, 1, WARPGROUP_ROWS, d_width), q.dtype)),
-            _tiles(k, k_shape, _block((1, 1, config.BLOCK_N, d_width), q.dtype)),
-            _tiles(v, v_shape, _block((1, 1, config.BLOCK_N, v_width), q.dtype)),
-            _tiles(o, o_shape, _block((1, 1, WARPGROUP_ROWS, v_width), q.dtype)),
+            tile_descriptor(q, q_shape, block_of((1, 1, WARPGROUP_ROWS, d_width), q.dtype)),
+            tile_descriptor(k, k_shape, block_of((1, 1, config.BLOCK_N, d_width), q.dtype)),
+            tile_descriptor(v, v_shape, block_of((1, 1, config.BLOCK_N, v_width), q.dtype)),
+            tile_descriptor(o, o_shape, block_of((1, 1, WARPGROUP_ROWS, v_width), q.dtype)),
             call.lse,
             *mask_lists(block_mask, "rows"),
             *plane_strides(block_mask),
@@ -202,8 +201,7 @@ def backward(
     if max(head_dim, v_dim) > NARROW:
         with device_guard(q.device):
             call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
-            _launch_wide_backward(call, dk, dv)
-            _launch_wide_dq(call, dq)
+            _launch_wide(call, dq, dk, dv)
         return dq, dk, dv
     block_d = _block_d(head_dim, v_dim)
     n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
@@ -235,27 +233,27 @@ def _launch_backward(
     kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
     block_d = _block_d(head_dim, v_dim)
     block_m = tuning.BLOCK_M[block_d]
-    block_q = _block((1, 1, block_m, block_d), q.dtype)
-    block_kv = _block((1, 1, TILE, block_d), q.dtype)
-    block_rows = _block((block_m,), torch.float32)
+    block_q = block_of((1, 1, block_m, block_d), q.dtype)
+    block_kv = block_of((1, 1, TILE, block_d), q.dtype)
+    block_rows = block_of((block_m,), torch.float32)
     padded = batch * q_heads * tiles_over(q_len) * TILE
     dq_tiles = None
     if dq_acc is not None:
         dq_shape = padded * block_d // 32, 32
-        dq_tiles = _descriptor(dq_acc, dq_shape, (32, 1), _block((block_m * block_d // 32, 32), torch.float32))
+        dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 32, 32), torch.float32))
     launch(
         _bwd_kernel,
         (programs, 1, 1),
         (
-            _tiles(q, q_shape, block_q),
-            _tiles(k, k_shape, block_kv),
-            _tiles(v, v_shape, block_kv),
-            _tiles(do, (batch, q_heads, q_len, v_dim), block_q),
-            _descriptor(call.lse2, (padded,), (1,), block_rows),
-            _descriptor(call.delta, (padded,), (1,), block_rows),
+            tile_descriptor(q, q_shape, block_q),
+            tile_descriptor(k, k_shape, block_kv),
+            tile_descriptor(v, v_shape, block_kv),
+            tile_descriptor(do, (batch, q_heads, q_len, v_dim), block_q),
+            descriptor(call.lse2, (padded,), (1,), block_rows),
+            descriptor(call.delta, (padded,), (1,), block_rows),
             dq_tiles,
-            _tiles(dk, k_shape, block_kv),
-            _tiles(dv, v_shape, block_kv),
+            tile_descriptor(dk, k_shape, block_kv),
+            tile_descriptor(dv, v_shape, block_kv),
             *mask_lists(block_mask, "cols"),
             *plane_strides(block_mask),
             tiles_over(q_len),
@@ -274,104 +272,18 @@ def _launch_backward(
     )
 
 
-def _launch_wide_backward(call: BackwardCall, dk: Tensor, dv: Tensor) -> None:
-    """dk and dv of head_dim above 128."""
-    from anymask.backends.hopper.kernels.wide import _dkdv_kernel
-
-    q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
-    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-    batch, q_heads, q_len, head_dim = q_shape
-    kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
-    dims = _padded_dims(head_dim, v_dim)
-    config = tuning.WIDE[dims if dims[0] != dims[1] else dims[0]]
-    block = _block((1, 1, WARPGROUP_ROWS, config.WIDTH), q.dtype)
-    block_rows = _block((WARPGROUP_ROWS,), torch.float32)
-    padded = call.lse2.numel()
-    tiles = tiles_over(kv_len) * (TILE // WARPGROUP_ROWS)
-    n_work_tiles = tiles * kv_heads * batch
-    programs = min(n_work_tiles, _multiprocessors(q.device))
-    launch(
-        _dkdv_kernel,
-        (programs, 1, 1),
-        (
-            _tiles(q, q_shape, block),
-            _tiles(k, k_shape, block),
-            _tiles(v, v_shape, block),
-            _tiles(do, (batch, q_heads, q_len, v_dim), block),
-            _descriptor(call.lse2, (padded,), (1,), block_rows),
-            _descriptor(call.delta, (padded,), (1,), block_rows),
-            _tiles(dk, k_shape, block),
-            _tiles(dv, v_shape, block),
-            *mask_lists(block_mask, "cols"),
-            *plane_strides(block_mask),
-            tiles_over(q_len),
-            kv_heads,
-            q_heads // kv_heads,
-            kv_len,
-            n_work_tiles,
-            _swizzle_heads(block_mask is not None, tiles, batch * kv_heads, programs),
-            call.sm_scale,
-            call.sm_scale * LOG2_E,
-        ),
-        {
-            "D_BLOCKS": dims[0] // config.WIDTH,
-            "V_BLOCKS": dims[1] // config.WIDTH,
-            "STAGES": config.STAGES,
-            "P_STAGES": config.P_STAGES,
-        },
-        (q.device, q.dtype, config.WIDTH, block_mask is None),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+def _launch_wide(call: BackwardCall, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """All gradients, with a head_dim or v_dim above NARROW."""
+    dims = _padded_dims(call.q.shape[3], call.v.shape[3])
+    wide.launch_dkdv(call, dk, dv, dims, _wide_grid(call, call.k, wide.HALVES))
+    wide.launch_dq(call, dq, dims, _wide_grid(call, call.q, 1))
 
 
-def _launch_wide_dq(call: BackwardCall, dq: Tensor) -> None:
-    """dq of head_dim above 128."""
-    from anymask.backends.hopper.kernels.wide_dq import _wide_dq_kernel
-
-    q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
-    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-    batch, q_heads, q_len, head_dim = q_shape
-    dims = _padded_dims(head_dim, v_shape[3])
-    config = tuning.WIDE_DQ[dims if dims[0] != dims[1] else dims[0]]
-    block = _block((1, 1, WARPGROUP_ROWS, config.WIDTH), q.dtype)
-    q_tiles = tiles_over(q_len)
-    n_work_tiles = q_tiles * q_heads * batch
-    programs = min(n_work_tiles, _multiprocessors(q.device))
-    launch(
-        _wide_dq_kernel,
-        (programs, 1, 1),
-        (
-            _tiles(q, q_shape, block),
-            _tiles(k, k_shape, block),
-            _tiles(v, v_shape, block),
-            _tiles(do, (batch, q_heads, q_len, v_shape[3]), block),
-            _tiles(dq, q_shape, block),
-            call.lse2,
-            call.delta,
-            *mask_lists(block_mask, "rows"),
-            *plane_strides(block_mask),
-            q_tiles,
-            q_heads,
-            q_heads // k_shape[1],
-            q_len,
-            k_shape[2],
-            n_work_tiles,
-            _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs),
-            call.sm_scale,
-            call.sm_scale * LOG2_E,
-        ),
-        {
-            "D_BLOCKS": dims[0] // config.WIDTH,
-            "V_BLOCKS": dims[1] // config.WIDTH,
-            "K_STAGES": config.K_STAGES,
-            "V_STAGES": config.V_STAGES,
-            "LATE": config.LATE,
-        },
-        (q.device, q.dtype, config.WIDTH, block_mask is None),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+def _wide_grid(call: BackwardCall, t: Tensor, parts: int) -> wide.Grid:
+    """Programs for all tiles of `t [batch, heads, length, dim]`, of `parts` work tiles each."""
+    tiles, heads = tiles_over(t.shape[2]) * parts, t.shape[0] * t.shape[1]
+    programs = min(tiles * heads, _multiprocessors(t.device))
+    return wide.Grid(programs, tiles * heads, _swizzle_heads(call.block_mask is not None, tiles, heads, programs))
 
 
 def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
@@ -426,34 +338,6 @@ def _loadable(strides: tuple[int, ...], address: int) -> bool:
     """Whether the copy engine can read such a tensor: 16-byte aligned, and no stride of 0."""
     b, h, m, _ = strides
     return (address | 2 * b | 2 * h | 2 * m) % 16 == 0 and min(b, h, m) > 0
-
-
-def _tiles(t: Tensor, shape: tuple[int, ...], block: _Block) -> Any:
-    """A descriptor of tiles `[1, 1, rows, columns]` of `t [batch, heads, length, dim]`."""
-    b, h, m, _ = t.stride()
-    return _descriptor(t, shape, (b, h, m, 1), block)
-
-
-def _descriptor(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: _Block) -> Any:
-    # `_loadable` has checked what the constructor checks again for every call
-    descriptor: Any = object.__new__(block[0])
-    descriptor.base, descriptor.shape, descriptor.strides = t, shape, strides
-    _, descriptor.block_shape, descriptor.layout = block
-    return descriptor
-
-
-# Gluon's descriptor class, the shape of a block and its layout in shared memory
-_Block = tuple[type, list[int], Any]
-
-
-@cache
-def _block(shape: tuple[int, ...], dtype: torch.dtype) -> _Block:
-    """What all descriptors of such blocks have in common."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}[dtype]
-    return TensorDescriptor, list(shape), gl.NVMMASharedLayout.get_default_for(list(shape), element)
 
 
 @cache

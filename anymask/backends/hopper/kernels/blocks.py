@@ -29,9 +29,9 @@ def block_at(bufs, index):
 @gluon.jit
 def blocks_at(bufs, stage, BLOCKS: gl.constexpr):
     """The blocks of a stage, as a tuple."""
-    blocks = (block_at(bufs, stage * BLOCKS),)
+    blocks = [block_at(bufs, stage * BLOCKS)]
     for c in gl.static_range(1, BLOCKS):
-        blocks = blocks + (block_at(bufs, stage * BLOCKS + c),)
+        blocks = blocks + [block_at(bufs, stage * BLOCKS + c)]
     return blocks
 
 
@@ -51,9 +51,9 @@ def issue_scores(a, b_bufs, stage):
 def issue_sums(p, b_bufs, stage, acc):
     """Issue `acc + p @ b`, a product for each block of `acc`, without waiting for it."""
     BLOCKS: gl.constexpr = len(acc)
-    flying = (warpgroup_mma(p, block_at(b_bufs, stage * BLOCKS), acc[0], is_async=True),)
+    flying = [warpgroup_mma(p, block_at(b_bufs, stage * BLOCKS), acc[0], is_async=True)]
     for c in gl.static_range(1, BLOCKS):
-        flying = flying + (warpgroup_mma(p, block_at(b_bufs, stage * BLOCKS + c), acc[c], is_async=True),)
+        flying = flying + [warpgroup_mma(p, block_at(b_bufs, stage * BLOCKS + c), acc[c], is_async=True)]
     return flying
 
 
@@ -63,11 +63,11 @@ def wait_sums(flying, p):
     gl.static_assert(len(flying) <= 3)
     if len(flying) == 1:
         a, p = warpgroup_mma_wait(0, deps=[flying[0], p])
-        acc = (a,)
+        acc = [a]
     elif len(flying) == 2:
         a, b, p = warpgroup_mma_wait(0, deps=[flying[0], flying[1], p])
-        acc = (a, b)
+        acc = [a, b]
     else:
         a, b, c, p = warpgroup_mma_wait(0, deps=[flying[0], flying[1], flying[2], p])
-        acc = (a, b, c)
+        acc = [a, b, c]
     return acc, p

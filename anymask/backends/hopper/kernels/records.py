@@ -233,8 +233,8 @@ class Exchange(NamedTuple):
     empty: Any
 
 
-class WidePipelines(NamedTuple):
-    """Shared memory of a program of the wide backward kernel; k and v have one stage."""
+class DKDVPipelines(NamedTuple):
+    """Shared memory of a program of the kernel of dk and dv; k and v have one stage."""
 
     k_bufs: Any
     v_bufs: Any
@@ -245,8 +245,8 @@ class WidePipelines(NamedTuple):
     p: Exchange
 
 
-class WideConfig(NamedTuple):
-    """Constants of the wide backward kernel, see there."""
+class DKDVConfig(NamedTuple):
+    """Constants of the wide kernel of dk and dv, see there."""
 
     D_BLOCKS: Any
     V_BLOCKS: Any
@@ -270,5 +270,4 @@ class DQConfig(NamedTuple):
     V_BLOCKS: Any
     K_STAGES: Any
     V_STAGES: Any
-    LATE: Any
     HAS_MASK: Any

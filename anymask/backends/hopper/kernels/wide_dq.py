@@ -29,7 +29,7 @@ from anymask.backends.hopper.kernels.scheduler import (
     work_tile_at,
 )
 from anymask.backends.hopper.kernels.softmax import exp2, mask_exponents, pack_halves, unpack_halves
-from anymask.backends.hopper.kernels.wide import HALVES, store_blocks
+from anymask.backends.hopper.kernels.wide_dkdv import HALVES, store_blocks
 from anymask.backends.hopper.kernels.words import ROWS, load_words, tail_words, zero_words
 
 
@@ -122,14 +122,11 @@ def _consume(
             # 0, which the compiler does not know (docs/kernels.md, finding 2)
             own = WARPGROUP + (pos >> 30)
             s = issue_scores(blocks_at(q.bufs, own, cfg.D_BLOCKS), k.bufs, stage)
-            if cfg.LATE:
-                s = warpgroup_mma_wait(0, deps=[s])
-                dq, _ = wait_sums(dq_flying, left)
-                mbarrier.arrive(k.empty.index(last), pred=pos > begin)
+            s = warpgroup_mma_wait(0, deps=[s])
+            dq, _ = wait_sums(dq_flying, left)
+            mbarrier.arrive(k.empty.index(last), pred=pos > begin)
             mbarrier.wait(v.full.index(v_stage), v_phase)
             dp = issue_scores(blocks_at(q.row_bufs, own, cfg.V_BLOCKS), v.bufs, v_stage)
-            if not cfg.LATE:
-                s = warpgroup_mma_wait(cfg.V_BLOCKS, deps=[s])
             z = s * qk_scale - lse2_rows.expand_dims(1)
             if pos < masked_end:
                 step = stage_and_phase(pos, HALVES)[0]
@@ -141,9 +138,6 @@ def _consume(
                         )
             p = exp2(z)
             dp = warpgroup_mma_wait(0, deps=[dp])
-            if not cfg.LATE:
-                dq, _ = wait_sums(dq_flying, left)
-                mbarrier.arrive(k.empty.index(last), pred=pos > begin)
             mbarrier.arrive(v.empty.index(v_stage))
             ds = pack_halves(p * (dp - delta_rows.expand_dims(1)), dtype)
         if end > begin:
@@ -218,13 +212,12 @@ def _wide_dq_kernel(
     V_BLOCKS: gl.constexpr,
     K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
-    LATE: gl.constexpr,
 ):
     """Writes `dq`; equations (5) to (7). Grid: (programs), up to `n_work_tiles = batch * q_heads * q_tiles`.
 
     Descriptors have blocks `[1, 1, ROWS, width]`; lse2 and delta have whole tiles of rows.
     """
-    cfg: gl.constexpr = DQConfig(D_BLOCKS, V_BLOCKS, K_STAGES, V_STAGES, LATE, words is not None)
+    cfg: gl.constexpr = DQConfig(D_BLOCKS, V_BLOCKS, K_STAGES, V_STAGES, words is not None)
     pipes = _allocate(q_desc, k_desc, v_desc, do_desc, cfg)
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)

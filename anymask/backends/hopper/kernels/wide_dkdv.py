@@ -17,12 +17,12 @@ from anymask.backends.hopper.kernels.records import (
     BackwardSchedule,
     BackwardSizes,
     Column,
+    DKDVConfig,
+    DKDVPipelines,
     Exchange,
     MaskLists,
     PlaneStrides,
     Ring,
-    WideConfig,
-    WidePipelines,
     Worker,
 )
 from anymask.backends.hopper.kernels.scheduler import decode_work_tile, load_tile_range, num_work_tiles, work_index
@@ -110,7 +110,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, pipes, sched
 
 @gluon.jit
 def _to_exchange(x):
-    """`x [ROWS, ROWS]` of an accumulator so that a thread's elements come four at a time, side by side with its warp's."""
+    """`x [ROWS, ROWS]` of an accumulator so that a thread has four elements in a row, and a warp's are side by side."""
     return x.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([8, ROWS * ROWS // 8])
 
 
@@ -238,7 +238,9 @@ def _consume_dk(dk_desc, pipes, schedule, sm_scale, cfg: gl.constexpr):
             left = unpack_halves(ds, dtype, P_LAYOUT)
             dk, _ = wait_sums(issue_sums(left, q.bufs, last, dk), left)
             mbarrier.arrive(q.empty.index(last))
-        store_blocks(dk_desc, sample, head // group, tile * TILE + first_key, dk, sm_scale, pipes.v_bufs, 0, cfg.V_BLOCKS)
+        store_blocks(
+            dk_desc, sample, head // group, tile * TILE + first_key, dk, sm_scale, pipes.v_bufs, 0, cfg.V_BLOCKS
+        )
         mbarrier.arrive(pipes.kv_empty)
 
 
@@ -282,7 +284,7 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, cfg: gl.con
     do = Ring(do_bufs, delta_bufs, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 2))
     p = Exchange(p_bufs, allocate_barriers(P_STAGES, 1), allocate_barriers(P_STAGES, 1))
     kv_full, kv_empty = allocate_barriers(1, 1).index(0), allocate_barriers(1, 2).index(0)
-    return WidePipelines(k_bufs, v_bufs, kv_full, kv_empty, q, do, p)
+    return DKDVPipelines(k_bufs, v_bufs, kv_full, kv_empty, q, do, p)
 
 
 @gluon.jit(
@@ -298,7 +300,7 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, cfg: gl.con
     ],
     do_not_specialize_on_alignment=["full_offsets", "full_tiles", "partial_offsets", "partial_tiles", "words", "order"],
 )
-def _dkdv_kernel(
+def _wide_dkdv_kernel(
     q_desc,
     k_desc,
     v_desc,
@@ -333,7 +335,7 @@ def _dkdv_kernel(
     Grid: (programs), between 1 and `n_work_tiles = batch * kv_heads * 2 * kv tiles`. Descriptors have blocks
     `[1, 1, ROWS, width]`, those of lse2 and delta `[ROWS]`. Keys beyond `kv_len` are rows of 0 that nothing stores.
     """
-    cfg: gl.constexpr = WideConfig(D_BLOCKS, V_BLOCKS, STAGES, P_STAGES, words is not None)
+    cfg: gl.constexpr = DKDVConfig(D_BLOCKS, V_BLOCKS, STAGES, P_STAGES, words is not None)
     pipes = _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, cfg)
     lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
     sizes = BackwardSizes(q_tiles, (kv_len + TILE - 1) // TILE, kv_heads, group)
