@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.backends.gpu import target
+from anymask.backends.gpu import split, target
 from anymask.backends.gpu.arguments import (
     LOG2_E,
     MAX_GRID,
@@ -23,6 +23,7 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
+from anymask.backends.gpu.target import multiprocessors as _multiprocessors
 from anymask.backends.hopper import tuning
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard, launch
@@ -98,6 +99,9 @@ class _Forward(NamedTuple):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
     """`(o, lse)`."""
+    splits = split.count(q, k, block_mask)
+    if splits > 1:
+        return split.forward(q, k, v, block_mask, sm_scale, splits)
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, v_dim = k.shape[1], v.shape[3]
     o = empty_as(q, v_dim)
@@ -339,11 +343,6 @@ def _block(shape: tuple[int, ...], dtype: torch.dtype) -> _Block:
 
     element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}[dtype]
     return TensorDescriptor, list(shape), gl.NVMMASharedLayout.get_default_for(list(shape), element)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

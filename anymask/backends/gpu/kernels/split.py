@@ -212,8 +212,8 @@ def _join_kernel(
     base = o + (head // q_heads).to(tl.int64) * o_strides[0] + (head % q_heads).to(tl.int64) * o_strides[1]
     base += (row % q_len).to(tl.int64) * o_strides[2]
     tl.store(base + offs_dv, value.to(o.dtype.element_ty), mask=offs_dv < V_DIM)
+    if o.dtype.element_ty == tl.float32:
+        # in fp64, so that leaving base 2 rounds once
+        m_all, l_all = m_all.to(tl.float64), l_all.to(tl.float64)
     if tl.program_id(1) == 0:
-        if o.dtype.element_ty == tl.float32:
-            # in fp64, so that leaving base 2 rounds once
-            m_all, l_all = m_all.to(tl.float64), l_all.to(tl.float64)
         tl.store(lse + row, ((m_all + tl.math.log2(l_all)) / LOG2_E).to(tl.float32))
