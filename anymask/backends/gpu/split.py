@@ -181,14 +181,14 @@ def _launch_join(parts: _Parts, o: Tensor, lse: Tensor, use_pdl: bool) -> None:
             "USE_PDL": use_pdl,
         },
         o.device,
-        {"launch_pdl": True} if use_pdl else {},
+        {"num_warps": 4, "enable_fp_fusion": True, **({"launch_pdl": True} if use_pdl else {})},
     )
 
 
 # bytes of k and v that a step loads, and stages, up to 32 rows a program and for 64
 _STEPS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
-    "hopper": ((32768, 4), (32768, 3)),
-    "ampere": ((32768, 4), (32768, 3)),
+    "hopper": ((32768, 3), (32768, 3)),
+    "ampere": ((32768, 3), (32768, 3)),
     "small": ((32768, 3), (16384, 2)),
     "cdna": ((32768, 1), (16384, 1)),
 }
@@ -206,7 +206,12 @@ def choose(
     else:
         family = "ampere" if int(arch) < 90 else "hopper"
     step_bytes, stages = _STEPS[family][block_m == 64]
-    block_n = min(TILE, max(16, step_bytes // (itemsize * (block_d + block_dv))))
-    warps = 8 if block_m == 64 and max(block_d, block_dv) > 128 else 4
-    precision = "ieee" if itemsize == 2 or family == "cdna" else "tf32" if allow_tf32 else "bf16x6"
+    keys = step_bytes // (itemsize * (block_d + block_dv))
+    block_n = min(TILE, max(16, 1 << (keys.bit_length() - 1)))
+    larger = max(block_d, block_dv)
+    # accumulators of 64 rows, and the three parts of each fp32 number, fit the registers of more warps
+    warps = 8 if larger > 128 and block_m == 64 or larger == 128 and itemsize == 4 else 4
+    precision = "ieee"
+    if itemsize == 4 and larger <= 128 and family != "cdna":
+        precision = "tf32" if allow_tf32 else "bf16x6"
     return TileConfig(block_m, block_n, warps, stages, precision)

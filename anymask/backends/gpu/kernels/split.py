@@ -143,7 +143,10 @@ def _split_kernel(
         kv_has_pair += plane.to(tl.int64) * kv_len
     cfg: tl.constexpr = Config(HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, USE_TMA, PRECISION, TILE)
     off_kvh = first_head // group
-    full_k, full_v = Operand(k, k_strides, off_b, off_kvh, kv_len, None), Operand(v, v_strides, off_b, off_kvh, kv_len, None)
+    full_k, full_v = (
+        Operand(k, k_strides, off_b, off_kvh, kv_len, None),
+        Operand(v, v_strides, off_b, off_kvh, kv_len, None),
+    )
     some_k = Operand(k, k_strides, off_b, off_kvh, kv_len, kv_has_pair)
     some_v = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_has_pair)
     full = Entries(full_tiles, words, full_steps[0] // STEPS, (full_steps[1] + STEPS - 1) // STEPS, 0)
