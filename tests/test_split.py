@@ -84,7 +84,7 @@ def test_a_cpu_has_no_splits() -> None:
 
 
 def compile_split(dtype: torch.dtype, dim: int, q_len: int, v_dim: int | None = None, scale: float = 0.1) -> None:
-    """Forward over zeros of a mask with every kind of tile and dead keys: a launcher reads shapes and addresses only."""
+    """Forward over zeros, a mask with every kind of tile and dead keys: a launcher reads shapes and addresses."""
     q, k = torch.zeros(1, 16, q_len, dim, dtype=dtype), torch.zeros(1, 4, 1024, dim, dtype=dtype)
     keys = torch.arange(1024)
     mask = pack(((keys >= 300) & (keys < 800) & (keys != 700)).expand(q_len, 1024))

@@ -69,7 +69,7 @@ def results_of(
 
 
 def check_forward(case: Case, backend: Backend | None = None, device: str = "cpu") -> None:
-    """Assert that o and lse match the oracle, and are 0 and -inf where a query has no key; nothing is differentiated."""
+    """Assert that o and lse match the oracle, 0 and -inf where a query has no key; nothing is differentiated."""
     inputs = make_inputs(case, device)
     o, lse = (t.detach() for t in _forward_of(case, inputs[:4], backend))
     args = *inputs[:3], inputs.dense, case.scale, inputs.do

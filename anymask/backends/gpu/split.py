@@ -9,7 +9,7 @@ depend on its batch.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,23 +39,22 @@ MIN_TILES = 2
 JOINED_COLUMNS = 64
 
 
-class _Rows(NamedTuple):
-    """How queries become rows of programs."""
+class _Line(NamedTuple):
+    """The rows that share keys and mask, which programs walk together."""
 
-    # heads of a group that share keys and mask, whose queries are rows one after the other (PackGQA)
+    # heads of a group that are packed, each with its queries, one after the other (PackGQA of FlashAttention-3)
     packed: int
-    # rows that share their keys
-    count: int
+    rows: int
     # rows of a program
     block: int
 
 
-def _rows(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> _Rows:
+def _line(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> _Line:
     q_heads, q_len = q.shape[1], q.shape[2]
     packed = q_heads // k.shape[1] if q_len <= TILE and (block_mask is None or block_mask.heads == 1) else 1
-    count = packed * q_len
+    rows = packed * q_len
     # the parts of fp32 numbers take the registers of more rows
-    return _Rows(packed, count, 16 if count <= 16 or q.element_size() == 4 else 32 if count <= 32 else 64)
+    return _Line(packed, rows, 16 if rows <= 16 or q.element_size() == 4 else 32 if rows <= 32 else 64)
 
 
 def count(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:
@@ -63,13 +62,13 @@ def count(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:
     # Triton's interpreter runs programs one after the other
     if not q.is_cuda:
         return 1
-    rows = _rows(q, k, block_mask)
-    lines = q.shape[0] * q.shape[1] // rows.packed
+    line = _line(q, k, block_mask)
+    lines = q.shape[0] * q.shape[1] // line.packed
     tiles = tiles_over(k.shape[2])
     if block_mask is not None:
         found = block_mask.rows.full_tiles.numel() + block_mask.rows.partial_tiles.numel()
         tiles = -(-found // block_mask.rows.order.numel())
-    return splits_of(lines, rows.count, rows.block, tiles, target.multiprocessors(q.device))
+    return splits_of(lines, line.rows, line.block, tiles, target.multiprocessors(q.device))
 
 
 def splits_of(lines: int, rows: int, block: int, tiles: int, multiprocessors: int) -> int:
@@ -129,12 +128,12 @@ def _launch_split(
     from anymask.backends.gpu.kernels.split import _split_kernel
 
     batch, q_heads, q_len, head_dim = q.shape
-    splits, v_dim, rows = parts.o.shape[0], v.shape[3], _rows(q, k, block_mask)
-    config = choose(*current, q.element_size(), rows.block, padded_dim(head_dim), padded_dim(v_dim), allow_tf32)
+    splits, v_dim, line = parts.o.shape[0], v.shape[3], _line(q, k, block_mask)
+    config = choose(*current, q.element_size(), line.block, padded_dim(head_dim), padded_dim(v_dim), allow_tf32)
     constants, options = kernel_options(config, head_dim, v_dim, False)
     launch_triton(
         _split_kernel,
-        (-(-rows.count // rows.block) * splits, q_heads // rows.packed, batch),
+        (-(-line.rows // line.block) * splits, q_heads // line.packed, batch),
         (
             q,
             k,
@@ -147,7 +146,7 @@ def _launch_split(
             plane_strides(block_mask),
             q_heads,
             q_heads // k.shape[1],
-            rows.packed,
+            line.packed,
             q_len,
             k.shape[2],
             splits,
@@ -210,7 +209,7 @@ def choose(
     block_n = min(TILE, max(16, 1 << (keys.bit_length() - 1)))
     larger = max(block_d, block_dv)
     # accumulators of 64 rows, and the three parts of each fp32 number, fit the registers of more warps
-    warps = 8 if larger > 128 and block_m == 64 or larger == 128 and itemsize == 4 else 4
+    warps = 8 if (larger > 128 and block_m == 64) or (larger == 128 and itemsize == 4) else 4
     precision = "ieee"
     if itemsize == 4 and larger <= 128 and family != "cdna":
         precision = "tf32" if allow_tf32 else "bf16x6"

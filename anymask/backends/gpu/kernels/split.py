@@ -200,16 +200,16 @@ def _join_kernel(
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
     # [MAX_SPLITS]
-    m = tl.load(sums + place * 2, mask=split < splits, other=-float("inf"))
-    l = tl.load(sums + place * 2 + 1, mask=split < splits, other=0.0)
+    part_m = tl.load(sums + place * 2, mask=split < splits, other=-float("inf"))
+    part_l = tl.load(sums + place * 2 + 1, mask=split < splits, other=0.0)
     # [MAX_SPLITS, BLOCK_DV]
     mask = (split[:, None] < splits) & (offs_dv[None, :] < V_DIM)
     part = tl.load(parts + place[:, None] * V_DIM + offs_dv[None, :], mask=mask, other=0.0)
-    m_all = tl.max(m, 0)
+    m_all = tl.max(part_m, 0)
     # as in `softmax_step`
     m_safe = tl.where(m_all == -float("inf"), 0.0, m_all)
-    weight = tl.math.exp2(m - m_safe)
-    l_all = tl.sum(weight * l, 0)
+    weight = tl.math.exp2(part_m - m_safe)
+    l_all = tl.sum(weight * part_l, 0)
     value = tl.sum(weight[:, None] * part, 0) / tl.where(l_all == 0.0, 1.0, l_all)
     head = row // q_len
     base = o + (head // q_heads).to(tl.int64) * o_strides[0] + (head % q_heads).to(tl.int64) * o_strides[1]
