@@ -35,8 +35,8 @@ from anymask.tiles import TILE, tiles_over
 MAX_SPLITS = 64
 # kv tiles of a split, at least: fewer take less time than joining them
 MIN_TILES = 2
-# columns of o that a program joins
-JOINED_COLUMNS = 64
+# columns of o that a program joins, and its warps
+JOINED_COLUMNS, JOIN_WARPS = 64, 4
 
 
 class _Line(NamedTuple):
@@ -180,7 +180,7 @@ def _launch_join(parts: _Parts, o: Tensor, lse: Tensor, use_pdl: bool) -> None:
             "USE_PDL": use_pdl,
         },
         o.device,
-        {"num_warps": 4, "enable_fp_fusion": True, **({"launch_pdl": True} if use_pdl else {})},
+        {"num_warps": JOIN_WARPS, "enable_fp_fusion": True, **({"launch_pdl": True} if use_pdl else {})},
     )
 
 
