@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.backends.gpu import target
+from anymask.backends.gpu import split, target
 from anymask.backends.gpu.arguments import (
     LOG2_E,
     MAX_GRID,
@@ -23,6 +23,7 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
+from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
 from anymask.block_mask import BlockMask
@@ -101,6 +102,9 @@ class _Forward(NamedTuple):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
     """`(o, lse)`."""
+    splits = split.count(q, k, block_mask)
+    if splits > 1:
+        return split.forward(q, k, v, block_mask, sm_scale, splits)
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, v_dim = k.shape[1], v.shape[3]
     o = empty_as(q, v_dim)
@@ -137,7 +141,7 @@ def _launch_forward(call: _Forward) -> None:
     n_work_tiles = q_tiles * q_heads * batch
     programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
     if config.is_persistent[block_mask is not None]:
-        programs = min(programs, _multiprocessors(q.device))
+        programs = min(programs, multiprocessors(q.device))
     launch(
         _fwd_kernel,
         (programs, 1, 1),
@@ -205,7 +209,7 @@ def backward(
         return dq, dk, dv
     block_d = _block_d(head_dim, v_dim)
     n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
-    programs = min(n_work_tiles, _multiprocessors(q.device))
+    programs = min(n_work_tiles, multiprocessors(q.device))
     dq_acc = None
     if not (deterministic or (_has_short_columns(block_mask) and n_work_tiles >= tuning.MANY_COLUMNS * programs)):
         # rows of 32 floats, in the order of the kernel
@@ -282,7 +286,7 @@ def _launch_wide(call: BackwardCall, dq: Tensor, dk: Tensor, dv: Tensor) -> None
 def _wide_grid(call: BackwardCall, t: Tensor, parts: int) -> wide.Grid:
     """Programs for all tiles of `t [batch, heads, length, dim]`, of `parts` work tiles each."""
     tiles, heads = tiles_over(t.shape[2]) * parts, t.shape[0] * t.shape[1]
-    programs = min(tiles * heads, _multiprocessors(t.device))
+    programs = min(tiles * heads, multiprocessors(t.device))
     return wide.Grid(programs, tiles * heads, _swizzle_heads(call.block_mask is not None, tiles, heads, programs))
 
 
@@ -338,11 +342,6 @@ def _loadable(strides: tuple[int, ...], address: int) -> bool:
     """Whether the copy engine can read such a tensor: 16-byte aligned, and no stride of 0."""
     b, h, m, _ = strides
     return (address | 2 * b | 2 * h | 2 * m) % 16 == 0 and min(b, h, m) > 0
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
