@@ -25,7 +25,7 @@ NAMES: tuple[Backend, ...] = get_args(Backend)
 @cache
 def load(name: str) -> ModuleType:
     """The backend's module, imported on first use: `hopper` and `triton` need Triton installed."""
-    return import_module(f"anymask.backends.{name}")
+    return import_module(f"{__name__}.{name}")
 
 
 def reasons(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> dict[str, str | None]:
