@@ -35,14 +35,23 @@ from anymask.packing import extend as extend
 from anymask.packing import pack as pack
 from anymask.packing import slice_queries as slice_queries
 from anymask.packing.cache import forget as forget
+from anymask.scores import Bias as Bias
+from anymask.scores import alibi as alibi
+from anymask.scores import from_score_mod as from_score_mod
+from anymask.scores import low_rank as low_rank
+from anymask.scores import relative as relative
+from anymask.scores import relative_2d as relative_2d
+from anymask.scores import relative_buckets as relative_buckets
 from anymask.varlen import attention_varlen as attention_varlen
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bias",
     "BlockMask",
     "Explanation",
     "Mask",
+    "alibi",
     "attention",
     "attention_varlen",
     "block_diffusion",
@@ -60,13 +69,18 @@ __all__ = [
     "formats",
     "from_dense",
     "from_function",
+    "from_score_mod",
     "global_tokens",
     "key_padding",
+    "low_rank",
     "neighbourhood_2d",
     "neighbourhood_3d",
     "pack",
     "prefix_lm",
     "random_blocks",
+    "relative",
+    "relative_2d",
+    "relative_buckets",
     "scaled_dot_product_attention",
     "shared_prefix",
     "shared_question",

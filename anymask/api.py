@@ -8,9 +8,10 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from anymask import backends, mask_ops, ops, validate
+from anymask import backends, mask_ops, ops, score_ops, validate
 from anymask.block_mask import BlockMask, Stats
 from anymask.mask import Mask, causal
+from anymask.scores import Bias, resolve
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE
 
@@ -22,7 +23,11 @@ def attention(
     v: V,
     mask: Tensor | Mask | BlockMask | None = None,
     *,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     return_lse: Literal[False] = False,
     deterministic: bool | None = None,
@@ -35,7 +40,11 @@ def attention(
     v: V,
     mask: Tensor | Mask | BlockMask | None = None,
     *,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     return_lse: Literal[True],
     deterministic: bool | None = None,
@@ -48,7 +57,11 @@ def attention(
     v: V,
     mask: Tensor | Mask | BlockMask | None = None,
     *,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     return_lse: bool,
     deterministic: bool | None = None,
@@ -60,7 +73,11 @@ def attention(
     v: V,
     mask: Tensor | Mask | BlockMask | None = None,
     *,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     return_lse: bool = False,
     deterministic: bool | None = None,
@@ -68,6 +85,8 @@ def attention(
     **unknown: Any,
 ) -> O | tuple[O, LSE]:
     """`softmax(scale * q @ k^T where mask, -inf elsewhere) @ v`, differentiable in q, k, v, exact under any mask.
+
+    What happens to a score, in this order: `scale`, `+ bias`, `softcap`, the mask, softmax with `sinks`, dropout.
 
     A query with no key gives 0 and receives and gives no gradient. A NaN or Inf in a key or value that no query of a
     plane may attend to reaches no output; one that some queries may attend to can reach the others too.
@@ -84,9 +103,17 @@ def attention(
             make a `Mask` once and pass it to all layers. A write that no version counts, such as through `.data`,
             NumPy, or a collective of `torch.distributed`, is not seen: call `anymask.forget` after it. Tensors made in
             inference mode have no version, and what a function reads may change: such masks are packed at each call.
+        bias: what is added to the scaled scores: a float tensor broadcastable to `[batch, q_heads, q_len, kv_len]`, of
+            any strides, or a `Bias` such as `alibi(slopes)`, or a sum of both. -inf hides a pair. Its gradient has its
+            own shape, is summed in fp32 and bit-equal from run to run.
         scale: factor of the scores, finite; default `1 / sqrt(head_dim)`.
+        softcap: c of `c tanh(s / c)`, which scores with their bias become; above 0.
+        sinks: float `[q_heads]` or `[q_heads, n]`, differentiable: logits of keys that every query sees and that have
+            no value. They are in lse.
+        dropout_p: probability that the weight of a pair becomes 0, in [0, 1) and as a multiple of 1 / 65536; others
+            are divided by what is left. The generator of torch decides, and lse is that of all pairs.
         is_causal: the same as `mask=causal()`, upper-left aligned; excludes `mask`.
-        return_lse: also return the log-sum-exp of the scaled scores, differentiable.
+        return_lse: also return the log-sum-exp of the scores, differentiable.
         deterministic: whether gradients must be bit-equal from run to run; None asks
             `torch.are_deterministic_algorithms_enabled()` when they are computed. Only `hopper` needs to be asked:
             its backward pass then takes up to a third longer.
@@ -99,10 +126,11 @@ def attention(
         q_heads, q_len]`, natural log, fp32, -inf where a query has no key.
 
     Raises:
-        ValueError: shape, dtype, device, scale, mask or backend that does not fit, naming it and what is allowed.
+        ValueError: shape, dtype, device, number, mask or backend that does not fit, naming it and what is allowed.
         TypeError: an argument of the wrong type, or a keyword of another library, naming what to write.
         NotImplementedError: a second or a forward-mode derivative, which `backend="reference"` has, or gradients
-            batched by `is_grads_batched`; the transforms `grad`, `vjp`, `jacrev` and `vmap` of `torch.func` work.
+            batched by `is_grads_batched`; the transforms `grad`, `vjp`, `jacrev` and `vmap` of `torch.func` work. With
+            a bias, softcap, sinks or dropout none of these.
         RuntimeError: while a CUDA graph is captured, a mask that would have to be packed.
 
     FlashAttention-2 (Dao, 2023) over the non-empty 128 x 128 tiles of the mask; equations in docs/kernels.md.
@@ -119,7 +147,13 @@ def attention(
     backends.check_name(backend)
     lazy = validate.fitting_mask(q, k, _CAUSAL if is_causal else mask)
     block_mask = mask_ops.pack_for(q, lazy, k.shape[2])
-    o, lse = ops.dispatch(q, k, v, block_mask, scale, backend, bool(deterministic))
+    scores = None
+    if bias is not None or softcap is not None or sinks is not None or dropout_p != 0.0:
+        q, k, scores = resolve(q, k, scale, bias, softcap, sinks, dropout_p)
+    if scores is None:
+        o, lse = ops.dispatch(q, k, v, block_mask, scale, backend, bool(deterministic))
+    else:
+        o, lse = score_ops.dispatch(q, k, v, block_mask, scale, backend, bool(deterministic), scores)
     return (o, lse) if return_lse else o
 
 
@@ -136,6 +170,8 @@ class Explanation:
     not_chosen: dict[str, str]
     # tiles, density and bytes of the mask, over the planes that it stores; None without a mask
     mask: Stats | None
+    # what happens to scores beside the mask, in words; None where nothing does
+    scores: str | None
     # multiply-adds count 2: forward of the whole call, over attended pairs and over the tiles that are visited
     pair_flops: int
     tile_flops: int
@@ -151,6 +187,8 @@ class Explanation:
             m = self.mask
             lines.append(f"tiles of 128 x 128: {m.empty} empty (skipped), {m.partial} partial, {m.full} full")
             lines.append(f"mask: {m.density:.1%} of pairs, {m.nbytes:,} bytes packed, {m.dense_bytes:,} dense")
+        if self.scores is not None:
+            lines.append(f"scores: {self.scores}")
         lines.append(
             f"forward: {self.pair_flops:.3e} FLOP over attended pairs, {self.tile_flops:.3e} over visited tiles"
         )
@@ -165,30 +203,38 @@ def explain(
     v: V,
     mask: Tensor | Mask | BlockMask | None = None,
     *,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     backend: backends.Backend | None = None,
     **unknown: Any,
 ) -> Explanation:
     """Which backend `attention` would run with these arguments, why not the others, and what the mask costs.
 
-    Packs the mask and reads it back, so it synchronises with the host. Raises what `attention` raises.
+    Packs the mask and reads it back, so it synchronises with the host. Raises what `attention` raises. Of dropout it
+    draws a seed, as the call would.
     """
     if unknown:
         validate.refuse_keywords(unknown)
     q, k, v = validate.autocast(q, k, v)
-    validate.check_call(q, k, v, scale, is_causal, mask, False, None)
+    scale = validate.check_call(q, k, v, scale, is_causal, mask, False, None)
     block_mask = mask_ops.pack_for(q, validate.fitting_mask(q, k, _CAUSAL if is_causal else mask), k.shape[2])
-    name = backends.choose(q, k, v, block_mask, backend).__name__.rpartition(".")[2]
-    reasons = backends.reasons(q, k, v, block_mask)
+    q, k, scores = resolve(q, k, scale, bias, softcap, sinks, dropout_p)
+    name = backends.choose(q, k, v, block_mask, backend, scores).__name__.rpartition(".")[2]
+    reasons = backends.reasons(q, k, v, block_mask, scores)
+    in_words = None if scores is None else scores.in_words()
     not_chosen = {n: r or f"{name} was preferred" for n, r in reasons.items() if n != name}
     per_pair = 2 * (q.shape[3] + v.shape[3])
     pairs = math.prod(q.shape[:3]) * k.shape[2]
-    splits = backends.splits(name, q, k, block_mask)
+    splits = backends.splits(name, q, k, block_mask) if scores is None else 1
     if block_mask is None:
-        return Explanation(name, not_chosen, None, pairs * per_pair, pairs * per_pair, splits)
+        return Explanation(name, not_chosen, None, in_words, pairs * per_pair, pairs * per_pair, splits)
     stats = block_mask.stats(q.shape[3])
     planes = block_mask.batch * block_mask.heads
     repeats = q.shape[0] * q.shape[1] // planes if planes else 0
     visited = (stats.partial + stats.full) * TILE * TILE * repeats
-    return Explanation(name, not_chosen, stats, round(pairs * stats.density) * per_pair, visited * per_pair, splits)
+    pair_flops = round(pairs * stats.density) * per_pair
+    return Explanation(name, not_chosen, stats, in_words, pair_flops, visited * per_pair, splits)

@@ -31,16 +31,18 @@ def scaled_dot_product_attention(
     Args:
         query, key, value: 2 to 4 dimensions, `[..., length, dim]`. A batch, or heads without `enable_gqa`, of 1 is that
             of all.
-        attn_mask: None or a bool tensor, True = attend, broadcastable to the scores; a float tensor of 0 and -inf, or
-            the least number of its dtype; or whatever `attention` takes. A query that sees nothing gives 0.
-        dropout_p: 0.0.
+        attn_mask: None or a bool tensor, True = attend, broadcastable to the scores; a float tensor, which is added to
+            them; or whatever `attention` takes as a mask. A float tensor of 0 and -inf, or the least number of its
+            dtype, is packed as a mask, unless it requires grad or a function is compiled. A query that sees nothing
+            gives 0.
+        dropout_p: as in `attention`.
         is_causal: upper-left aligned; excludes `attn_mask`.
         scale: default `1 / sqrt(head_dim)`.
         enable_gqa: allow fewer key and value heads than query heads.
 
     Raises:
-        ValueError: what `attention` raises, and for what it does not do: dropout, a float mask of other values, 5 or
-            more dimensions, head counts that differ without `enable_gqa`.
+        ValueError: what `attention` raises, and for what it does not do: 5 or more dimensions, head counts that differ
+            without `enable_gqa`.
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         validate.check_tensor(name, t)
@@ -49,14 +51,36 @@ def scaled_dot_product_attention(
                 f"{name} has shape {tuple(t.shape)}; allowed are 2 to 4 dimensions, as many as query, which has "
                 f"shape {tuple(query.shape)}"
             )
-    if dropout_p != 0.0:
-        raise ValueError(f"dropout_p is {dropout_p}; allowed is 0.0")
     query, key, value = _broadcast(query, key, value, enable_gqa)
-    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
-        attn_mask = additive_mask(attn_mask)
+    mask, bias = mask_and_bias(attn_mask)
+    if is_causal and attn_mask is not None:
+        raise ValueError("is_causal is True and attn_mask is given; allowed is one of them")
     lead = (None,) * (4 - query.dim())
-    o = attention(query[lead], key[lead], value[lead], attn_mask, is_causal=is_causal, scale=scale)
+    o = attention(
+        query[lead], key[lead], value[lead], mask, bias=bias, is_causal=is_causal, scale=scale, dropout_p=dropout_p
+    )
     return o.view(*query.shape[:-1], value.shape[-1])
+
+
+def mask_and_bias(attn_mask: Any) -> tuple[Any, Tensor | None]:
+    """A mask of torch as `attention` takes it: floats of 0 and -inf are a mask, and others a bias.
+
+    Floats are read once for as long as they hold the same, and not at all where gradients reach them or a function is
+    traced: there they are a bias.
+    """
+    if not isinstance(attn_mask, Tensor) or not attn_mask.is_floating_point():
+        return attn_mask, None
+    if mask_ops.is_traced() or attn_mask.requires_grad or mask_ops.has_no_values(attn_mask):
+        return None, attn_mask
+    found = cache.masks.build(("from_additive", "or None"), (attn_mask,), lambda: _additive_or_none(attn_mask))
+    return (None, attn_mask) if found is None else (found, None)
+
+
+def _additive_or_none(tensor: Tensor) -> Mask | None:
+    try:
+        return formats.from_additive(tensor)
+    except ValueError:
+        return None
 
 
 def additive_mask(tensor: Tensor) -> Mask:

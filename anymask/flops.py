@@ -27,6 +27,8 @@ def register() -> None:
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.anymask.forward: _forward_flops,
         torch.ops.anymask.backward: _backward_flops,
+        torch.ops.anymask.scored_forward: _forward_flops,
+        torch.ops.anymask.scored_backward: _backward_flops,
     }
     for op, formula in formulas.items():
         for registry in (library.flop_registry, *registries):

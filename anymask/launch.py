@@ -73,7 +73,8 @@ def int_key(n: int) -> Any:
 def args_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What Triton compiles a kernel for, of all its arguments, and more of those that it is told not to specialise on.
 
-    They are tensors, ints, tuples of ints, floats, None, and the descriptors of kernels that are not Gluon's.
+    They are tensors, ints, tuples of ints, floats, None, records (named tuples) of all these, and the descriptors of
+    kernels that are not Gluon's.
     """
     return tuple([_KEYS.get(type(arg), _other_key)(arg) for arg in args])
 
@@ -84,8 +85,15 @@ def _ints_key(numbers: tuple[int, ...]) -> tuple[Any, ...]:
 
 
 def _other_key(arg: Any) -> Any:
-    """Of a descriptor, or of a tensor of a class of its own."""
+    """Of a descriptor, a record of arguments, or a tensor of a class of its own."""
+    if isinstance(arg, tuple):
+        return tuple([_nested_key(x) for x in arg])
     return tensor_key(arg) if isinstance(arg, Tensor) else (type(arg), arg.base.dtype, *arg.block_shape)
+
+
+def _nested_key(arg: Any) -> Any:
+    """Of a member of a record, where tuples hold more than ints."""
+    return tuple(map(_nested_key, arg)) if isinstance(arg, tuple) else _KEYS.get(type(arg), _other_key)(arg)
 
 
 # by type, as asking `isinstance` for each in turn takes longer

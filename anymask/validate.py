@@ -19,14 +19,18 @@ LEAST = -1e4
 
 # keyword of another library -> what to do here
 _ELSEWHERE = {
-    **dict.fromkeys(("attn_mask", "attention_mask", "block_mask", "custom_mask", "attn_bias"), "write mask=..."),
+    **dict.fromkeys(("attn_mask", "attention_mask", "block_mask", "custom_mask"), "write mask=..., or bias=..."),
+    **dict.fromkeys(("attn_bias", "position_bias"), "write bias=..., or mask=... of a bool tensor"),
+    "alibi_slopes": "write bias=alibi(slopes)",
+    **dict.fromkeys(("logits_soft_cap", "attn_logit_softcapping", "soft_cap"), "write softcap=..."),
+    **dict.fromkeys(("s_aux", "attention_sinks", "sink"), "write sinks=..."),
     **dict.fromkeys(("softmax_scale", "sm_scale", "scaling"), "write scale=..."),
     "causal": "write is_causal=... or mask=causal()",
     **dict.fromkeys(("window_size", "window", "sliding_window"), "write mask=sliding_window(...)"),
     "cu_seqlens": "write mask=document(cu_seqlens=...)",
     "enable_gqa": "leave it out: k and v may have fewer heads than q",
-    **dict.fromkeys(("dropout_p", "dropout"), "leave it out: there is no dropout"),
-    "score_mod": "leave it out: masks are boolean, and a mask_mod is mask=from_function(mask_mod)",
+    "dropout": "write dropout_p=...",
+    "score_mod": "write bias=from_score_mod(score_mod); a mask_mod is mask=from_function(mask_mod)",
     **dict.fromkeys(("return_attn_probs", "return_softmax_lse"), "write return_lse=..."),
 }
 
@@ -35,7 +39,7 @@ def refuse_keywords(unknown: dict[str, Any]) -> None:
     """Raise TypeError for the first keyword that is not an argument."""
     for name in unknown:
         hint = _ELSEWHERE.get(name)
-        allowed = "mask, scale, is_causal, return_lse, deterministic and backend"
+        allowed = "mask, bias, scale, softcap, sinks, dropout_p, is_causal, return_lse, deterministic and backend"
         raise TypeError(f"{name} is no argument; " + (hint or f"allowed keywords are {allowed}"))
 
 

@@ -218,19 +218,19 @@ def test_cpu_memory_is_not_proportional_to_the_pairs(mask: str) -> None:
     with AllocationMode() as memory:
         run(i._replace(mask=block_mask), backend="cpu")
     # a step of scores in fp32; all pairs as bytes are 9 MiB, as fp32 36 MiB
-    assert memory.largest <= 4 * cpu.STEP_SCORES < 3072 * 3072
+    assert memory.largest <= 4 * cpu.steps.STEP_SCORES < 3072 * 3072
 
 
 def test_empty_tiles_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
-    steps = cpu._Call.steps
+    steps = cpu.Call.steps
 
     def counted(self: Any, line: Any) -> Any:
         for step in steps(self, line):
             computed.append(step.bias.shape[1] // 128 + step.n_full)
             yield step
 
-    monkeypatch.setattr(cpu._Call, "steps", counted)
+    monkeypatch.setattr(cpu.Call, "steps", counted)
     q = torch.randn(1, 1, 1024, 8)
     attention(q, q, q, causal() & ~causal(offset=-128), backend="cpu")
     # two tiles a line, one in the first

@@ -147,6 +147,20 @@ def test_new_documents_compile_nothing_new() -> None:
 
 
 @pytest.mark.compile
+def test_masks_that_are_made_of_opposites_inside() -> None:
+    rows = torch.randint(0, 140, (1, 1, 140, 1), dtype=torch.int32)
+
+    def call(q: Tensor) -> tuple[Tensor, Tensor]:
+        training = attention(q, q, q, anymask.block_diffusion(10, 70))
+        return training, attention(q, q, q, anymask.formats.from_startend_row_indices(rows, causal=True))
+
+    q = torch.randn(1, 2, 140, 8)
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    for a, b in zip(compiled(q), call(q), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("kind", [*_masks(2), "packed inside", "custom", "stand-in"])
 def test_no_graph_breaks_in_default_mode(kind: str) -> None:
     torch.compiler.reset()

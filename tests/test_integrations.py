@@ -54,13 +54,14 @@ class TestSdpa:
             assert not o[:, :, 3].any()
             assert o[:, :, 2].any()
 
-    def test_biases_are_refused(self) -> None:
-        q = torch.randn(1, 2, 5, 8)
-        for value in (-1.0, torch.nan, torch.inf, -1e4):
-            mask = torch.zeros(5, 5)
-            mask[2, 3] = value
-            with pytest.raises(ValueError, match="adds values other than 0 and -inf"):
-                scaled_dot_product_attention(q, q, q, mask)
+    @pytest.mark.parametrize("shape", [(5, 1), (5, 6), (4, 5, 6), (2, 1, 1, 6), (2, 4, 5, 6)])
+    def test_other_floats_are_a_bias(self, shape: tuple[int, ...]) -> None:
+        q, k, v = (torch.randn(2, 4, n, 8, requires_grad=True) for n in (5, 6, 6))
+        bias = torch.randn(shape, requires_grad=True)
+        both = scaled_dot_product_attention, F.scaled_dot_product_attention
+        torch.testing.assert_close(*[f(q, k, v, bias.detach()) for f in both])
+        ours, theirs = (torch.autograd.grad(f(q, k, v, bias).square().sum(), (q, k, v, bias)) for f in both)
+        torch.testing.assert_close(ours, theirs)
 
     def test_layers_read_a_float_mask_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[int] = []
@@ -88,9 +89,9 @@ class TestSdpa:
         q, seen = torch.randn(1, 2, 5, 8, requires_grad=True), torch.rand(5, 5) < 0.5
         compiled = torch.compile(call, backend=backend, fullgraph=True)
         mask = torch.zeros(5, 5).masked_fill(~seen, -torch.inf)
-        assert torch.equal(compiled(q, mask), call(q, mask))
-        with pytest.raises(ValueError, match="adds values other than 0 and -inf"):
-            compiled(q, torch.ones(5, 5))
+        torch.testing.assert_close(compiled(q, mask), call(q, mask))
+        bias = torch.randn(5, 5)
+        torch.testing.assert_close(compiled(q, bias), call(q, bias))
 
     @pytest.mark.parametrize(
         ("q", "k", "v", "gqa"),
@@ -232,12 +233,19 @@ def test_the_function_of_torch_comes_back() -> None:
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
-def test_dropout_of_a_module_is_refused() -> None:
-    module = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+def test_dropout_of_a_module_is_ours() -> None:
+    module = nn.MultiheadAttention(16, 4, dropout=0.5, batch_first=True)
+    x = torch.randn(2, 9, 16)
+    outputs = []
     with replace_sdpa():
-        module.eval()(torch.randn(2, 9, 16))
-        with pytest.raises(ValueError, match=r"dropout_p is 0.1; allowed is 0.0"):
-            module.train()(torch.randn(2, 9, 16))
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            outputs.append(module(x, x, x, need_weights=False)[0])
+    torch.manual_seed(0)
+    theirs = module(x, x, x, need_weights=False)[0]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], theirs)
 
 
 def assert_flex_agrees(mask: Any, theirs: Any, sizes: Any, **options: Any) -> None:

@@ -193,7 +193,7 @@ class TestPrecision:
         def fails(*_: Any) -> Any:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(anymask.backends.cpu._Call, "of", fails)
+        monkeypatch.setattr(anymask.backends.cpu.Call, "of", fails)
         with pytest.raises(ZeroDivisionError):
             attention(Q, K, V)
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"

@@ -1,10 +1,13 @@
 """The backends in order of preference, and how one is chosen.
 
-A backend is a module with three functions: `why_not(q, k, v, block_mask)` is None or the reason it cannot run the call;
-`forward(q, k, v, block_mask, sm_scale) -> (o, lse)`; `backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale,
-deterministic) -> (dq, dk, dv)`, bit-equal from run to run if `deterministic`. Inputs are validated, non-empty, and have
-a unit last stride; `block_mask` None means every pair. o lies in memory as q does, and gradients as what they are of
-(`anymask.layout`).
+A backend is a module with three functions: `why_not(q, k, v, block_mask, scores)` is None or the reason it cannot run
+the call; `forward(q, k, v, block_mask, sm_scale) -> (o, lse)`; `backward(q, k, v, o, lse, do, dlse, block_mask,
+sm_scale, deterministic) -> (dq, dk, dv)`, bit-equal from run to run if `deterministic`. Inputs are validated,
+non-empty, and have a unit last stride; `block_mask` None means every pair. o lies in memory as q does, and gradients as
+what they are of (`anymask.layout`).
+
+A backend that takes `scores` has them as the last argument of `forward`, and `backward_scores(*arguments of backward,
+scores, needs) -> ScoreGrads`, bit-equal from run to run. lse has the sinks in it, and is of the weights before dropout.
 """
 
 from functools import cache
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from anymask.backends.gpu import split
 from anymask.block_mask import BlockMask
+from anymask.scores import Scores
 
 # the first that can run a call does: on a GPU hopper is faster than triton, on a CPU cpu than Triton's interpreter;
 # reference runs anything, in memory proportional to q_len * kv_len
@@ -26,24 +30,33 @@ NAMES: tuple[Backend, ...] = get_args(Backend)
 @cache
 def load(name: str) -> ModuleType:
     """The backend's module, imported on first use: `hopper` and `triton` need Triton installed."""
-    return import_module(f"anymask.backends.{name}")
+    return import_module(f"{__name__}.{name}")
 
 
-def reasons(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> dict[str, str | None]:
+def reasons(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None
+) -> dict[str, str | None]:
     """For each backend in order: None if it can run the call, else why it cannot."""
-    return {name: load(name).why_not(q, k, v, block_mask) for name in NAMES}
+    return {name: load(name).why_not(q, k, v, block_mask, scores) for name in NAMES}
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, backend: str | None = None) -> ModuleType:
+def choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask | None,
+    backend: str | None = None,
+    scores: Scores | None = None,
+) -> ModuleType:
     """The backend to run: the named one, or the first that can.
 
     Raises:
         ValueError: the named backend is unknown, or cannot run the call (with its reason). It never falls back.
     """
     if backend is None:
-        return next(b for b in map(load, NAMES) if b.why_not(q, k, v, block_mask) is None)
+        return next(b for b in map(load, NAMES) if b.why_not(q, k, v, block_mask, scores) is None)
     check_name(backend)
-    reason = load(backend).why_not(q, k, v, block_mask)
+    reason = load(backend).why_not(q, k, v, block_mask, scores)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run this call: {reason}")
     return load(backend)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from anymask.mask import Mask
 from anymask.mask.expr import fold
 from anymask.mask.program import program_of
 from anymask.packing import pack
+
+# None, where tensors are found to be no mask
+Built = TypeVar("Built", Mask, Mask | None)
 
 MAX_ENTRIES = 64
 # of packed masks; the last one is kept whatever its size
@@ -65,7 +68,7 @@ class BuiltKey(NamedTuple):
 
 @dataclass(frozen=True)
 class _Built:
-    mask: Mask
+    mask: Mask | None
     storages: tuple[weakref.ref[Any], ...]
 
 
@@ -126,7 +129,7 @@ class MaskCache:
             self._entries.clear()
             self._built.clear()
 
-    def build(self, what: tuple[Hashable, ...], tensors: tuple[Tensor, ...], make: Callable[[], Mask]) -> Mask:
+    def build(self, what: tuple[Hashable, ...], tensors: tuple[Tensor, ...], make: Callable[[], Built]) -> Built:
         """`make()`, called now or before: a mask of what `tensors` hold, and of `what` says all the rest.
 
         Equal masks are one object, so that `pack` finds it again.
@@ -144,7 +147,8 @@ class MaskCache:
             built = self._built.get(key) if known else None
             if built is not None:
                 self._built.move_to_end(key)
-                return built.mask
+                found: Any = built.mask
+                return cast(Built, found)
         if device is not None and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "mask would be built from tensors, which waits for the GPU, while a CUDA graph is being captured; "

@@ -20,6 +20,7 @@ from anymask.testing.masks import MASKS as MASKS
 from anymask.testing.masks import NamedMask as NamedMask
 from anymask.testing.oracle import LAYOUTS as LAYOUTS
 from anymask.testing.oracle import Results as Results
+from anymask.testing.oracle import attend as attend
 from anymask.testing.oracle import eager as eager
 from anymask.testing.oracle import magnitudes as magnitudes
 from anymask.testing.oracle import make_qkv as make_qkv

@@ -91,6 +91,52 @@ def reference(
     return Results(o.detach(), lse.detach(), *grads)
 
 
+def attend(
+    q: Q,
+    k: K,
+    v: V,
+    mask: Tensor | BlockMask | None = None,
+    scale: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[O, LSE]:
+    """`(o, lse)` of dense attention with all that happens to scores, in fp64; autograd differentiates it in all inputs.
+
+    Args:
+        q, k, v, mask, scale: as of `reference`.
+        bias: floats broadcastable to `[batch, q_heads, q_len, kv_len]`; -inf hides a pair.
+        softcap: c of `c tanh(s / c)`.
+        sinks: `[q_heads]` or `[q_heads, n]`.
+        keep: what weights are multiplied by, which dropout makes 0 or more than 1; broadcastable like `bias`.
+    """
+    q, k, v = (t.double() for t in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    seen = _dense(mask, q, k)
+    s = (q @ k.repeat_interleave(group, dim=1).mT) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    if bias is not None:
+        seen = seen & (bias != -math.inf)
+        # no gradient and no NaN from pairs that are not seen
+        s = s + torch.where(seen, bias.double(), 0.0)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    has_key = seen.any(-1)
+    # far below any score: autograd never sees -inf - -inf
+    s = torch.where(seen, s, -1e30)
+    columns = s if sinks is None else torch.cat([s, _sink_columns(sinks.double(), s)], -1)
+    lse = torch.logsumexp(columns, -1)
+    p = torch.exp(s - lse[..., None]) * seen
+    o = (p if keep is None else p * keep) @ v.repeat_interleave(group, dim=1)
+    return o, lse if sinks is not None else lse.masked_fill(~has_key, -math.inf)
+
+
+def _sink_columns(sinks: Tensor, s: Tensor) -> Tensor:
+    """Sinks `[q_heads]` or `[q_heads, n]` as scores of further keys, `[batch, q_heads, q_len, n]`."""
+    return sinks.view(sinks.shape[0], 1, -1).expand(s.shape[0], -1, s.shape[2], -1)
+
+
 @torch.no_grad()
 def eager(
     q: Q, k: K, v: V, mask: Tensor | BlockMask | None, scale: float | None, do: O, dlse: LSE | None = None

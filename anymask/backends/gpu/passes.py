@@ -12,7 +12,10 @@ DELTA_ROWS = 64
 
 
 class BackwardCall(NamedTuple):
-    """Inputs of a gradient: `lse2` and `delta` as `launch_delta` gives them, and which rows have a pair (None: all)."""
+    """Inputs of a gradient: `lse2` and `delta` as `launch_delta` gives them, and which rows have a pair (None: all).
+
+    `terms`: kernels' `Terms` of the scores, and what q k is scaled by for them; None and 0.0 without any.
+    """
 
     q: Tensor
     k: Tensor
@@ -24,6 +27,8 @@ class BackwardCall(NamedTuple):
     kv_has_pair: Tensor | None
     block_mask: BlockMask | None
     sm_scale: float
+    terms: Any = None
+    qk_scale: float = 0.0
 
 
 def launch_delta(
@@ -60,12 +65,17 @@ def launch_delta(
     return lse2, delta
 
 
-def launch_dq(call: BackwardCall, dq: Tensor, constants: dict[str, Any], options: dict[str, Any]) -> None:
-    """Write dq, summed by rows of tiles; `constants` and `options` as `kernel_options` gives them."""
+def launch_dq(
+    call: BackwardCall, dq: Tensor, constants: dict[str, Any], options: dict[str, Any], sums: Tensor | None = None
+) -> None:
+    """Write dq, summed by rows of tiles; `constants` and `options` as `kernel_options` gives them.
+
+    `sums`: fp32 `[batch, q_heads, q_len]` for the sums of ds over keys, with a soft cap.
+    """
     from anymask.backends.gpu.kernels.dq import _bwd_dq_kernel
 
     grid = tiles_over(dq.shape[2]) * TILE // constants["BLOCK_M"], dq.shape[1], dq.shape[0]
-    launch_gradient(_bwd_dq_kernel, grid, call, "rows", (dq,), constants, options)
+    launch_gradient(_bwd_dq_kernel, grid, call, "rows", (dq,), constants, options, sums)
 
 
 def launch_gradient(
@@ -76,6 +86,7 @@ def launch_gradient(
     gradients: tuple[Tensor, ...],
     constants: dict[str, Any],
     options: dict[str, Any],
+    sums: Tensor | None = None,
 ) -> None:
     """Launch a kernel that walks the lists of `view`, "rows" or "cols", and writes `gradients`."""
     q, k, v, do = call.q, call.k, call.v, call.do
@@ -101,7 +112,9 @@ def launch_gradient(
             q.shape[2],
             k.shape[2],
             call.sm_scale,
-            call.sm_scale * LOG2_E,
+            call.sm_scale * LOG2_E if call.terms is None else call.qk_scale,
+            call.terms,
+            sums,
         ),
         constants,
         q.device,

@@ -29,6 +29,7 @@ from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descr
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard, launch
 from anymask.layout import empty_as
+from anymask.scores import Scores
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -41,8 +42,10 @@ NARROW = 128
 WARPGROUP_ROWS = 64
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
     """Why this backend cannot run the call, or None."""
+    if scores is not None:
+        return "the call has a bias, a softcap, sinks or dropout, which these kernels do not have"
     if not q.is_cuda:
         return f"the tensors are on {q.device}, the kernels run on a Hopper GPU"
     layout = tuple((t.stride(), t.data_ptr() % 16) for t in (q, k, v))

@@ -25,19 +25,22 @@ from anymask.backends.gpu.arguments import (
     padded_dim,
     plane_strides,
     source,
+    zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq, launch_gradient
+from anymask.backends.triton import scores as terms_of
 from anymask.backends.triton import tuning
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
 from anymask.layout import empty_as
+from anymask.scores import Needs, ScoreGrads, Scores
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
     """Why this backend cannot run the call, or None."""
     if not target.is_installed():
         return "Triton is not installed"
@@ -47,14 +50,18 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> st
         return f"head_dim is {q.shape[3]} and v_dim {v.shape[3]}, the kernels take up to {MAX_HEAD_DIM}"
     if max(q.shape[:2]) > MAX_GRID:
         return f"q has {q.shape[0]} samples and {q.shape[1]} heads, the kernels take up to {MAX_GRID} of each"
+    if reason := terms_of.why_not(scores):
+        return reason
     if not q.is_cuda:
         return None if target.interprets() else f"the tensors are on {q.device}, the kernels run on a GPU"
     return _too_old(q.device)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float, scores: Scores | None = None
+) -> tuple[Tensor, Tensor]:
     """`(o, lse)`."""
-    splits = split.count(q, k, block_mask)
+    splits = split.count(q, k, block_mask) if scores is None else 1
     if splits > 1:
         return split.forward(q, k, v, block_mask, sm_scale, splits, _allow_tf32(q))
     from anymask.backends.triton.kernels.forward import _fwd_kernel
@@ -63,10 +70,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     o = empty_as(q, v.shape[3])
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     kv_has_pair = _used(q, block_mask, "cols")
+    terms, qk_scale = None, (abs(sm_scale) or TINY_SCALE) * LOG2_E
+    if scores is not None:
+        terms, qk_scale = terms_of.kernel_terms(scores, sm_scale)
     with device_guard(q.device):
         current = target.current_target()
         use_tma = can_use_tma(current, (q, k, v), kv_has_pair)
-        constants, options = _options("fwd", head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q))
+        what = head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q), terms is not None
+        constants, options = _options("fwd", *what)
         block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
         launch_triton(
             _fwd_kernel,
@@ -85,11 +96,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
                 q_heads // k.shape[1],
                 q_len,
                 k.shape[2],
-                (abs(sm_scale) or TINY_SCALE) * LOG2_E,
+                qk_scale,
+                terms,
             ),
             {
                 **constants,
-                "IS_NEGATIVE": sm_scale < 0,
+                "IS_NEGATIVE": terms is None and sm_scale < 0,
                 "USE_ASM": current[0] == "cuda" and not target.interprets(),
             },
             q.device,
@@ -111,21 +123,60 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)`, bit-equal from run to run."""
-    from anymask.backends.triton.kernels.backward import _bwd_dkdv_kernel
-
-    batch, kv_heads, kv_len, head_dim = k.shape
     used = _used(q, block_mask, "rows"), _used(q, block_mask, "cols")
-    dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     with device_guard(q.device):
         call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), *used, block_mask, sm_scale)
-        current = target.current_target()
-        use_tma = can_use_tma(current, (q, k, v, do), *used)
-        what = head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q)
-        launch_dq(call, dq, *_options("dq", *what))
-        constants, options = _options("dkdv", *what)
-        grid = tiles_over(kv_len) * TILE // constants["BLOCK_N"], kv_heads, batch
-        launch_gradient(_bwd_dkdv_kernel, grid, call, "cols", (dk, dv), constants, options)
+        return _gradients(call)
+
+
+def backward_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    block_mask: BlockMask | None,
+    sm_scale: float,
+    deterministic: bool,
+    scores: Scores,
+    needs: Needs,
+) -> ScoreGrads:
+    """Gradients of q, k, v and of what `needs` names, bit-equal from run to run."""
+    used = _used(q, block_mask, "rows"), _used(q, block_mask, "cols")
+    if scores.sinks is not None:
+        # lse of a query without a key is that of its sink, so it does not say that do is unused
+        do = zero_unused_rows(do, block_mask, "rows")
+    with device_guard(q.device):
+        lse2, delta = launch_delta(o, do, lse, dlse)
+        terms, qk_scale = terms_of.kernel_terms(scores, sm_scale)
+        call = BackwardCall(q, k, v, do, lse2, delta, *used, block_mask, sm_scale, terms, qk_scale)
+        return terms_of.gradients(call, scores, needs, lse, dlse, _gradients, _options("bias", *_what(call)))
+
+
+def _gradients(
+    call: BackwardCall, q_sums: Tensor | None = None, k_sums: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dq, dk, dv)`; `q_sums` and `k_sums` are those of the kernels."""
+    from anymask.backends.triton.kernels.backward import _bwd_dkdv_kernel
+
+    q, k, v = call.q, call.k, call.v
+    dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
+    what = _what(call)
+    launch_dq(call, dq, *_options("dq", *what), q_sums)
+    constants, options = _options("dkdv", *what)
+    grid = tiles_over(k.shape[2]) * TILE // constants["BLOCK_N"], k.shape[1], k.shape[0]
+    launch_gradient(_bwd_dkdv_kernel, grid, call, "cols", (dk, dv), constants, options, k_sums)
     return dq, dk, dv
+
+
+def _what(call: BackwardCall) -> tuple[Any, ...]:
+    """What the options of a backward pass depend on."""
+    current = target.current_target()
+    use_tma = can_use_tma(current, (call.q, call.k, call.v, call.do), call.q_has_pair, call.kv_has_pair)
+    dims, is_scored = (call.q.shape[3], call.v.shape[3]), call.terms is not None
+    return *dims, call.q.element_size(), use_tma, current, _allow_tf32(call.q), is_scored
 
 
 def _used(q: Tensor, block_mask: BlockMask | None, view: str) -> Tensor | None:
@@ -150,10 +201,11 @@ def _options(
     use_tma: bool,
     current: tuple[str, int | str],
     allow_tf32: bool,
+    scored: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constants that every launch of pass `which` shares, and its options."""
     block_d, block_dv = padded_dim(head_dim), padded_dim(v_dim)
-    config = tuning.choose(*current, use_tma, itemsize, block_d, block_dv, which, allow_tf32)
+    config = tuning.choose(*current, use_tma, itemsize, block_d, block_dv, which, allow_tf32, scored)
     return kernel_options(config, head_dim, v_dim, use_tma)
 
 

@@ -146,6 +146,23 @@ FP32: dict[str, Rows] = {
 }
 
 
+# the same where scores are more than products: they need registers, and a bias memory
+SCORED: dict[str, Rows] = {
+    family: {
+        "fwd": {64: TileConfig(64, 128, 4, 2), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 1)},
+        "dq": {64: TileConfig(128, 64, 8, 2), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(128, 32, 8, 1)},
+        "dkdv": {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 128, 8, 2), 256: TileConfig(64, 64, 8, 1)},
+    }
+    for family in ("hopper", "hopper-pointers")
+}
+
+# blocks of the gradient of a bias of pairs, square: by the bytes of an input, then the padded dim; of every family
+BIAS: dict[int, dict[int, TileConfig]] = {
+    2: {128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 32, 4, 1)},
+    4: {128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
+}
+
+
 def family(backend: str, arch: int | str, use_tma: bool) -> str:
     """Table family of a Triton target: `("cuda", 90, True)` -> `"hopper"`."""
     if backend == "hip":
@@ -170,16 +187,21 @@ def choose(
     block_dv: int,
     which: str,
     allow_tf32: bool = False,
+    scored: bool = False,
 ) -> TileConfig:
-    """Config of pass `which` ("fwd", "dq", "dkdv") for inputs of `itemsize` bytes and a padded head_dim and v_dim.
+    """Config of pass `which` ("fwd", "dq", "dkdv", "bias") for inputs of `itemsize` bytes and a padded head_dim and v_dim.
 
-    With `allow_tf32`, fp32 products that would be several of a lower precision become one of TF32.
+    `scored`: with biases, soft cap or dropout. With `allow_tf32`, fp32 products that would be several of a lower precision become one of TF32.
     """
-    table = FP32 if itemsize == 4 else TABLE
-    rows = table[family(backend, arch, use_tma)][which]
+    table, name = FP32 if itemsize == 4 else TABLE, family(backend, arch, use_tma)
+    has_own = scored and itemsize == 2 and name in SCORED
+    rows = BIAS[itemsize] if which == "bias" else (SCORED if has_own else table)[name][which]
     larger = max(block_d, block_dv)
     row = min(key for key in rows if isinstance(key, int) and key >= larger)
     config = rows.get((block_d, block_dv)) or rows[row]
+    if scored and not has_own:
+        # a stage less leaves memory for a bias
+        config = replace(config, num_stages=max(1, config.num_stages - 1))
     if allow_tf32 and config.PRECISION != "ieee":
         config = replace(config, PRECISION="tf32")
     return config

@@ -2,8 +2,9 @@
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
-CPU, REFERENCE, OPS, VALIDATE, DROP_IN = (
-    f"anymask/{name}.py" for name in ("backends/cpu/__init__", "backends/reference", "ops", "validate", "drop_in")
+CPU, STEPS, REFERENCE, OPS, VALIDATE, DROP_IN = (
+    f"anymask/{name}.py"
+    for name in ("backends/cpu/__init__", "backends/cpu/steps", "backends/reference", "ops", "validate", "drop_in")
 )
 TRITON, FORWARD, BACKWARD = (
     f"anymask/backends/triton/{name}.py" for name in ("__init__", "kernels/forward", "kernels/backward")
@@ -29,21 +30,21 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "cpu: full tiles of later steps counted again",
-        CPU,
+        STEPS,
         "min(tile_row.full.numel() - first, chunk.numel())",
         "min(tile_row.full.numel(), chunk.numel())",
         seen_by("test_attention", "many_tiles_and_heads and cpu"),
     ),
     Mutant(
         "cpu: head of a group by the number of groups",
-        CPU,
+        STEPS,
         "plane_h % self.group,",
         "plane_h % self.k.shape[1] % self.group,",
         seen_by("test_attention", "test_heads and cpu-per_head and h14over2"),
     ),
     Mutant(
         "cpu: every row of tiles is steady",
-        CPU,
+        STEPS,
         "* k_norm <= STEADY)",
         "* k_norm <= STEADY * 1e9)",
         seen_by("test_attention", "far_from_zero and cpu and kv64"),
@@ -71,14 +72,14 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "cpu: unused keys of the first head alone",
-        CPU,
+        STEPS,
         "-1)[tile_row.plane]\n            by_tile",
         "-1)[0, 0]\n            by_tile",
         seen_by("test_attention", "unused_rows_that_differ and cpu and nan"),
     ),
     Mutant(
         "cpu: unused queries of the first head alone",
-        CPU,
+        STEPS,
         "[tile_row.plane][tile_row.rows, None]",
         "[0, 0][tile_row.rows, None]",
         seen_by("test_attention", "unused_rows_that_differ and cpu and nan"),
@@ -92,7 +93,7 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "cpu: tiles as many as a range taken for one",
-        CPU,
+        STEPS,
         "neighbours = stop - start == chunk.numel() and bool((chunk.diff() == 1).all())",
         "neighbours = stop - start == chunk.numel()",
         seen_by("test_planted_bugs", "tiles_that_alternate"),

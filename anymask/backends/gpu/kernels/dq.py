@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from anymask.backends.gpu.kernels.scores import Scoring, keep, score_gradient, score_pairs
 from anymask.backends.gpu.kernels.tiles import (
     Config,
     Entries,
@@ -18,9 +19,13 @@ from anymask.backends.gpu.kernels.tiles import (
 
 @triton.jit
 def _bwd_dq_loop(
-    dq, q_tile, do_tile, lse2, delta, k, v, entries, qk_scale, cfg: tl.constexpr, IS_PARTIAL: tl.constexpr
+    dq, row_sum, q_tile, do_tile, lse2, delta, k, v, entries, scoring, cfg: tl.constexpr, IS_PARTIAL: tl.constexpr
 ):
-    """Adds to `dq [BLOCK_M, BLOCK_D]` what the tiles of `entries` give, BLOCK_N keys at a time."""
+    """Adds to `dq [BLOCK_M, BLOCK_D]` what the tiles of `entries` give, BLOCK_N keys at a time.
+
+    With a soft cap, `row_sum [BLOCK_M]` is what a bias of the queries alone gets of them.
+    """
+    terms = scoring.terms
     BLOCK_N: tl.constexpr = cfg.BLOCK_N
     STEPS: tl.constexpr = cfg.TILE // BLOCK_N
     tile = load_tile_index(entries, entries.begin)
@@ -35,16 +40,28 @@ def _bwd_dq_loop(
         # [BLOCK_M, BLOCK_N]
         s = tl.dot(q_tile, k_tile.T, input_precision=cfg.PRECISION)
         dp = tl.dot(do_tile, v_tile.T, input_precision=cfg.PRECISION)
-        p = tl.math.exp2(s * qk_scale - lse2[:, None])
+        if terms is None:
+            p = tl.math.exp2(s * scoring.qk_scale - lse2[:, None])
+        else:
+            q_index = (scoring.start + tl.arange(0, cfg.BLOCK_M))[:, None]
+            k_index = (start_n + tl.arange(0, BLOCK_N))[None, :]
+            s, slope = score_pairs(s, scoring, q_index, k_index, q_tile.dtype == tl.float32)
+            p = tl.math.exp2(s - lse2[:, None])
         if IS_PARTIAL:
             if entries.words is None:
                 p = mask_tail(p, 0.0, start_n, k.length, BLOCK_N)
             else:
                 p = mask_pairs(p, 0.0, w, first_col, cfg.BLOCK_M, BLOCK_N, False)
                 w = load_tile_words(entries, (step + 1) // STEPS, cfg.BLOCK_M, cfg.TILE)
-        ds = p * (dp - delta[:, None])
+        if terms is None:
+            ds = p * (dp - delta[:, None])
+        else:
+            kept = keep(scoring, scoring.start, start_n, cfg.BLOCK_M, BLOCK_N, False)
+            ds = score_gradient(p, dp, delta[:, None], slope, kept, terms)
+            if len(terms.cap) == 1:
+                row_sum += tl.sum(ds, 1)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=cfg.PRECISION)
-    return dq
+    return dq, row_sum
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "q_heads", "group"])
@@ -76,6 +93,8 @@ def _bwd_dq_kernel(
     kv_len,
     sm_scale,
     qk_scale,
+    terms,
+    sums_ptr,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -86,7 +105,11 @@ def _bwd_dq_kernel(
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Writes `dq` of BLOCK_M queries of one head. Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). Equation (7)."""
+    """Writes `dq` of BLOCK_M queries of one head. Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). Equation (7).
+
+    `terms`: `Terms` of the scores, or None. `sums_ptr`, if not None, with a soft cap: fp32 `[batch, q_heads, q_len]`, the
+    gradient of a bias of the queries.
+    """
     pid_m = tl.program_id(0)
     off_h = tl.program_id(1)
     off_b = tl.program_id(2)
@@ -124,7 +147,12 @@ def _bwd_dq_kernel(
     values = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_has_pair)
     full = Entries(full_tiles, words, full_begin, full_end, first_row)
     partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
-    dq = _bwd_dq_loop(dq, q_tile, do_tile, lse2, delta, keys, values, full, qk_scale, cfg, False)
-    dq = _bwd_dq_loop(dq, q_tile, do_tile, lse2, delta, keys, values, partial, qk_scale, cfg, True)
+    scoring = Scoring(qk_scale, terms, off_b, off_h, q_len, kv_len, start_m)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    dq, row_sum = _bwd_dq_loop(dq, row_sum, q_tile, do_tile, lse2, delta, keys, values, full, scoring, cfg, False)
+    dq, row_sum = _bwd_dq_loop(dq, row_sum, q_tile, do_tile, lse2, delta, keys, values, partial, scoring, cfg, True)
     dq_rows = Operand(dq_ptr, dq_strides, off_b, off_h, q_len, None)
     store_tile(dq_rows, start_m, dq * sm_scale, HEAD_DIM, BLOCK_M, BLOCK_D)
+    if sums_ptr is not None:
+        sums_ptr += (off_b * q_heads + off_h).to(tl.int64) * q_len
+        tl.store(sums_ptr + offs_m, row_sum, mask=offs_m < q_len)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from anymask.backends.gpu.kernels.scores import Scoring, Stats, keep, score_gradient, score_pairs
 from anymask.backends.gpu.kernels.tiles import (
     Config,
     Entries,
@@ -19,18 +20,22 @@ from anymask.backends.gpu.kernels.tiles import (
 def _bwd_dkdv_loop(
     dk,
     dv,
+    col_sum,
     k_tile,
     v_tile,
     q,
     do,
-    lse2_row,
-    delta_row,
+    stats,
     entries,
-    qk_scale,
+    scoring,
     cfg: tl.constexpr,
     IS_PARTIAL: tl.constexpr,
 ):
-    """Adds to `dk`, `dv` what the tiles of `entries`, of a column, give, BLOCK_M queries at a time."""
+    """Adds to `dk`, `dv` what the tiles of `entries`, of a column, give, BLOCK_M queries at a time.
+
+    With `Terms`, `col_sum [BLOCK_N]` is what a bias of the keys alone gets of them.
+    """
+    terms = scoring.terms
     BLOCK_M: tl.constexpr = cfg.BLOCK_M
     STEPS: tl.constexpr = cfg.TILE // BLOCK_M
     tile = load_tile_index(entries, entries.begin)
@@ -43,19 +48,33 @@ def _bwd_dkdv_loop(
         q_tile = load_tile(q, start_m, cfg.HEAD_DIM, BLOCK_M, cfg.BLOCK_D, cfg.USE_TMA, False)
         do_tile = load_tile(do, start_m, cfg.V_DIM, BLOCK_M, cfg.BLOCK_DV, cfg.USE_TMA, False)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        lse2 = tl.load(lse2_row + offs_m)
+        lse2 = tl.load(stats.lse2 + offs_m)
         # [BLOCK_N, BLOCK_M], the transposed scores
         s = tl.dot(k_tile, q_tile.T, input_precision=cfg.PRECISION)
-        p = tl.math.exp2(s * qk_scale - lse2[None, :])
+        if terms is None:
+            p = tl.math.exp2(s * scoring.qk_scale - lse2[None, :])
+        else:
+            k_index = (scoring.start + tl.arange(0, cfg.BLOCK_N))[:, None]
+            s, slope = score_pairs(s, scoring, offs_m[None, :], k_index, q_tile.dtype == tl.float32)
+            p = tl.math.exp2(s - lse2[None, :])
         if IS_PARTIAL:
             p = mask_pairs(p, 0.0, w, first_col, cfg.BLOCK_N, BLOCK_M, False)
             w = load_tile_words(entries, (step + 1) // STEPS, cfg.BLOCK_N, cfg.TILE)
-        dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=cfg.PRECISION)
+        weights = p
+        if terms is not None:
+            kept = keep(scoring, start_m, scoring.start, BLOCK_M, cfg.BLOCK_N, True)
+            if len(terms.dropout) > 0:
+                weights = tl.where(kept, p, 0.0)
+        dv = tl.dot(weights.to(do_tile.dtype), do_tile, dv, input_precision=cfg.PRECISION)
         dp = tl.dot(v_tile, do_tile.T, input_precision=cfg.PRECISION)
-        delta = tl.load(delta_row + offs_m)
-        ds = p * (dp - delta[None, :])
+        delta = tl.load(stats.delta + offs_m)
+        if terms is None:
+            ds = p * (dp - delta[None, :])
+        else:
+            ds = score_gradient(p, dp, delta[None, :], slope, kept, terms)
+            col_sum += tl.sum(ds, 1)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=cfg.PRECISION)
-    return dk, dv
+    return dk, dv, col_sum
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "q_heads"])
@@ -89,6 +108,8 @@ def _bwd_dkdv_kernel(
     kv_len,
     sm_scale,
     qk_scale,
+    terms,
+    sums_ptr,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -101,7 +122,8 @@ def _bwd_dkdv_kernel(
 ):
     """Writes `dk`, `dv` of BLOCK_N keys of one kv head, summed over its group of query heads.
 
-    Grid: (kv tiles * TILE // BLOCK_N, kv_heads, batch). Equations (8) and (9).
+    Grid: (kv tiles * TILE // BLOCK_N, kv_heads, batch). Equations (8) and (9). `terms`: `Terms` of the scores, or None.
+    `sums_ptr`, if not None: fp32 `[batch, q_heads, kv_len]`, the gradient of a bias of the keys.
     """
     pid_n = tl.program_id(0)
     off_kvh = tl.program_id(1)
@@ -142,17 +164,26 @@ def _bwd_dkdv_kernel(
         padded = (off_b * q_heads + off_h).to(tl.int64) * (((q_len + TILE - 1) // TILE) * TILE)
         q_rows = Operand(q, q_strides, off_b, off_h, q_len, q_used)
         do_rows = Operand(do, do_strides, off_b, off_h, q_len, q_used)
-        lse2_row, delta_row = lse2_ptr + padded, delta_ptr + padded
+        stats = Stats(lse2_ptr + padded, delta_ptr + padded)
+        scoring = Scoring(qk_scale, terms, off_b, off_h, q_len, kv_len, start_n)
+        col_sum = tl.zeros([BLOCK_N], tl.float32)
         full = Entries(full_tiles, words, full_begin, full_end, first_row)
-        dk, dv = _bwd_dkdv_loop(
-            dk, dv, k_tile, v_tile, q_rows, do_rows, lse2_row, delta_row, full, qk_scale, cfg, False
+        dk, dv, col_sum = _bwd_dkdv_loop(
+            dk, dv, col_sum, k_tile, v_tile, q_rows, do_rows, stats, full, scoring, cfg, False
         )
         # without a mask every listed tile is full: rows beyond q_len have lse2 = inf
         if words is not None:
             partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
-            dk, dv = _bwd_dkdv_loop(
-                dk, dv, k_tile, v_tile, q_rows, do_rows, lse2_row, delta_row, partial, qk_scale, cfg, True
+            dk, dv, col_sum = _bwd_dkdv_loop(
+                dk, dv, col_sum, k_tile, v_tile, q_rows, do_rows, stats, partial, scoring, cfg, True
             )
+        if sums_ptr is not None:
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            sums = sums_ptr + (off_b * q_heads + off_h).to(tl.int64) * kv_len
+            tl.store(sums + offs_n, col_sum, mask=offs_n < kv_len)
+    if terms is not None:
+        if len(terms.dropout) > 0:
+            dv *= terms.dropout.scale
     dk_rows = Operand(dk_ptr, dk_strides, off_b, off_kvh, kv_len, None)
     dv_rows = Operand(dv_ptr, dv_strides, off_b, off_kvh, kv_len, None)
     store_tile(dk_rows, start_n, dk * sm_scale, HEAD_DIM, BLOCK_N, BLOCK_D)

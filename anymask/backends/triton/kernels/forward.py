@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from anymask.backends.gpu.kernels.scores import Scoring, keep, score_pairs
 from anymask.backends.gpu.kernels.softmax import softmax_step
 from anymask.backends.gpu.kernels.tiles import (
     LOG2_E,
@@ -27,7 +28,7 @@ def _fwd_loop(
     k,
     v,
     entries,
-    qk_scale,
+    scoring,
     cfg: tl.constexpr,
     IS_PARTIAL: tl.constexpr,
     IS_NEGATIVE: tl.constexpr,
@@ -47,7 +48,13 @@ def _fwd_loop(
         k_tile = load_tile(k, start_n, cfg.HEAD_DIM, BLOCK_N, cfg.BLOCK_D, cfg.USE_TMA, not IS_PARTIAL)
         # [BLOCK_M, BLOCK_N]
         s = tl.dot(q_tile, k_tile.T, input_precision=cfg.PRECISION)
-        if IS_NEGATIVE:
+        qk_scale = scoring.qk_scale
+        if scoring.terms is not None:
+            q_index = (scoring.start + tl.arange(0, cfg.BLOCK_M))[:, None]
+            k_index = (start_n + tl.arange(0, BLOCK_N))[None, :]
+            s, _ = score_pairs(s, scoring, q_index, k_index, q_tile.dtype == tl.float32)
+            qk_scale = 1.0
+        elif IS_NEGATIVE:
             s = -s
         if IS_PARTIAL:
             if entries.words is None:
@@ -56,6 +63,9 @@ def _fwd_loop(
                 s = mask_pairs(s, -float("inf"), w, first_col, cfg.BLOCK_M, BLOCK_N, USE_ASM)
                 w = load_tile_words(entries, (step + 1) // STEPS, cfg.BLOCK_M, cfg.TILE)
         p, m_i, l_i, acc = softmax_step(s, m_i, l_i, acc, qk_scale)
+        if scoring.terms is not None:
+            if len(scoring.terms.dropout) > 0:
+                p = tl.where(keep(scoring, scoring.start, start_n, cfg.BLOCK_M, BLOCK_N, False), p, 0.0)
         # [BLOCK_N, BLOCK_DV]
         v_tile = load_tile(v, start_n, cfg.V_DIM, BLOCK_N, cfg.BLOCK_DV, cfg.USE_TMA, not IS_PARTIAL)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=cfg.PRECISION)
@@ -86,6 +96,7 @@ def _fwd_kernel(
     q_len,
     kv_len,
     qk_scale,
+    terms,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -101,6 +112,7 @@ def _fwd_kernel(
     """Writes `o` and `lse` of BLOCK_M queries; equations (1) to (4) of docs/kernels.md.
 
     Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). `IS_NEGATIVE`: qk_scale is the magnitude of a negative scale.
+    `terms`: `Terms` of the scores, or None.
     """
     pid_m = tl.program_id(0)
     off_h = tl.program_id(1)
@@ -121,6 +133,11 @@ def _fwd_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     # [BLOCK_M, BLOCK_DV]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if terms is not None:
+        if len(terms.sinks) == 1:
+            # a sink is a key that every query sees first, whose value is 0
+            m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(terms.sinks[0] + off_h) * LOG2_E
+            l_i += 1.0
     if words is not None:
         row = plane * q_tiles + tile
         full_begin, full_end = tl.load(full_offsets + row), tl.load(full_offsets + row + 1)
@@ -135,8 +152,12 @@ def _fwd_kernel(
     values = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_has_pair)
     full = Entries(full_tiles, words, full_begin, full_end, first_row)
     partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
-    acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, full, qk_scale, cfg, False, IS_NEGATIVE, USE_ASM)
-    acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, partial, qk_scale, cfg, True, IS_NEGATIVE, USE_ASM)
+    scoring = Scoring(qk_scale, terms, off_b, off_h, q_len, kv_len, start_m)
+    acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, full, scoring, cfg, False, IS_NEGATIVE, USE_ASM)
+    acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, partial, scoring, cfg, True, IS_NEGATIVE, USE_ASM)
+    if terms is not None:
+        if len(terms.dropout) > 0:
+            acc *= terms.dropout.scale
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     store_tile(Operand(o_ptr, o_strides, off_b, off_h, q_len, None), start_m, acc, V_DIM, BLOCK_M, BLOCK_DV)
     offs_m = start_m + tl.arange(0, BLOCK_M)

@@ -1,0 +1,238 @@
+"""What scores need around the kernels: their terms as kernels take them, and the gradients of these terms.
+
+The gradient of a bias is the sum of ds over what shares the bias. Four ways, none of which depends on an order:
+
+- a bias of the keys alone: the dk, dv kernel sums its ds over queries on the way;
+- a bias of the queries alone, or of neither: rows of ds sum to 0 but for what dlse and the sinks add, which is known;
+  a soft cap breaks this, and the dq kernel sums its ds over keys;
+- a bias of pairs: a kernel makes ds again, block by block, and sums each over samples and heads that share it;
+- a table: the same kernel sums diagonals, or, where codes are not positions, chunks of pairs that torch then sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask.backends.gpu.arguments import LOG2_E, launch_triton, plane_strides, source
+from anymask.backends.gpu.passes import BackwardCall
+from anymask.block_mask import BlockMask
+from anymask.scores import Lookup, Needs, ScoreGrads, Scores, dropout
+from anymask.tiles import tiles_over
+
+# of a table's codes, pairs whose gradients exist at a time: 64 MiB
+CHUNK = 2**24
+# programs that fill a GPU, below which sums are made in parts
+PROGRAMS = 264
+# most parts of a sum, and the pairs that all of them may hold
+MAX_PARTS, MAX_PAIRS = 64, 2**24
+
+DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not(scores: Scores | None) -> str | None:
+    """Why the kernels cannot take the scores, or None."""
+    for term in () if scores is None else scores.dense:
+        if term.dtype not in DENSE_DTYPES:
+            return f"a bias is {term.dtype}, the kernels take {', '.join(map(str, DENSE_DTYPES))}"
+    return None
+
+
+def kernel_terms(scores: Scores, sm_scale: float) -> tuple[Any, float]:
+    """`Terms`, and what q k is scaled by for them."""
+    from anymask.backends.gpu.kernels.scores import Bias, Dropout, Table, Terms
+
+    dense = []
+    for t in scores.dense:
+        b, h, q, k = (() if size == 1 else (step,) for size, step in zip(t.shape, t.stride(), strict=True))
+        dense.append(Bias(t, sum(b), sum(h), q, k))
+    tables = [
+        Table(x.table, x.table.shape[1] if x.table.shape[0] > 1 else 0, () if x.is_diagonal else (x.q_code, x.k_code))
+        for x in scores.lookups
+    ]
+    factor, cap, drop = LOG2_E, (), ()
+    if scores.softcap:
+        factor, cap = 2 * LOG2_E / scores.softcap, (scores.softcap * LOG2_E,)
+    if scores.seed is not None:
+        p = scores.dropout_p
+        drop = Dropout(scores.seed, float(dropout.threshold(p)), dropout.keep_scale(p))
+    sinks = () if scores.sinks is None else (scores.sinks,)
+    return Terms(tuple(dense), tuple(tables), factor, cap, sinks, drop), sm_scale * factor
+
+
+def gradients(
+    call: BackwardCall,
+    scores: Scores,
+    needs: Needs,
+    lse: Tensor,
+    dlse: Tensor | None,
+    of_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    options: tuple[dict[str, Any], dict[str, Any]],
+) -> ScoreGrads:
+    """All gradients of a call: `of_qkv` launches those of q, k and v, `options` are those of `PairSums`."""
+    shapes = [t.shape for t, needed in zip(scores.dense, needs.dense, strict=True) if needed]
+    q_sums = k_sums = None
+    if scores.softcap and any(shape[3] == 1 for shape in shapes):
+        q_sums = torch.empty_like(lse)
+    if any(shape[2] == 1 < shape[3] for shape in shapes):
+        k_sums = lse.new_empty(*lse.shape[:2], call.k.shape[2])
+    dq_dk_dv = of_qkv(call, q_sums, k_sums)
+    # whole tiles, of which the last may be longer than the queries
+    delta = call.delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
+    if q_sums is None:
+        q_sums = row_gradient(scores, lse, delta, dlse)
+    pairs = PairSums(call, *options)
+
+    def of_dense(shape: torch.Size) -> Tensor:
+        if shape[3] == 1:
+            return sum_to(q_sums[..., None], shape).contiguous()
+        if shape[2] == 1:
+            assert k_sums is not None
+            return sum_to(k_sums[:, :, None], shape).contiguous()
+        return pairs.of_pairs(shape[0], shape[1])
+
+    def of_table(x: Lookup) -> Tensor:
+        return pairs.of_diagonals(x.table.shape[0]) if x.is_diagonal else pairs.of_codes(x)
+
+    return ScoreGrads(
+        *dq_dk_dv,
+        tuple(of_dense(t.shape) if needed else None for t, needed in zip(scores.dense, needs.dense, strict=True)),
+        tuple(of_table(x) if needed else None for x, needed in zip(scores.lookups, needs.tables, strict=True)),
+        sink_gradient(scores.sinks, lse, delta) if scores.sinks is not None and needs.sinks else None,
+    )
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """fp32 `[q_heads]`: a sink is a key whose value is 0; `delta` `[batch, q_heads, q_len]`."""
+    return -(_sink_weights(sinks, lse) * delta).sum((0, 2))
+
+
+def _sink_weights(sinks: Tensor, lse: Tensor) -> Tensor:
+    """The share of each row that its sink has; 0 where nothing, not even a sink, is in the denominator."""
+    return torch.exp(sinks[:, None] - lse.masked_fill(lse == -math.inf, math.inf))
+
+
+def row_gradient(scores: Scores, lse: Tensor, delta: Tensor, dlse: Tensor | None) -> Tensor:
+    """Sums of ds over keys without a soft cap: exactly dlse, and what the sinks leave; `[batch, q_heads, q_len]`."""
+    rows = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -math.inf, 0.0)
+    if scores.sinks is not None:
+        rows = rows + _sink_weights(scores.sinks, lse) * delta
+    return rows
+
+
+def sum_to(t: Tensor, shape: torch.Size) -> Tensor:
+    """The sum over dimensions that are 1 in `shape`."""
+    shared = [d for d in range(4) if shape[d] == 1 and t.shape[d] > 1]
+    return t.sum(shared, keepdim=True) if shared else t
+
+
+class PairSums:
+    """Launches of the kernel that sums ds over what shares a bias of pairs, for one backward pass."""
+
+    def __init__(self, call: BackwardCall, constants: dict[str, Any], options: dict[str, Any]) -> None:
+        """`constants` and `options` as `kernel_options` gives them; blocks are square."""
+        self._call, self._constants, self._options = call, constants, options
+        self._block: int = constants["BLOCK_M"]
+        self._batch, self._heads, self._q_len = call.q.shape[:3]
+        self._kv_len = call.k.shape[2]
+
+    @cached_property
+    def _map(self) -> Tensor | None:
+        return None if self._call.block_mask is None else tile_map(self._call.block_mask)
+
+    def of_pairs(self, batch: int, heads: int, first: int = 0, rows: int | None = None) -> Tensor:
+        """fp32 `[batch, heads, rows, kv_len]`, `batch` and `heads` 1 or all; `rows` from query `first` on."""
+        rows = self._q_len if rows is None else rows
+        places = -(-rows // self._block) * -(-self._kv_len // self._block)
+        shape = batch, heads, rows, self._kv_len
+        return self._sum(places, shape, (batch, heads), first, False)
+
+    def of_diagonals(self, heads: int) -> Tensor:
+        """fp32 `[heads, q_len + kv_len - 1]`: entry `i - j + kv_len - 1`."""
+        q_blocks, kv_blocks = (-(-length // self._block) for length in (self._q_len, self._kv_len))
+        diagonals = q_blocks + kv_blocks - 1
+        sums = self._sum(diagonals, (heads, diagonals, 2, self._block), (1, heads), 0, True).flip(1)
+        # the second half of a diagonal of blocks has the entries of the first half of the next
+        found = sums.new_zeros(heads, diagonals + 1, self._block)
+        found[:, :-1] = sums[:, :, 0]
+        found[:, 1:] += sums[:, :, 1]
+        # flipped, the first diagonal starts at keys of the last block: entries of keys beyond the end come first
+        start = kv_blocks * self._block - self._kv_len
+        return found.flatten(1)[:, start : start + self._q_len + self._kv_len - 1]
+
+    def of_codes(self, lookup: Lookup) -> Tensor:
+        """fp32 of the table's shape, by chunks of queries."""
+        heads, entries = lookup.table.shape
+        found = lookup.table.new_zeros(entries, heads)
+        rows = max(1, CHUNK // (heads * self._kv_len) // self._block) * self._block
+        for first in range(0, self._q_len, rows):
+            count = min(rows, self._q_len - first)
+            sums = self.of_pairs(1, heads, first, count).view(heads, -1).mT
+            entry = lookup.q_code[first : first + count, None] - lookup.k_code
+            # sorts the entries, so that the order of a sum does not vary
+            found.index_put_((entry.flatten().long(),), sums.contiguous(), accumulate=True)
+        return found.mT.contiguous()
+
+    def _sum(self, places: int, shape: tuple[int, ...], outputs: tuple[int, int], first: int, diagonal: bool) -> Tensor:
+        from anymask.backends.triton.kernels.bias import _bwd_bias_kernel
+
+        call, constants, size = self._call, self._constants, math.prod(shape)
+        batch, heads = outputs
+        samples, each = self._batch // batch, self._heads // heads
+        parts = min(MAX_PARTS, samples * each, max(1, PROGRAMS // (places * batch * heads)), max(1, MAX_PAIRS // size))
+        out = call.lse2.new_empty((parts, *shape))
+        q, k, v, do = call.q, call.k, call.v, call.do
+        use_tma, rows, keys = constants["USE_TMA"], constants["BLOCK_M"], constants["BLOCK_N"]
+        launch_triton(
+            _bwd_bias_kernel,
+            (places, batch * heads, parts),
+            (
+                source(q, use_tma, rows, constants["BLOCK_D"]),
+                source(k, use_tma, keys, constants["BLOCK_D"]),
+                source(v, use_tma, keys, constants["BLOCK_DV"]),
+                source(do, use_tma, rows, constants["BLOCK_DV"]),
+                call.lse2,
+                call.delta,
+                out,
+                *(t.stride()[:3] for t in (q, k, v, do)),
+                self._map,
+                None if call.block_mask is None else call.block_mask.rows.words,
+                plane_strides(call.block_mask),
+                self._heads,
+                self._heads // k.shape[1],
+                self._q_len,
+                self._kv_len,
+                samples,
+                each,
+                heads,
+                first // self._block,
+                0 if diagonal else shape[2],
+                call.qk_scale,
+                call.terms,
+            ),
+            {**constants, "IS_DIAGONAL": diagonal},
+            q.device,
+            self._options,
+        )
+        return out.sum(0) if parts > 1 else out[0]
+
+
+def tile_map(block_mask: BlockMask) -> Tensor:
+    """int32 `[planes * q tiles, kv tiles]`: -1 for empty tiles, 2**31 - 1 for full ones, the number of a partial one."""
+    rows, kv_tiles = block_mask.rows, tiles_over(block_mask.kv_len)
+    found = torch.full((rows.full_offsets.numel() - 1, kv_tiles), -1, dtype=torch.int32, device=block_mask.device)
+    numbers = torch.arange(found.shape[0], device=found.device)
+
+    def places(offsets: Tensor, tiles: Tensor) -> Tensor:
+        # told the size, torch need not wait for the GPU
+        return numbers.repeat_interleave(offsets.diff().long(), output_size=tiles.numel()) * kv_tiles + tiles
+
+    flat, partial = found.view(-1), torch.arange(rows.partial_tiles.numel(), dtype=torch.int32, device=found.device)
+    flat.index_fill_(0, places(rows.full_offsets, rows.full_tiles), 2**31 - 1)
+    flat.index_copy_(0, places(rows.partial_offsets, rows.partial_tiles), partial)
+    return found

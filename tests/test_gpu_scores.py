@@ -1,0 +1,125 @@
+"""Scores on a GPU: every kind of bias, soft cap, sinks and dropout, by dtype and mask, against fp64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from anymask.backends import triton as backend
+from tests.helpers import scored
+from tests.helpers.grid import BF16, F16, F32
+from tests.helpers.scored import DENSE
+
+pytestmark = pytest.mark.gpu
+KINDS: dict[str, dict[str, Any]] = {
+    **{name: {"dense": (name,)} for name in DENSE},
+    "hidden": {"dense": ("shared",), "hidden": 0.5},
+    "relative": {"tables": ("relative",)},
+    "relative_shared": {"tables": ("relative_shared",)},
+    "window": {"tables": ("window",)},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "dropout": {"dropout_p": 0.2},
+    "everything": {
+        "dense": ("by_sample", "keys_by_head", "queries"), "tables": ("relative_shared", "window"),
+        "softcap": 3.0, "sinks": True, "dropout_p": 0.1, "hidden": 0.1,
+    },
+}  # fmt: skip
+MASK_NAMES = ["none", "causal", "random", "empty_rows", "per_batch_head"]
+SHAPE = 2, 4, 2, 300, 350
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("mask", MASK_NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str, mask: str, dtype: torch.dtype, device: str) -> None:
+    call = scored.make_call(mask, shape=SHAPE, dims=(64, 64), dtype=dtype, device=device, **KINDS[kind])
+    first, second = (scored.check(backend, call) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), f"{name} has other bits in a second run"
+
+
+@pytest.mark.parametrize("dims", [(32, 32), (72, 40), (128, 128), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("kind", ["by_head", "everything"])
+def test_head_dims(kind: str, dims: tuple[int, int], device: str) -> None:
+    scored.check(backend, scored.make_call("causal", shape=SHAPE, dims=dims, device=device, **KINDS[kind]))
+
+
+# shapes of which others' threads say that they fail: batch, q_heads, kv_heads, q_len, kv_len
+UNALIGNED = [
+    ((133, 8, 8, 77, 77), F16, "full"),
+    ((2, 4, 4, 43, 43), F16, "full"),
+    ((2, 4, 4, 64, 43), F16, "by_head"),
+    ((2, 4, 4, 350, 700), BF16, "full"),
+    ((2, 4, 4, 350, 700), BF16, "by_sample"),
+    ((1, 2, 2, 4095, 4095), BF16, "full"),
+    ((1, 2, 1, 129, 4095), F16, "shared"),
+    ((2, 3, 3, 257, 257), F16, "shared"),
+    ((5, 3, 3, 200, 331), F16, "keys"),
+    ((2, 4, 4, 200, 331), BF16, "heads"),
+    ((2, 4, 4, 1, 331), F16, "full"),
+    ((2, 4, 4, 331, 1), F16, "full"),
+    ((1, 8, 8, 77, 77), F32, "full"),
+    ((2, 4, 2, 43, 350), F32, "by_head"),
+    ((16, 1, 1, 1024, 1024), F16, "shared"),
+    ((2, 4, 4, 100, 77), F16, "one"),
+    ((3, 2, 2, 350, 43), BF16, "queries"),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "kind"), UNALIGNED, ids=str)
+def test_unaligned(shape: tuple[int, ...], dtype: torch.dtype, kind: str, device: str) -> None:
+    scored.check(backend, scored.make_call("none", (kind,), shape=shape, dims=(80, 80), dtype=dtype, device=device))
+
+
+def test_learnable_bias_of_many_heads(device: str) -> None:
+    call = scored.make_call(
+        "none", ("by_head",), shape=(1, 16, 16, 4096, 4096), dims=(80, 80), dtype=BF16, device=device
+    )
+    _, _, grads = scored.run(backend, call)
+    # fp64 of all heads at once would not fit
+    for head in (0, 15):
+        one = slice(head, head + 1)
+        part = scored.Call(
+            *(t[:, one] for t in (call.q, call.k, call.v, call.do)), call.dlse[:, one], None, None, call.scale,
+            scored.Scores((call.scores.dense[0][:, one],)),
+        )  # fmt: skip
+        want = scored.expected(part)[2].dense[0]
+        got = grads.dense[0][:, one]
+        assert float((got - want).norm()) <= 1.5e-2 * float(want.norm())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (3, 2, 1, 0), (2, 0, 3, 1)], ids=str)
+@pytest.mark.parametrize("bias_dtype", [F16, BF16, F32], ids=str)
+def test_strides_and_dtypes_of_a_bias(order: tuple[int, ...], bias_dtype: torch.dtype, device: str) -> None:
+    call = scored.make_call("causal", ("full",), shape=SHAPE, dims=(64, 64), bias_dtype=bias_dtype, device=device)
+    bias = call.scores.dense[0]
+    laid = bias.permute(order).contiguous().permute([order.index(d) for d in range(4)])
+    got = scored.check(backend, scored.without(call, dense=(laid,)))
+    want = scored.named(scored.run(backend, call))
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+def test_a_sliced_bias_that_lies_unaligned(device: str) -> None:
+    call = scored.make_call("none", ("by_head",), shape=SHAPE, dims=(64, 64), device=device)
+    bias = call.scores.dense[0]
+    wide = torch.full((1, 4, 303, 355), math.nan, device=device, dtype=F16)
+    wide[:, :, 2:302, 1:351] = bias
+    scored.check(backend, scored.without(call, dense=(wide[:, :, 2:302, 1:351],)))
+
+
+def test_nan_of_a_hidden_pair_reaches_nothing(device: str) -> None:
+    for softcap in (0.0, 2.0):
+        call = scored.make_call(
+            "random", ("by_head", "shared"), shape=SHAPE, dims=(64, 64), device=device, softcap=softcap
+        )
+        assert call.dense_mask is not None
+        unused = ~call.dense_mask.any(0, keepdim=True)
+        first = call.scores.dense[0].masked_fill(unused, math.nan)
+        second = call.scores.dense[1].clone()
+        first[..., 5, 9], second[..., 5, 9] = math.nan, -math.inf
+        scored.check(backend, scored.without(call, dense=(first, second)))
