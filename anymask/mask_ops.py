@@ -16,12 +16,17 @@ from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.program import mask_from_program, program_of
 from anymask.mask.traced import unknown_size
-from anymask.packing import cache, pack
+from anymask.packing import cache, pack, slice_queries
 from anymask.tiles import TILE, WORDS
 
 _LIBRARY = torch.library.Library("anymask", "FRAGMENT")
 _LIBRARY.define(
     "pack(int[] nodes, SymInt[] numbers, Tensor[] tensors, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]"
+)
+_LIBRARY.define("slice_queries(Tensor[] mask, SymInt q_len, SymInt kv_len, SymInt start, SymInt stop) -> Tensor[]")
+_LIBRARY.define(
+    "slice_planes(Tensor[] mask, SymInt q_len, SymInt kv_len, SymInt batch_start, SymInt batch_stop, "
+    "SymInt heads_start, SymInt heads_stop) -> Tensor[]"
 )
 _LIBRARY.define("attended(Tensor mask) -> Tensor")
 _LIBRARY.define("seen(Tensor additive) -> Tensor")
@@ -107,6 +112,29 @@ def _unknown_mask(batch: int, heads: int, device: torch.device) -> list[Tensor]:
 
     has_pair = [empty(batch, heads, unknown_size(), dtype=torch.uint8) for _ in range(2)]
     return [empty(unknown_size()), empty(2, unknown_size(), TILE, WORDS), *has_pair]
+
+
+@torch.library.impl("anymask::slice_queries", "CompositeExplicitAutograd")
+def _slice_queries(mask: list[Tensor], q_len: int, kv_len: int, start: int, stop: int) -> list[Tensor]:
+    return _outputs(slice_queries(BlockMask.from_tensors(mask, q_len, kv_len), start, stop))
+
+
+@torch.library.register_fake("anymask::slice_queries")
+def _slice_queries_fake(mask: list[Tensor], q_len: int, kv_len: int, start: int, stop: int) -> list[Tensor]:
+    has_pair = mask[2]
+    return _unknown_mask(has_pair.shape[0], has_pair.shape[1], has_pair.device)
+
+
+@torch.library.impl("anymask::slice_planes", "CompositeExplicitAutograd")
+def _slice_planes(mask: list[Tensor], q_len: int, kv_len: int, *bounds: int) -> list[Tensor]:
+    batch, heads = slice(*bounds[:2]), slice(*bounds[2:])
+    # the words of samples are a view
+    return [t.clone() for t in BlockMask.from_tensors(mask, q_len, kv_len)[batch, heads].tensors()]
+
+
+@torch.library.register_fake("anymask::slice_planes")
+def _slice_planes_fake(mask: list[Tensor], q_len: int, kv_len: int, *bounds: int) -> list[Tensor]:
+    return _unknown_mask(bounds[1] - bounds[0], bounds[3] - bounds[2], mask[0].device)
 
 
 def _attended_kernel(mask: Tensor) -> Tensor:

@@ -130,6 +130,9 @@ def test_models_of_text_sound_and_images(name: str, monkeypatch: pytest.MonkeyPa
     assert calls
 
 
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+# older ones have no such function
+REMAPPED = getattr(masking, "remap_positions_for_packed_sequence", lambda fn, positions: fn)
 FUNCTIONS: dict[str, Any] = {
     "causal": lambda length: masking.causal_mask_function,
     "bidirectional": lambda length: masking.bidirectional_mask_function,
@@ -140,9 +143,7 @@ FUNCTIONS: dict[str, Any] = {
         masking.causal_mask_function, masking.blockwise_overlay((torch.arange(3 * length).view(3, -1) // 4) % 3 - 1)
     ),
     "packed": lambda length: masking.and_masks(
-        masking.remap_positions_for_packed_sequence(
-            masking.sliding_window_causal_mask_function(3), torch.arange(length).expand(3, -1) % 7
-        ),
+        REMAPPED(masking.sliding_window_causal_mask_function(3), torch.arange(length).expand(3, -1) % 7),
         masking.packed_sequence_mask_function(torch.arange(length).expand(3, -1) // 7),
     ),
     "custom": lambda length: masking.and_masks(masking.causal_mask_function, lambda b, h, q, k: (q + k + b) % 3 > 0),
@@ -219,6 +220,8 @@ def _llama(**changes: Any) -> list[torch.nn.Module]:
     ids=lambda o: "-".join(map(str, o)) or "greedy",
 )
 def test_generation_gives_the_same_tokens(name: str, options: dict[str, Any]) -> None:
+    if name == "llama4_text" and "cache_implementation" in options and VERSION < (5, 24):
+        pytest.skip("this transformers gives chunked masks an argument that they do not take")
     config = transformers.AutoConfig.for_model(name, **{**SMALL, **DECODERS[name]})
     models = twins(transformers.AutoModelForCausalLM, config)
     options = {**options, "disable_compile": True, "max_new_tokens": 12, "do_sample": False}

@@ -15,7 +15,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from anymask.block_mask import parts, text
 from anymask.block_mask.bits import unpack_bits
@@ -88,6 +87,10 @@ class BlockMask:
     # indexing alone would make Python iterate over samples, and a shared mask would end after the first
     __iter__ = None
 
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            _masks.setdefault(id(self.lists), self)
+
     @property
     def rows(self) -> TileLists:
         """The tiles by query tiles; parts of the mask's tensors."""
@@ -106,7 +109,6 @@ class BlockMask:
         # not while torch traces: what is made there is no tensor
         if not torch.compiler.is_compiling():
             self.__dict__[f"_{view}"] = found
-            _masks[id(self.lists)] = self
         return found
 
     @staticmethod
@@ -322,6 +324,11 @@ class BlockMask:
         heads = plane_range(given[1], self.heads, "heads") if len(given) > 1 else range(self.heads)
         if (len(batch), len(heads)) == (self.batch, self.heads):
             return self
+        if torch.compiler.is_compiling():
+            # an operator of `anymask.mask_ops`, which compilers do not look into
+            bounds = batch.start, batch.stop, heads.start, heads.stop
+            tensors = torch.ops.anymask.slice_planes(self.tensors(), self.q_len, self.kv_len, *bounds)
+            return BlockMask(self.q_len, self.kv_len, *tensors)
         return BlockMask.of_views(
             self.q_len, self.kv_len, *select_planes(self.rows, self.cols, self.words, batch, heads)
         )
@@ -357,12 +364,12 @@ class BlockMask:
 
     @staticmethod
     def from_tensors(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask:
-        """Inverse of `tensors`; where they are those of a mask that is in use, that mask, whose views are there."""
+        """Inverse of `tensors`; where they are those of a mask that is there, that mask, which may have its views."""
         known = _masks.get(id(tensors[0]))
-        if known is not None and (known.q_len, known.kv_len) == (q_len, kv_len):
-            lists, words, q_has_pair, kv_has_pair = tensors
-            of_rows = known.lists is lists and known.q_has_pair is q_has_pair
-            if of_rows and known.words is words and known.kv_has_pair is kv_has_pair:
+        if known is not None and known.lists is tensors[0] and known.words is tensors[1]:
+            # torch makes those without elements anew
+            same = all(a is b or _is_same(a, b) for a, b in zip(known.tensors()[2:], tensors[2:], strict=True))
+            if same and (known.q_len, known.kv_len) == (q_len, kv_len):
                 return known
         return BlockMask(q_len, kv_len, *tensors)
 
@@ -375,6 +382,7 @@ class BlockMask:
             # as it was pickled when the views were fourteen tensors of their own
             state = vars(BlockMask.of_views(**state))
         self.__dict__.update(state)
+        self.__post_init__()
 
     def __str__(self) -> str:
         kinds = self.tile_kinds()
@@ -393,6 +401,10 @@ class BlockMask:
         )
 
 
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
+
+
 def _device(device: Any) -> torch.device:
     if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
         raise TypeError(
@@ -407,44 +419,8 @@ def _device(device: Any) -> torch.device:
 TENSORS = "lists", "words", "q_has_pair", "kv_has_pair"
 # of the tensors of both views, as files have them
 NAMES = [f"{view}.{name}" for view in ("rows", "cols") for name in FIELDS]
-# masks whose views were asked for, by the id of `lists`
+# all masks, by the id of `lists`
 _masks: WeakValueDictionary[int, BlockMask] = WeakValueDictionary()
 
-
-def _put_together(tensors: Any, lengths: tuple[int, int]) -> BlockMask:
-    """A mask of whatever; if of tensors, those of one mask, which what splits each would not notice.
-
-    Raises:
-        ValueError: tensors of shapes that are never together.
-    """
-    mask = BlockMask(*lengths, *tensors)
-    # traced sizes are numbers to be, and a comparison would bind them
-    if torch.compiler.is_compiling() or not all(isinstance(t, Tensor) for t in tensors):
-        return mask
-    if any(not isinstance(n, int) for n in (*lengths, *(n for t in mask.tensors() for n in t.shape))):
-        return mask
-    wrong = parts.wrong_tensor(mask.tensors(), *lengths)
-    if wrong:
-        raise ValueError(
-            f"a BlockMask was put together from tensors that do not fit: {wrong} has shape "
-            f"{tuple(getattr(mask, wrong).shape)} beside q_has_pair of shape {tuple(mask.q_has_pair.shape)}. "
-            "Micro-batches of torch.distributed.pipelining split each of its tensors along dimension 0; keep it "
-            "out of what they split, and cut it by block_mask[i:j]"
-        )
-    return mask
-
-
-pytree.register_pytree_node(
-    BlockMask,
-    lambda m: (m.tensors(), (m.q_len, m.kv_len)),
-    _put_together,
-    serialized_type_name="anymask.BlockMask",
-    to_dumpable_context=list,
-    from_dumpable_context=tuple,
-    flatten_with_keys_fn=lambda m: (
-        [(pytree.GetAttrKey(name), t) for name, t in zip(TENSORS, m.tensors(), strict=True)],
-        (m.q_len, m.kv_len),
-    ),
-)
 # for torch.load with weights_only, its default
 torch.serialization.add_safe_globals([BlockMask, TileLists])

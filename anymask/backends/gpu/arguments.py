@@ -16,6 +16,8 @@ from anymask.tiles import TILE
 
 # of a launch grid's second and third axis, which are heads and samples
 MAX_GRID = 65535
+# any positive scale whose products round to 0 stands for 0, since 0 * -inf would be NaN
+TINY_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
