@@ -11,8 +11,9 @@ from torch import Tensor
 
 import anymask
 from anymask import BlockMask
-from benchmarks import masks
+from benchmarks import masks, scores
 from benchmarks.masks import CAUSAL, DECODE, RANDOM, MaskKind, Shape
+from benchmarks.scores import ScoreKind
 
 BOTH = ("forward", "backward")
 OURS = ("anymask", "anymask:triton")
@@ -53,6 +54,8 @@ class Case:
     transposed: bool = False
     # whose layers attend so
     model: Model | None = None
+    # what happens to scores beside the mask
+    scores: ScoreKind | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,13 @@ class Inputs:
     block_mask: BlockMask | None
     # folder of the earlier package, for its provider
     earlier: str | None = None
+    # tensors of the scores, which require gradients
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What gradients are taken of."""
+        return self.q, self.k, self.v, *self.leaves.values()
 
     @property
     def device(self) -> str:
@@ -123,7 +133,8 @@ def make_inputs(case: Case, device: str, seed: int = 0, earlier: str | None = No
         mask = kind.dense(s, generator)
         source = mask if kind.forms is None else kind.forms(s, device)[1]
         block_mask = anymask.pack(source, q_len=s.q_len, kv_len=s.kv_len, device=device)
-    return Inputs(case, *(t.requires_grad_() for t in (q, k, v)), do, mask, block_mask, earlier)
+    leaves = {} if case.scores is None else case.scores.make(s, generator)
+    return Inputs(case, *(t.requires_grad_() for t in (q, k, v)), do, mask, block_mask, earlier, leaves)
 
 
 def _at(shape: Shape, ours: tuple[str, ...], *baselines_of: tuple[MaskKind | None, tuple[str, ...]]) -> list[Case]:
@@ -221,6 +232,19 @@ def _models() -> list[Case]:
     ]
 
 
+def _scores() -> list[Case]:
+    shape, who = Shape(2, 16, 8192, 128), ("anymask", "anymask:plain")
+    triangle, padded = Shape(512, 4, 512, 32, BF16), masks.padding("padding", 1 / 2)
+    one = [scores.PAIRS, scores.KEYS, scores.ALIBI, scores.RELATIVE, scores.SOFTCAP, scores.SINKS]
+    dense = [scores.PAIRS, scores.KEYS]
+    return [
+        *(Case(s.name, shape, None, ("flex", *(("efficient",) if s in dense else ())), who, scores=s) for s in one),
+        Case("dropout 0.1", shape, None, (), who, scores=scores.DROPOUT),
+        Case("bias of pairs, causal", shape, CAUSAL, ("flex",), who, scores=scores.PAIRS),
+        Case("triangle attention", triangle, padded, ("flex", "efficient"), who, scores=scores.PAIRS),
+    ]
+
+
 def _classic() -> list[Case]:
     causal = (*CUDNN_CAUSAL, "fa4", "flex", "flex:dense", "cudnn", "efficient", "earlier")
     plain = ("cudnn", "flash", "fa4", "efficient", "flex", "earlier")
@@ -261,6 +285,8 @@ def _suites() -> Iterator[Suite]:
     yield Suite("memory", about, peaks, rounds=1, block_ms=10.0, memory=True)
     about = "Small calls on the wall clock, B1 H8 D128; a time holds the host and the device."
     yield Suite("latency", about, _latency(), "wall", rounds=400, host=True)
+    about = "What happens to scores beside a mask, with gradients of its tensors; ours without any of it too."
+    yield Suite("scores", about, _scores(), memory=True)
     about = "Training steps of 12-layer models of transformers on the wall clock, forward to optimizer, masks included."
     yield Suite("models", about, _models(), "wall", rounds=20, host=True)
     yield Suite("classic", "The shapes of flashattention2-custom-mask: B4 D64, fp16.", _classic())

@@ -39,10 +39,11 @@ def errors_of(prepared: Prepared, inputs: Inputs | Batch, expected: Callable[[bo
         built = prepared.builds[0]()
         right = not isinstance(built, anymask.BlockMask) or check.mask_is(built, inputs)
         return check.Errors(excess={"mask": 0.0 if right else math.inf})
-    leaves, wanted = (inputs.q, inputs.k, inputs.v), expected(not prepared.unmasked)
+    qkv, wanted = (inputs.q, inputs.k, inputs.v), expected(not prepared.unmasked)
     if prepared.forward_only or not {"backward", "both"} & set(inputs.case.passes):
-        return check.errors(inputs, (prepared.attend(*(t.detach() for t in leaves)),), wanted)
-    out = prepared.attend(*leaves)
+        return check.errors(inputs, (prepared.attend(*(t.detach() for t in qkv)).detach(),), wanted)
+    out = prepared.attend(*qkv)
+    leaves = qkv if prepared.unmasked else inputs.inputs
     return check.errors(inputs, (out, *torch.autograd.grad(out, leaves, inputs.do)), wanted)
 
 
@@ -100,24 +101,25 @@ def _call(inputs: Inputs | Batch, prepared: Prepared, step: str) -> Callable[[],
     if step == "build":
         turns = itertools.cycle(prepared.builds)
         return lambda: next(turns)()
-    attend, leaves, do = prepared.attend, (inputs.q, inputs.k, inputs.v), inputs.do
+    attend, qkv, do = prepared.attend, (inputs.q, inputs.k, inputs.v), inputs.do
+    leaves = qkv if prepared.unmasked else inputs.inputs
     assert attend is not None
     if step == "inference" or (step == "forward" and prepared.forward_only):
-        detached = [t.detach() for t in leaves]
+        detached = [t.detach() for t in qkv]
         return lambda: attend(*detached)
     if prepared.forward_only:
         return None
     if step == "forward":
-        return lambda: attend(*leaves)
+        return lambda: attend(*qkv)
     if step == "backward":
-        out = attend(*leaves)
+        out = attend(*qkv)
         return lambda: torch.autograd.grad(out, leaves, do, retain_graph=True)
 
     def both() -> object:
         if inputs.case.mode == "reduce-overhead":
             # torch's CUDA graph writes over the results of the step before
             torch.compiler.cudagraph_mark_step_begin()
-        return torch.autograd.grad(attend(*leaves), leaves, do)
+        return torch.autograd.grad(attend(*qkv), leaves, do)
 
     return both
 

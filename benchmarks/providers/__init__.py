@@ -53,6 +53,7 @@ PROVIDERS: dict[str, tuple[str, str, str]] = {
     "anymask:deterministic": ("ours.attention", "anymask, deterministic", "#8f2d3c"),
     "anymask:dense": ("ours.attention", "anymask, bool tensor seen before", "#e8935c"),
     "anymask:view": ("ours.attention", "anymask, view made anew", "#8f2d3c"),
+    "anymask:plain": ("ours.attention", "anymask, mask and scores left out", "#e8935c"),
     "anymask:layer": ("ours.layer", "anymask, in a layer of transformers", "#e8935c"),
     "anymask:model": ("models.train", "anymask", "#d1495b"),
     "sdpa:model": ("models.train", "sdpa", "#6aa56a"),

@@ -13,6 +13,7 @@ from anymask import backends
 from anymask.integrations.transformers import attention_forward
 from benchmarks.cases import Inputs
 from benchmarks.providers import Prepared, Unsupported, compiled, mask_of
+from benchmarks.scores import SEED
 
 # copies of the mask that packing cycles through, so that none is still in the L2 cache when its turn comes
 COPIES = 4
@@ -21,16 +22,23 @@ COPIES = 4
 def attention(inputs: Inputs, base: str, variant: str) -> Prepared:
     """`anymask.attention` with the mask packed once, or with the tensor; other variants name a backend."""
     packed = inputs.block_mask
-    backend = None if variant in ("", "deterministic", "dense", "view") else variant
+    backend, kind = None if variant in ("", "deterministic", "dense", "view", "plain") else variant, inputs.case.scores
     if backend is not None and (reason := backends.reasons(inputs.q, inputs.k, inputs.v, packed)[backend]):
         raise Unsupported(reason)
     options: dict[str, Any] = {"backend": backend, "deterministic": variant == "deterministic"}
     mask = mask_of(inputs) if variant in ("dense", "view") else packed
+    if variant == "plain":
+        return Prepared(lambda q, k, v: anymask.attention(q, k, v), "neither mask nor scores", unmasked=True)
+    if kind is not None:
+        options |= kind.keywords(inputs.leaves)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if kind is not None and kind.dropout_p:
+            torch.manual_seed(SEED)
         return anymask.attention(q, k, v, mask.view(mask.shape) if variant == "view" else mask, **options)
 
-    runs = backend or anymask.explain(inputs.q, inputs.k, inputs.v, packed).backend
+    said = {name: value for name, value in options.items() if name != "deterministic"}
+    runs = backend or anymask.explain(inputs.q, inputs.k, inputs.v, packed, **said).backend
     how = "no mask" if packed is None else "mask packed once" if mask is packed else f"{variant} tensor"
     return Prepared(compiled(inputs, attend), f"backend {runs}, {how}")
 
