@@ -88,15 +88,17 @@ def attention_forward(
     """
     if output_attentions:
         raise ValueError(f"{type(module).__name__} asks for output_attentions; anymask has no weights: use eager")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
     found: Tensor | Mask | BlockMask | None = attention_mask
     bias: Tensor | Bias | None = position_bias
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
         found, added = mask_and_bias(attention_mask)
         if added is not None:
             bias = added if bias is None else as_bias(bias) + added
-    elif attention_mask is None and is_causal and query.shape[2] > 1:
+    elif (
+        attention_mask is None
+        and query.shape[2] > 1
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    ):
         found = CAUSAL
     if softcap is not None and bias is not None:
         raise ValueError(
@@ -233,7 +235,10 @@ class _Plane:
     def same(self, ids: Tensor) -> Mask | None:
         """Tokens with the same number, of `ids [batch, positions]`."""
         q, k = self._of_queries(ids), self._of_keys(ids)
-        return None if q is None or k is None else document(q, kv_ids=k)
+        if q is None or k is None:
+            return None
+        is_square = isinstance(self.q_offset, int) and (self.q_len, self.q_offset) == (self.kv_len, self.kv_offset)
+        return document(q) if is_square else document(q, kv_ids=k)
 
     def padding(self, keep: Tensor) -> Mask:
         """Keys of `keep [batch, positions]`; those beyond it are padding."""
