@@ -53,7 +53,7 @@ def scaled_dot_product_attention(
             )
     query, key, value = _broadcast(query, key, value, enable_gqa)
     mask, bias = mask_and_bias(attn_mask)
-    if is_causal and attn_mask is not None:
+    if is_causal and bias is not None:
         raise ValueError("is_causal is True and attn_mask is given; allowed is one of them")
     lead = (None,) * (4 - query.dim())
     o = attention(

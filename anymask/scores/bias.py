@@ -86,7 +86,7 @@ class Bias(ABC):
         return _sum(other, self) if isinstance(other, (Bias, Tensor)) else NotImplemented
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Bias:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """A sum with a tensor, of which torch is asked first."""
         if kwargs or func not in (torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, operator.add):
             return NotImplemented
