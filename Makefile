@@ -4,6 +4,7 @@
 #   make lint    linters and type checker alone
 #   make docs    the site, in site/
 #   make wheel   sdist and wheel, in dist/
+#   make hub     the package as a kernel of the Hugging Face Hub, in dist/hub
 # PYTHON picks the interpreter, VENV the folder, TORCH the torch to install, WORKERS how many tests run at once.
 # TEST_FLAGS='tests/test_viz.py -x' runs these tests and nothing else.
 
@@ -24,7 +25,7 @@ DOCS_DONE := $(VENV)/.done-docs
 OLDEST := $(VENV)/oldest
 OLDEST_DONE := $(VENV)/.done-oldest
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo test lint docs wheel hub clean
 
 demo: $(DEMO_DONE)
 	$(RUN) -m anymask demo $(DEMO_FLAGS)
@@ -54,6 +55,10 @@ docs: $(DOCS_DONE)
 wheel: $(DEV_DONE)
 	rm -rf dist
 	$(RUN) -m build --no-isolation --outdir dist
+
+hub: $(TORCH_DONE)
+	rm -rf dist/hub
+	$(RUN) .ci/hub.py dist/hub
 
 clean:
 	rm -rf $(TORCH_DONE) $(DEMO_DONE) $(DEV_DONE) $(DOCS_DONE) $(OLDEST_DONE) $(OLDEST) dist site

@@ -175,6 +175,8 @@ class Explanation:
     # multiply-adds count 2: forward of the whole call, over attended pairs and over the tiles that are visited
     pair_flops: int
     tile_flops: int
+    # programs that share the keys of a row in the forward pass, as when a model decodes; 1 if none do
+    splits: int
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
@@ -190,6 +192,8 @@ class Explanation:
         lines.append(
             f"forward: {self.pair_flops:.3e} FLOP over attended pairs, {self.tile_flops:.3e} over visited tiles"
         )
+        if self.splits > 1:
+            lines.append(f"splits: {self.splits} programs share the keys of a row")
         return "\n".join(lines)
 
 
@@ -225,10 +229,12 @@ def explain(
     not_chosen = {n: r or f"{name} was preferred" for n, r in reasons.items() if n != name}
     per_pair = 2 * (q.shape[3] + v.shape[3])
     pairs = math.prod(q.shape[:3]) * k.shape[2]
+    splits = backends.splits(name, q, k, block_mask) if scores is None else 1
     if block_mask is None:
-        return Explanation(name, not_chosen, None, in_words, pairs * per_pair, pairs * per_pair)
+        return Explanation(name, not_chosen, None, in_words, pairs * per_pair, pairs * per_pair, splits)
     stats = block_mask.stats(q.shape[3])
     planes = block_mask.batch * block_mask.heads
     repeats = q.shape[0] * q.shape[1] // planes if planes else 0
     visited = (stats.partial + stats.full) * TILE * TILE * repeats
-    return Explanation(name, not_chosen, stats, in_words, round(pairs * stats.density) * per_pair, visited * per_pair)
+    pair_flops = round(pairs * stats.density) * per_pair
+    return Explanation(name, not_chosen, stats, in_words, pair_flops, visited * per_pair, splits)

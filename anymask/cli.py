@@ -272,7 +272,7 @@ def show(
     try:
         if out is not None:
             viz.picture_target(out)
-        packed = _packed(mask_argument.find(mask, context.args), length, kv_len)
+        packed = _packed(mask_argument.find(mask, context.args, length, kv_len), length, kv_len)
         # before anything is written
         text = viz.to_text(packed, plane)
         if out is not None:

@@ -46,20 +46,26 @@ class Found:
     kv_len: int | None = None
 
 
-def find(name: str, options: list[str]) -> Found:
+def find(name: str, options: list[str], q_len: int | None = None, kv_len: int | None = None) -> Found:
     """The mask of a name and of the options behind it.
 
     Args:
-        name: an example of the gallery, or a file.
+        name: an example of the gallery, `sliding_window` or `sliding-window`, or a file.
         options: numbers of a builder, `--window 64`, `--lens=300,250`; none for a file.
+        q_len, kv_len: what was asked for, for a builder that takes them.
 
     Raises:
         ValueError: no such mask, or numbers that it does not take. UnreadableFile: a file without a mask. OSError: a
         file that cannot be read. ImportError: a library that the file needs.
     """
     numbers = parse_numbers(options)
-    if name in gallery.EXAMPLES:
-        return _by_numbers(name, numbers) if numbers else Found(gallery.example(name))
+    if (example := name.replace("-", "_")) in gallery.EXAMPLES:
+        if not numbers:
+            return Found(gallery.example(example))
+        if example == "random_blocks":
+            numbers.setdefault("q_len", q_len or gallery.LENGTH)
+            numbers.setdefault("kv_len", kv_len or numbers["q_len"])
+        return _by_numbers(example, numbers)
     if numbers:
         raise ValueError(f"--{next(iter(numbers)).replace('_', '-')} is for a mask by name, not for {name}")
     if not Path(name).exists():
@@ -91,6 +97,8 @@ def _by_numbers(name: str, numbers: dict[str, Number]) -> Found:
     builder = getattr(anymask, name)
     # the name that people use
     if name == "sliding_window" and "window" in numbers:
+        if "left" in numbers:
+            raise ValueError("sliding_window has --window and --left both; allowed is one of them")
         numbers = {("left" if key == "window" else key): value for key, value in numbers.items()}
     kinds = {key: str(p.annotation) for key, p in inspect.signature(builder).parameters.items()}
     # a command line has no form of layouts and dense masks, nor of functions and generators
@@ -102,7 +110,8 @@ def _by_numbers(name: str, numbers: dict[str, Number]) -> Found:
             f"{name} needs {', '.join(unsaid)}, which no number says; allowed is its example, without numbers"
         )
     lens = {"document": "ids", "shared_prefix": "ids", "key_padding": "keep"}.get(name)
-    allowed = [f"--{key.replace('_', '-')}" for key in [*takes, *(["lens"] if lens else [])]]
+    others = {"sliding_window": ["window"]}.get(name, ["lens"] if lens else [])
+    allowed = [f"--{key.replace('_', '-')}" for key in [*takes, *others]]
     for key in numbers:
         option = f"--{key.replace('_', '-')}"
         if option not in allowed:

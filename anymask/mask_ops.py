@@ -9,19 +9,24 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
-from torch._library.fake_impl import allocate_size
 from torch._ops import _get_dispatch_mode_pre_dispatch
 
 from anymask import formats, validate
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.program import mask_from_program, program_of
-from anymask.packing import cache, pack
-from anymask.tiles import TILE, WORDS, tiles_over
+from anymask.mask.traced import unknown_size
+from anymask.packing import cache, pack, slice_queries
+from anymask.tiles import TILE, WORDS
 
 _LIBRARY = torch.library.Library("anymask", "FRAGMENT")
 _LIBRARY.define(
     "pack(int[] nodes, SymInt[] numbers, Tensor[] tensors, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]"
+)
+_LIBRARY.define("slice_queries(Tensor[] mask, SymInt q_len, SymInt kv_len, SymInt start, SymInt stop) -> Tensor[]")
+_LIBRARY.define(
+    "slice_planes(Tensor[] mask, SymInt q_len, SymInt kv_len, SymInt batch_start, SymInt batch_stop, "
+    "SymInt heads_start, SymInt heads_stop) -> Tensor[]"
 )
 _LIBRARY.define("attended(Tensor mask) -> Tensor")
 _LIBRARY.define("seen(Tensor additive) -> Tensor")
@@ -49,7 +54,7 @@ def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any =
         program, q_len = program_of(mask), q.shape[2]
         if program is None:
             raise ValueError("mask is a from_function mask inside a traced function; allowed is its BlockMask")
-        return BlockMask.from_tensors(pack_op(*program, q_len, kv_len, q.device), q_len, kv_len)
+        return BlockMask(q_len, kv_len, *pack_op(*program, q_len, kv_len, q.device))
     if has_no_values(q):
         # nothing to mask, and sizes do not depend on it
         return None
@@ -84,48 +89,52 @@ def has_no_values(t: Tensor) -> bool:
 def _pack(
     nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
 ) -> list[Tensor]:
-    packed = pack(mask_from_program(nodes, numbers, tensors), q_len=q_len, kv_len=kv_len, device=device)
-    # what an operator returns may not share memory, as all but the words, the large ones, may
-    return [t if t is packed.rows.words or t is packed.cols.words else t.clone() for t in packed.tensors()]
+    return _outputs(pack(mask_from_program(nodes, numbers, tensors), q_len=q_len, kv_len=kv_len, device=device))
+
+
+def _outputs(packed: BlockMask) -> list[Tensor]:
+    """The tensors of a new mask: what an operator returns may not share memory, as those without elements may."""
+    return [t if t.numel() else t.clone() for t in packed.tensors()]
 
 
 @torch.library.register_fake("anymask::pack")
 def _pack_fake(
     nodes: list[int], numbers: list[int], tensors: list[Tensor], q_len: int, kv_len: int, device: torch.device
 ) -> list[Tensor]:
-    batch, heads = mask_from_program(nodes, numbers, tensors).planes
-    n_full, n_partial = _unknown_size(), _unknown_size()
+    return _unknown_mask(*mask_from_program(nodes, numbers, tensors).planes, device)
+
+
+def _unknown_mask(batch: int, heads: int, device: torch.device) -> list[Tensor]:
+    """Fakes of the tensors of a mask of so many planes, which only a run packs."""
 
     def empty(*shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def lists(length: int) -> list[Tensor]:
-        # torch asks whether a dimension is 1, and an answer would tie a symbol to lengths beyond a tile, or within one
-        tile_rows = _unknown_size() if isinstance(length, torch.SymInt) else tiles_over(length)
-        offsets = batch * heads * tile_rows + 1
-        return [
-            empty(offsets),
-            empty(n_full),
-            empty(offsets),
-            empty(n_partial),
-            empty(n_partial, TILE, WORDS),
-            empty(batch, heads, tile_rows),
-            empty(_unknown_size(), dtype=torch.uint8),
-        ]
-
-    return lists(q_len) + lists(kv_len)
+    has_pair = [empty(batch, heads, unknown_size(), dtype=torch.uint8) for _ in range(2)]
+    return [empty(unknown_size()), empty(2, unknown_size(), TILE, WORDS), *has_pair]
 
 
-def _unknown_size() -> torch.SymInt:
-    """A size that depends on values, in a fake.
+@torch.library.impl("anymask::slice_queries", "CompositeExplicitAutograd")
+def _slice_queries(mask: list[Tensor], q_len: int, kv_len: int, start: int, stop: int) -> list[Tensor]:
+    return _outputs(slice_queries(BlockMask.from_tensors(mask, q_len, kv_len), start, stop))
 
-    `new_dynamic_size` of torch's context refuses it outside of `fullgraph=True`, and the graph would break.
-    """
-    shape_env = torch.library.get_ctx()._shape_env
-    if shape_env is None:
-        raise NotImplementedError("a mask inside fake tensors without symbolic sizes; allowed is its BlockMask")
-    size: torch.SymInt = allocate_size(shape_env)
-    return size
+
+@torch.library.register_fake("anymask::slice_queries")
+def _slice_queries_fake(mask: list[Tensor], q_len: int, kv_len: int, start: int, stop: int) -> list[Tensor]:
+    has_pair = mask[2]
+    return _unknown_mask(has_pair.shape[0], has_pair.shape[1], has_pair.device)
+
+
+@torch.library.impl("anymask::slice_planes", "CompositeExplicitAutograd")
+def _slice_planes(mask: list[Tensor], q_len: int, kv_len: int, *bounds: int) -> list[Tensor]:
+    batch, heads = slice(*bounds[:2]), slice(*bounds[2:])
+    # the words of samples are a view
+    return [t.clone() for t in BlockMask.from_tensors(mask, q_len, kv_len)[batch, heads].tensors()]
+
+
+@torch.library.register_fake("anymask::slice_planes")
+def _slice_planes_fake(mask: list[Tensor], q_len: int, kv_len: int, *bounds: int) -> list[Tensor]:
+    return _unknown_mask(bounds[1] - bounds[0], bounds[3] - bounds[2], mask[0].device)
 
 
 def _attended_kernel(mask: Tensor) -> Tensor:

@@ -221,6 +221,9 @@ def _forward_autograd(
         with _one_level():
             output: tuple[Tensor, Tensor] = _apply(Attention, keyset, q, k, v, _block_mask(mask, q, k), *rest)
             return output
+    if _is_unwatched(q, k, v):
+        # what a compiled graph runs: nothing is below but the kernel
+        return _forward_kernel(q, k, v, mask, *rest)
     outputs: tuple[Tensor, Tensor] = _below_autograd(forward_op, keyset, q, k, v, mask, *rest)
     return outputs
 
@@ -230,6 +233,8 @@ def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]
         with _one_level():
             output: tuple[Tensor, Tensor, Tensor] = _apply(_Once, keyset, *args)
             return output
+    if _is_unwatched(*args[:3]) and type(args[5]) is Tensor:
+        return run_backward(*args)
     grads: tuple[Tensor, Tensor, Tensor] = _below_autograd(backward_op, keyset, *args)
     return grads
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-# where the operators' list of tensors has `rows.order [mask_batch, mask_heads, lines]`
-ORDER = 5
+# where the operators' list of tensors has `q_has_pair [mask_batch, ...]`
+HAS_PAIR = 2
 
 
 def rule_of(op: Any, n_tensors: int) -> Callable[..., Any]:
@@ -23,7 +23,7 @@ def rule_of(op: Any, n_tensors: int) -> Callable[..., Any]:
             None if t is None else t.expand(n, *t.shape) if d is None else t.movedim(d, 0)
             for t, d in zip(tensors, dims, strict=True)
         ]
-        if not mask or mask[ORDER].shape[0] == 1:
+        if not mask or mask[HAS_PAIR].shape[0] == 1:
             outputs = op(*[None if t is None else t.flatten(0, 1) for t in stacked], mask, *rest)
             results = tuple(t.unflatten(0, (n, t.shape[0] // n)) for t in outputs)
         else:

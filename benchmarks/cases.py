@@ -11,8 +11,9 @@ from torch import Tensor
 
 import anymask
 from anymask import BlockMask
-from benchmarks import masks
+from benchmarks import masks, scores
 from benchmarks.masks import CAUSAL, DECODE, RANDOM, MaskKind, Shape
+from benchmarks.scores import ScoreKind
 
 BOTH = ("forward", "backward")
 OURS = ("anymask", "anymask:triton")
@@ -21,6 +22,18 @@ DENSE_LENGTH = 131072
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 # names of `providers.PROVIDERS`
 WITH_MASK = ("flex", "flex:dense", "cudnn", "cudnn:bias", "efficient", "fa4", "earlier")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of Hugging Face transformers that is made from a configuration, and trained on one batch."""
+
+    # of `benchmarks.models.KINDS`
+    kind: str
+    layers: int = 12
+    vocab: int = 32000
+    # whose losses are compared
+    steps: int = 50
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,16 @@ class Case:
     mask: MaskKind | None
     baselines: tuple[str, ...]
     ours: tuple[str, ...] = ("anymask",)
-    # of "inference" (no gradients recorded), "forward", "backward", "both", "build" (the mask alone)
+    # of "inference" (no gradients recorded), "forward", "backward", "both", "build" (the mask alone), "train" (a step)
     passes: tuple[str, ...] = BOTH
     # "eager", or the call is compiled by torch: "default", "reduce-overhead"
     mode: str = "eager"
+    # whether tensors are views of `[batch, length, heads, dim]`, as those of layers of models are
+    transposed: bool = False
+    # whose layers attend so
+    model: Model | None = None
+    # what happens to scores beside the mask
+    scores: ScoreKind | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,18 @@ class Inputs:
     block_mask: BlockMask | None
     # folder of the earlier package, for its provider
     earlier: str | None = None
+    # tensors of the scores, which require gradients
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What gradients are taken of."""
+        return self.q, self.k, self.v, *self.leaves.values()
+
+    @property
+    def device(self) -> str:
+        """Where the tensors are: "cuda" or "cpu"."""
+        return self.q.device.type
 
     @property
     def grouped(self) -> bool:
@@ -91,7 +122,9 @@ def make_inputs(case: Case, device: str, seed: int = 0, earlier: str | None = No
     generator, s = torch.Generator(device).manual_seed(seed), case.shape
 
     def draw(heads: int, length: int, dim: int) -> Tensor:
-        return torch.randn(s.batch, heads, length, dim, generator=generator, device=device, dtype=s.dtype)
+        sizes = (length, heads) if case.transposed else (heads, length)
+        found = torch.randn(s.batch, *sizes, dim, generator=generator, device=device, dtype=s.dtype)
+        return found.transpose(1, 2) if case.transposed else found
 
     q, k = draw(s.heads, s.q_len, s.head_dim), draw(s.kv_heads, s.kv_len, s.head_dim)
     v, do = draw(s.kv_heads, s.kv_len, s.v_dim), draw(s.heads, s.q_len, s.v_dim)
@@ -100,7 +133,8 @@ def make_inputs(case: Case, device: str, seed: int = 0, earlier: str | None = No
         mask = kind.dense(s, generator)
         source = mask if kind.forms is None else kind.forms(s, device)[1]
         block_mask = anymask.pack(source, q_len=s.q_len, kv_len=s.kv_len, device=device)
-    return Inputs(case, *(t.requires_grad_() for t in (q, k, v)), do, mask, block_mask, earlier)
+    leaves = {} if case.scores is None else case.scores.make(s, generator)
+    return Inputs(case, *(t.requires_grad_() for t in (q, k, v)), do, mask, block_mask, earlier, leaves)
 
 
 def _at(shape: Shape, ours: tuple[str, ...], *baselines_of: tuple[MaskKind | None, tuple[str, ...]]) -> list[Case]:
@@ -178,9 +212,36 @@ def _latency() -> list[Case]:
         Case("compiled", small, RANDOM, CUDNN, passes=("forward", "both"), mode="default"),
         Case("reduce-overhead", small, RANDOM, CUDNN, passes=("both",), mode="reduce-overhead"),
         Case("dense tensor", small, RANDOM, ("anymask",), ("anymask:dense", "anymask:view"), ("inference",)),
+        Case("layer of a model", small, CAUSAL, ("anymask",), ("anymask:layer",), (*host, "both"), transposed=True),
         Case("causal B4 H32 L1024", Shape(4, 32, 1024, 128), CAUSAL, ("fa4",), passes=("backward",)),
         Case("documents by name, L32768", long, masks.documents(8), ("flex:build",), ("pack:named",), **BUILD),
         *(Case(f"causal L{s.q_len}", s, CAUSAL, baselines, OURS, (*host, "backward")) for s in short),
+    ]
+
+
+def _models() -> list[Case]:
+    """Each implementation makes its mask of what the model is given, in each step."""
+
+    def case(name: str, shape: Shape, mask: MaskKind, model: Model) -> Case:
+        return Case(name, shape, mask, ("sdpa:model", "flex:model"), ("anymask:model",), ("train",), model=model)
+
+    llama, bert = Model("llama"), Model("bert", vocab=30522)
+    return [
+        *(case(f"Llama, packed, B{b}", Shape(b, 16, 4096, 64, BF16), masks.PACKED_DOCUMENTS, llama) for b in (1, 4)),
+        case("BERT, padded", Shape(64, 12, 512, 64, BF16), masks.padding("padding", 1 / 16), bert),
+    ]
+
+
+def _scores() -> list[Case]:
+    shape, who = Shape(2, 16, 8192, 128), ("anymask", "anymask:plain")
+    triangle, padded = Shape(512, 4, 512, 32, BF16), masks.padding("padding", 1 / 2)
+    one = [scores.PAIRS, scores.KEYS, scores.ALIBI, scores.RELATIVE, scores.SOFTCAP, scores.SINKS]
+    dense = [scores.PAIRS, scores.KEYS]
+    return [
+        *(Case(s.name, shape, None, ("flex", *(("efficient",) if s in dense else ())), who, scores=s) for s in one),
+        Case("dropout 0.1", shape, None, (), who, scores=scores.DROPOUT),
+        Case("bias of pairs, causal", shape, CAUSAL, ("flex",), who, scores=scores.PAIRS),
+        Case("triangle attention", triangle, padded, ("flex", "efficient"), who, scores=scores.PAIRS),
     ]
 
 
@@ -224,6 +285,10 @@ def _suites() -> Iterator[Suite]:
     yield Suite("memory", about, peaks, rounds=1, block_ms=10.0, memory=True)
     about = "Small calls on the wall clock, B1 H8 D128; a time holds the host and the device."
     yield Suite("latency", about, _latency(), "wall", rounds=400, host=True)
+    about = "What happens to scores beside a mask, with gradients of its tensors; ours without any of it too."
+    yield Suite("scores", about, _scores(), memory=True)
+    about = "Training steps of 12-layer models of transformers on the wall clock, forward to optimizer, masks included."
+    yield Suite("models", about, _models(), "wall", rounds=20, host=True)
     yield Suite("classic", "The shapes of flashattention2-custom-mask: B4 D64, fp16.", _classic())
     ways = ((RANDOM, "flex:dense"), (masks.documents(8), "flex"))
     both = [Case(m.name, cpu, m, ("sdpa", flex), passes=(*BOTH, "both")) for m, flex in ways]
@@ -240,5 +305,6 @@ def tiny(suite: Suite) -> Suite:
     for case in suite.cases:
         sizes = {name: min(getattr(case.shape, name), size) for name, size in most.items()}
         heads = {"heads": case.shape.heads // case.shape.kv_heads, "kv_heads": 1}
-        cases.append(replace(case, shape=replace(case.shape, **sizes, **heads)))
+        model = None if case.model is None else replace(case.model, layers=2, vocab=64, steps=3)
+        cases.append(replace(case, shape=replace(case.shape, **sizes, **heads), model=model))
     return replace(suite, cases=cases, rounds=1, block_ms=1.0)

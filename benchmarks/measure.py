@@ -9,12 +9,14 @@ import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 import anymask
-from benchmarks import check, timing
+from benchmarks import check, models, timing
 from benchmarks.cases import SUITES, Case, Inputs, Suite, make_inputs
+from benchmarks.models import Batch
 from benchmarks.providers import Prepared, Unsupported, failures, is_ours, prepare
 from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Row, reason
 
@@ -28,23 +30,28 @@ class Lost(Exception):
     """The GPU answers no more calls of this process."""
 
 
-def errors_of(prepared: Prepared, inputs: Inputs, expected: Callable[[bool], check.Expected]) -> check.Errors:
+def errors_of(prepared: Prepared, inputs: Inputs | Batch, expected: Callable[[bool], Any]) -> check.Errors:
     """Errors of what it computes, or whether it builds the mask of the case; `expected` takes whether with the mask."""
+    if isinstance(inputs, Batch):
+        assert prepared.training is not None
+        return models.errors(prepared.training, expected(True))
     if prepared.attend is None:
         built = prepared.builds[0]()
         right = not isinstance(built, anymask.BlockMask) or check.mask_is(built, inputs)
         return check.Errors(excess={"mask": 0.0 if right else math.inf})
-    leaves, wanted = (inputs.q, inputs.k, inputs.v), expected(not prepared.unmasked)
+    qkv, wanted = (inputs.q, inputs.k, inputs.v), expected(not prepared.unmasked)
     if prepared.forward_only or not {"backward", "both"} & set(inputs.case.passes):
-        return check.errors(inputs, (prepared.attend(*(t.detach() for t in leaves)),), wanted)
-    out = prepared.attend(*leaves)
+        return check.errors(inputs, (prepared.attend(*(t.detach() for t in qkv)).detach(),), wanted)
+    out = prepared.attend(*qkv)
+    leaves = qkv if prepared.unmasked else inputs.inputs
     return check.errors(inputs, (out, *torch.autograd.grad(out, leaves, inputs.do)), wanted)
 
 
 def rows_of(suite: Suite, case: Case, device: str, names: list[str], earlier: str | None) -> Iterator[Row]:
     """The rows of a case, those without numbers first."""
-    inputs, ready = make_inputs(case, device, earlier=earlier), {}
-    expected = functools.cache(functools.partial(check.expected, inputs))
+    inputs = _inputs(case, device, earlier)
+    oracle: Any = models.expected if isinstance(inputs, Batch) else check.expected
+    expected, ready = functools.cache(functools.partial(oracle, inputs)), {}
     for name in names:
         found = _ready(suite, inputs, expected, name)
         if isinstance(found, Prepared):
@@ -59,7 +66,11 @@ def rows_of(suite: Suite, case: Case, device: str, names: list[str], earlier: st
             yield from _timed(suite, inputs, step, functions, ready)
 
 
-def _ready(suite: Suite, inputs: Inputs, expected: Callable[[bool], check.Expected], name: str) -> Prepared | Row:
+def _inputs(case: Case, device: str, earlier: str | None = None) -> Inputs | Batch:
+    return make_inputs(case, device, earlier=earlier) if case.model is None else models.make_batch(case, device)
+
+
+def _ready(suite: Suite, inputs: Inputs | Batch, expected: Callable[[bool], Any], name: str) -> Prepared | Row:
     """The provider ready to be timed, or the row that says why not."""
     case = inputs.case
     row = Row(suite.name, case.name, str(case.shape), name, "", FAILED, "")
@@ -82,37 +93,45 @@ def _ready(suite: Suite, inputs: Inputs, expected: Callable[[bool], check.Expect
     return replace(row, status=WRONG, note=note, errors=errors.total, error_ratios=errors.ratio)
 
 
-def _call(inputs: Inputs, prepared: Prepared, step: str) -> Callable[[], object] | None:
+def _call(inputs: Inputs | Batch, prepared: Prepared, step: str) -> Callable[[], object] | None:
     """The call that is timed, None if the provider has no such pass."""
+    if isinstance(inputs, Batch):
+        assert prepared.training is not None
+        return prepared.training.step
     if step == "build":
         turns = itertools.cycle(prepared.builds)
         return lambda: next(turns)()
-    attend, leaves, do = prepared.attend, (inputs.q, inputs.k, inputs.v), inputs.do
+    attend, qkv, do = prepared.attend, (inputs.q, inputs.k, inputs.v), inputs.do
+    leaves = qkv if prepared.unmasked else inputs.inputs
     assert attend is not None
     if step == "inference" or (step == "forward" and prepared.forward_only):
-        detached = [t.detach() for t in leaves]
+        detached = [t.detach() for t in qkv]
         return lambda: attend(*detached)
     if prepared.forward_only:
         return None
     if step == "forward":
-        return lambda: attend(*leaves)
+        return lambda: attend(*qkv)
     if step == "backward":
-        out = attend(*leaves)
+        out = attend(*qkv)
         return lambda: torch.autograd.grad(out, leaves, do, retain_graph=True)
 
     def both() -> object:
         if inputs.case.mode == "reduce-overhead":
             # torch's CUDA graph writes over the results of the step before
             torch.compiler.cudagraph_mark_step_begin()
-        return torch.autograd.grad(attend(*leaves), leaves, do)
+        return torch.autograd.grad(attend(*qkv), leaves, do)
 
     return both
 
 
 def _timed(
-    suite: Suite, inputs: Inputs, step: str, functions: dict[str, Callable[[], object]], ready: dict[str, Prepared]
+    suite: Suite,
+    inputs: Inputs | Batch,
+    step: str,
+    functions: dict[str, Callable[[], object]],
+    ready: dict[str, Prepared],
 ) -> Iterator[Row]:
-    case, on_gpu, rows = inputs.case, inputs.q.device.type == "cuda", {}
+    case, on_gpu, rows = inputs.case, inputs.device == "cuda", {}
     for name, function in functions.items():
         rows[name] = Row(suite.name, case.name, str(case.shape), name, step, OK, ready[name].note)
         rows[name].errors, rows[name].error_ratios = ready[name].errors.total, ready[name].errors.ratio
@@ -123,9 +142,9 @@ def _timed(
     if by_events := on_gpu and suite.clock == "device":
         times = timing.cuda_ms(functions, suite.rounds, suite.block_ms)
     else:
-        found = timing.wall_ms(functions, suite.rounds, inputs.q.device.type)
+        found = timing.wall_ms(functions, suite.rounds, inputs.device)
         times = {name: wall for name, (wall, _) in found.items()}
-    s, pairs = case.shape, inputs.pairs
+    s, pairs = case.shape, 0 if isinstance(inputs, Batch) else inputs.pairs
     for name, row in rows.items():
         row.ms, row.p20, row.p80 = times[name].median, times[name].p20, times[name].p80
         if suite.host:
@@ -152,7 +171,7 @@ def set_ratios(case: Case, rows: list[Row], unmasked: dict[str, bool]) -> None:
 def warm(suite: str, name: str, providers: list[str]) -> None:
     """Compile what ours and FlexAttention need for a case into the caches on disk. What fails here fails in the run."""
     case = next(case for case in SUITES[suite].cases if case.name == name)
-    inputs = make_inputs(case, "cuda")
+    inputs = _inputs(case, "cuda")
     for provider in (p for p in providers if p.partition(":")[0] in ("anymask", "pack", "flex")):
         # nothing is compared
         _ready(SUITES[suite], inputs, lambda with_mask: {}, provider)

@@ -149,6 +149,8 @@ def make_files() -> None:
         (["causal", "--ofset", "3"], 2, "causal takes no --ofset, did you mean --offset?"),
         (["causal", "--lenght", "3"], 2, "causal takes no --lenght, did you mean --len?"),
         (["dilated", "--step", "4"], 2, "dilated also needs --window; allowed are --step, --window"),
+        (["sliding_window", "--windw", "3"], 2, "sliding_window takes no --windw, did you mean --window?"),
+        (["sliding_window", "--window", "3", "--left", "2"], 2, "--window and --left both; allowed is one of them"),
         (["chunked", "--size"], 2, "--size is no option"),
         (["chunked", "--size", "x"], 2, "--size x is no option"),
         (["chunked", "--size", "1,2"], 2, "size is (1, 2)"),
@@ -324,6 +326,15 @@ def test_names_take_lists_and_their_lengths(line: str, mask: anymask.Mask, lengt
     assert (found["partial"], found["full"], found["density"]) == (stats.partial, stats.full, stats.density)
 
 
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [("", (1024, 1024)), ("--len 600", (600, 600)), ("--len 300 --kv-len 500", (300, 500)), ("--q-len 400", (400, 400))],
+)
+def test_random_blocks_take_the_lengths_of_show(options: str, lengths: tuple[int, int]) -> None:
+    found = json.loads(run(app, ["show", "random_blocks", "--share", "0.3", *options.split(), "--json"]).output)
+    assert (found["q_len"], found["kv_len"]) == lengths
+
+
 def test_a_picture_is_the_file_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(app, ["show", "causal", "--len", "9", "-o", "picture"])
@@ -386,6 +397,7 @@ def test_show_as_json() -> None:
         (["prefix_lm", "--prefix-len", "100"], anymask.prefix_lm(100)),
         (["dilated", "--step", "4", "--window", "64"], anymask.dilated(4, 64)),
         (["sliding_window", "--window", "9", "--right", "2"], anymask.sliding_window(9, 2)),
+        (["sliding-window", "--window", "9"], anymask.sliding_window(9)),
         (["neighbourhood_2d", "--shape", "32,32", "--kernel", "5"], anymask.neighbourhood_2d((32, 32), 5)),
     ],
 )

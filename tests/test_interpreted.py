@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-FILES = [f"tests/test_{name}.py" for name in ("interpreter", "interpreter_packing", "fp32")]
-MINIMUM = 340
+FILES = [f"tests/test_{name}.py" for name in ("interpreter", "interpreter_split", "interpreter_packing", "fp32")]
+MINIMUM = 400
 
 
 @pytest.mark.slow

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from anymask.backends import triton as backend
+from anymask.backends.gpu.kernels.dropout import keep_pairs
 from anymask.scores import dropout
 from tests.helpers import scored
-from tests.helpers.grid import BF16, F16, F32
+from tests.helpers.grid import BF16, F32
 from tests.helpers.interpreter import MARKS
 from tests.helpers.interpreter import interpreter as interpreter
 
@@ -55,3 +58,44 @@ def test_masks(kind: str, mask: str) -> None:
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     scored.check(backend, scored.make_call("causal", shape=(1, 1, 1, 20, 70), dtype=dtype, **EVERYTHING))
+
+
+@triton.jit
+def _keep_kernel(seed, below, out, stride, Q: tl.constexpr, K: tl.constexpr, BY_KEY: tl.constexpr):
+    q, k = tl.program_id(0) * Q, tl.program_id(1) * K
+    sample, head = tl.program_id(2) // 3, tl.program_id(2) % 3
+    kept = keep_pairs(seed, below, sample, head, q, k, Q, K, BY_KEY).to(tl.int8)
+    rows, columns = q + tl.arange(0, Q), k + tl.arange(0, K)
+    offsets = (tl.program_id(2) * stride + rows[:, None]) * stride + columns[None, :]
+    if BY_KEY:
+        offsets = (tl.program_id(2) * stride + rows[None, :]) * stride + columns[:, None]
+    tl.store(out + offsets, kept)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("block", [(16, 16), (16, 64), (64, 32), (128, 128)], ids=str)
+def test_kernels_drop_the_pairs_that_torch_drops(block: tuple[int, int], by_key: bool) -> None:
+    length, p = 128, 0.3
+    for seed in ([7, 0], [-(2**60) + 3, 2**33 + 4]):
+        numbers = torch.tensor(seed)
+        axes = [torch.arange(n).view([-1 if d == i else 1 for i in range(4)]) for d, n in enumerate((2, 3, 128, 128))]
+        wanted = dropout.keep(numbers, *axes, p)
+        out = torch.full((2, 3, length, length), 2, dtype=torch.int8)
+        grid = length // block[0], length // block[1], 6
+        _keep_kernel[grid](numbers, float(dropout.threshold(p)), out, length, *block, by_key)
+        assert torch.equal(out, wanted.to(torch.int8))
+
+
+def test_nan_of_a_hidden_pair_reaches_nothing() -> None:
+    for softcap in (0.0, 2.0):
+        call = scored.make_call("empty_rows", ("by_head", "shared"), shape=SHAPE, softcap=softcap)
+        assert call.dense_mask is not None
+        first = call.scores.dense[0].masked_fill(~call.dense_mask.any(0, keepdim=True), math.nan)
+        second = call.scores.dense[1].clone()
+        first[..., 5, 9], second[..., 5, 9] = math.nan, -math.inf
+        scored.check(backend, scored.without(call, dense=(first, second)))
+
+
+def test_a_soft_cap_is_exact_in_fp32() -> None:
+    call = scored.make_call(shape=(1, 1, 1, 20, 70), dtype=F32, softcap=50.0)
+    scored.check(backend, call)

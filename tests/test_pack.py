@@ -67,7 +67,7 @@ def _by_hand(dense: Tensor) -> BlockMask:
 
     rows = lists(kinds, tiles, dense.any(-1))
     cols = lists(kinds.transpose(2, 3), tiles.transpose(2, 3).transpose(4, 5), dense.any(-2))
-    return BlockMask(q_len, kv_len, rows, cols)
+    return BlockMask.of_views(q_len, kv_len, rows, cols)
 
 
 def _packed(name: str, q_len: int, kv_len: int, batch: int = 2, heads: int = 2) -> tuple[BlockMask, Tensor]:
@@ -188,7 +188,10 @@ def test_nbytes_is_the_documented_sum() -> None:
     order = 4 * planes * (q_tiles + kv_tiles)
     # left padding leaves queries without a key, and keys that no query sees
     has_pair = planes * (300 + 520)
-    assert packed.nbytes == words + lists + order + has_pair == sum(t.nbytes for t in packed.tensors())
+    assert packed.nbytes == sum(t.nbytes for t in packed.tensors())
+    assert packed.rows.nbytes + packed.cols.nbytes == words + lists + order + has_pair
+    # nine parts of the lists end at multiples of 16 bytes
+    assert 0 <= packed.nbytes - (words + lists + order + has_pair) <= 9 * 12
     dense = pack(torch.rand(1024, 1024) < 0.5)
     assert dense.nbytes <= 1024 * 1024 / 4 * 1.01
 
@@ -213,17 +216,16 @@ def test_to() -> None:
 def test_pytree_round_trip() -> None:
     packed, _ = _packed("empty_rows", 300, 200)
     leaves, spec = pytree.tree_flatten(packed)
-    assert len(leaves) == 14
+    assert len(leaves) == 4
     assert all(isinstance(t, Tensor) for t in leaves)
     again = pytree.tree_unflatten(leaves, spec)
     assert isinstance(again, BlockMask)
     assert_same_block_mask(packed, again)
     assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
-    doubled = pytree.tree_map(lambda t: t + t, packed)
+    doubled = pytree.tree_map(lambda t: t + t if t.dim() == 4 else t, packed)
     assert torch.equal(doubled.cols.words, packed.cols.words * 2)
     paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(packed)[0]]
-    assert paths[0] == ".rows.full_offsets"
-    assert paths[-1] == ".cols.has_pair"
+    assert paths == [".lists", ".words", ".q_has_pair", ".kv_has_pair"]
 
 
 def test_tensors_round_trip_and_frozen() -> None:

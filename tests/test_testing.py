@@ -1,5 +1,6 @@
 """Every helper that asserts must fail when it should."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -160,19 +161,21 @@ def test_same_block_mask_reads_every_field() -> None:
     mask, _ = MASKS["empty_rows"](2, 2, 300, 200)
     a = pack(mask)
     assert_same_block_mask(a, pack(mask))
-    for n, t in enumerate(a.tensors()):
-        for changed in (t + 1, t.to(torch.int64), torch.cat([t, t])):
-            if not t.numel() and changed is not t and changed.dtype == t.dtype:
-                changed = torch.ones(1, dtype=t.dtype)
-            tensors = a.tensors()
-            tensors[n] = changed
-            with pytest.raises(AssertionError):
-                assert_same_block_mask(a, type(a).from_tensors(tensors, 300, 200))
+    for view in ("rows", "cols"):
+        lists = getattr(a, view)
+        for name, t in vars(lists).items():
+            for changed in (t + 1, t.to(torch.int64), torch.cat([t, t])):
+                if not t.numel() and changed is not t and changed.dtype == t.dtype:
+                    changed = torch.ones(1, dtype=t.dtype)
+                other = copy.copy(a)
+                vars(other)[f"_{view}"] = replace(lists, **{name: changed})
+                with pytest.raises(AssertionError, match=rf"{view}\.{name}"):
+                    assert_same_block_mask(a, other)
     with pytest.raises(AssertionError, match="lengths"):
         assert_same_block_mask(a, replace(a, q_len=301))
     flipped = a.tensors()
-    flipped[4] = flipped[4].clone()
-    flipped[4][-1, -1, -1] ^= 1 << 30
+    flipped[1] = flipped[1].clone()
+    flipped[1][0, -1, -1, -1] ^= 1 << 30
     with pytest.raises(AssertionError, match=r"rows\.words"):
         assert_same_block_mask(a, type(a).from_tensors(flipped, 300, 200))
 

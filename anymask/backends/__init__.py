@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from anymask.backends.gpu import split
 from anymask.block_mask import BlockMask
 from anymask.scores import Scores
 
@@ -29,7 +30,7 @@ NAMES: tuple[Backend, ...] = get_args(Backend)
 @cache
 def load(name: str) -> ModuleType:
     """The backend's module, imported on first use: `hopper` and `triton` need Triton installed."""
-    return import_module(f"anymask.backends.{name}")
+    return import_module(f"{__name__}.{name}")
 
 
 def reasons(
@@ -59,6 +60,11 @@ def choose(
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run this call: {reason}")
     return load(backend)
+
+
+def splits(name: str, q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:
+    """Programs that share the keys of a row in the forward pass of the backend `name`; 1 if none do."""
+    return split.count(q, k, block_mask) if name in ("hopper", "triton") else 1
 
 
 def check_name(backend: str | None) -> None:

@@ -2,7 +2,8 @@
 
 A plane is the mask of one (batch, head); a tile is 128 x 128 positions of a plane. The mask is two views of the same
 tiles: `rows` lists, for each query tile, the kv tiles it attends to; `cols` is the transpose, for dk and dv. Empty
-tiles appear nowhere, full tiles cost one index, partial tiles one index and 2,048 bytes of words in each view.
+tiles appear nowhere, full tiles cost one index, partial tiles one index and 2,048 bytes of words in each view. Both
+views are parts of four tensors, as each tensor costs time wherever the mask goes.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from anymask.block_mask import text
+from anymask.block_mask import parts, text
 from anymask.block_mask.bits import unpack_bits
+from anymask.block_mask.checks import contradiction_of
 from anymask.block_mask.files import read_safetensors, write_safetensors
 from anymask.block_mask.full import full_lists
 from anymask.block_mask.tile_lists import FIELDS, plane_range, select_planes
@@ -65,7 +67,7 @@ class BlockMask:
     so `rows.full_offsets = [0, 0, 1, 3, 6]`, `rows.partial_offsets = [0, 1, 2, 3, 4]`, and `words` hold four tiles.
     `cols` says the same by columns: `cols.full_tiles = [1, 2, 3, 2, 3, 3]`.
 
-    It is a pytree of tensors and two ints, so it passes through `torch.compile`, `torch.export` and checkpointing; it
+    It is a pytree of four tensors and two ints, so it passes through `torch.compile`, `torch.export`, checkpointing; it
     pickles, also for `torch.load` with weights_only, and compares by identity. What splits each tensor of a pytree, as
     micro-batches of torch.distributed.pipelining do, gets a ValueError; `block_mask[i:j]` has the planes of samples i
     to j - 1. Make one with `anymask.pack`; the constructor checks nothing.
@@ -73,11 +75,46 @@ class BlockMask:
 
     q_len: int
     kv_len: int
-    rows: TileLists
-    cols: TileLists
+    # int32 [n], the lists of both views and their orders, see `parts`
+    lists: Tensor
+    # int32 [2, n_partial, 128, 4], bits of the partial tiles of rows and of columns; each half is dense
+    words: Tensor
+    # uint8 [mask_batch, mask_heads, q_len], 1 where a query has a key; [..., 0] when every one has
+    q_has_pair: Tensor
+    # uint8 [mask_batch, mask_heads, kv_len], 1 where a key has a query; [..., 0] when every one has
+    kv_has_pair: Tensor
 
     # indexing alone would make Python iterate over samples, and a shared mask would end after the first
     __iter__ = None
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            _masks.setdefault(id(self.lists), self)
+
+    @property
+    def rows(self) -> TileLists:
+        """The tiles by query tiles; parts of the mask's tensors."""
+        found = self.__dict__.get("_rows")
+        return self._remember("rows") if found is None else found
+
+    @property
+    def cols(self) -> TileLists:
+        """The tiles by kv tiles; parts of the mask's tensors."""
+        found = self.__dict__.get("_cols")
+        return self._remember("cols") if found is None else found
+
+    def _remember(self, view: str) -> TileLists:
+        tensors = self.lists, self.words, self.q_has_pair, self.kv_has_pair
+        found = parts.view_of(view, tensors, self.q_len, self.kv_len)
+        # not while torch traces: what is made there is no tensor
+        if not torch.compiler.is_compiling():
+            self.__dict__[f"_{view}"] = found
+        return found
+
+    @staticmethod
+    def of_views(q_len: int, kv_len: int, rows: TileLists, cols: TileLists, words: Tensor | None = None) -> BlockMask:
+        """The mask of two views, which are copied but for `words`, those of both if they lie together already."""
+        return BlockMask(q_len, kv_len, *parts.joined(rows, cols, words))
 
     @property
     def ndim(self) -> int:
@@ -92,29 +129,30 @@ class BlockMask:
     @property
     def batch(self) -> int:
         """Planes along the batch: 1 (shared by all samples) or the batch size."""
-        return self.rows.order.shape[0]
+        return self.q_has_pair.shape[0]
 
     @property
     def heads(self) -> int:
         """Planes along the heads: 1 (shared by all heads) or the number of query heads."""
-        return self.rows.order.shape[1]
+        return self.q_has_pair.shape[1]
 
     @property
     def device(self) -> torch.device:
         """Of all tensors."""
-        return self.rows.words.device
+        return self.lists.device
 
     @property
     def tile_counts(self) -> tuple[int, int, int]:
         """Tiles over all planes, (empty, partial, full)."""
-        partial, full = self.rows.partial_tiles.numel(), self.rows.full_tiles.numel()
-        total = self.batch * self.heads * tiles_over(self.q_len) * tiles_over(self.kv_len)
-        return total - partial - full, partial, full
+        n_rows, n_cols = (self.batch * self.heads * tiles_over(n) for n in (self.q_len, self.kv_len))
+        partial = self.words.shape[1]
+        full = parts.full_tiles_in(self.lists.shape[0], n_rows, n_cols, partial)
+        return n_rows * tiles_over(self.kv_len) - partial - full, partial, full
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held: words, lists and order of both views."""
-        return self.rows.nbytes + self.cols.nbytes
+        return sum(t.nbytes for t in self.tensors())
 
     def density(self) -> float:
         """Share of attended pairs among all `planes * q_len * kv_len`; 0.0 if there is none. Reads the words."""
@@ -143,7 +181,7 @@ class BlockMask:
             partial,
             full,
             density,
-            self.rows.words.nbytes + self.cols.words.nbytes,
+            self.words.nbytes,
             self.nbytes,
             pairs,
             4 * head_dim * round(pairs * density),
@@ -190,7 +228,8 @@ class BlockMask:
             OSError: no file can be written there. TypeError: no path.
         """
         header = {"format": FORMAT, "q_len": str(self.q_len), "kv_len": str(self.kv_len)}
-        tensors = {name: t.contiguous() for name, t in zip(NAMES, self.tensors(), strict=True)}
+        views = self.rows.tensors() + self.cols.tensors()
+        tensors = {name: t.contiguous() for name, t in zip(NAMES, views, strict=True)}
         write_safetensors(path, header, tensors)
 
     @staticmethod
@@ -208,44 +247,28 @@ class BlockMask:
         q_len, kv_len = header.get("q_len", ""), header.get("kv_len", "")
         if not (q_len.isdecimal() and kv_len.isdecimal()):
             raise ValueError(f"{path} has q_len {q_len!r} and kv_len {kv_len!r}; allowed are 0 and more")
-        mask = BlockMask.from_tensors([tensors[name] for name in NAMES], int(q_len), int(kv_len))
-        wrong = mask.contradiction()
+        rows, cols = (TileLists(*(tensors[f"{view}.{name}"] for name in FIELDS)) for view in ("rows", "cols"))
+        wrong = contradiction_of(rows, cols, int(q_len), int(kv_len))
         if wrong:
             raise ValueError(f"{path}: {wrong} contradicts the other tensors; the file is damaged")
-        return mask.to(place)
+        return BlockMask.of_views(int(q_len), int(kv_len), rows, cols).to(place)
 
     def contradiction(self) -> str | None:
-        """The first part, such as `rows.order`, that contradicts the others; None if the lists are a mask's.
+        """The first part, such as `words` or `rows.order`, that contradicts the others; None if the lists are a mask's.
 
         Reads the lists and not the words: for masks from files. A kernel would read beyond its memory.
         """
         # what torch.load puts together of a damaged file has any attributes, or none
-        parts = vars(self)
+        found = vars(self)
         for name in ("q_len", "kv_len"):
-            if type(parts.get(name)) is not int or parts[name] < 0:
+            if type(found.get(name)) is not int or found[name] < 0:
                 return name
-        for view in ("rows", "cols"):
-            lists = parts.get(view)
-            if type(lists) is not TileLists or not all(isinstance(vars(lists).get(name), Tensor) for name in FIELDS):
-                return view
-        planes, lengths = tuple(self.rows.order.shape[:2]), (self.q_len, self.kv_len)
-        for view, lists, (length, other) in (("rows", self.rows, lengths), ("cols", self.cols, lengths[::-1])):
-            wrong = lists.wrong_value(planes, length, other)
-            if wrong:
-                return f"{view}.{wrong}"
-        q_tiles, kv_tiles = map(tiles_over, lengths)
-        places = []
-        for kind, name in ((FULL, "full"), (PARTIAL, "partial")):
-            by_row = self.rows.tile_row_numbers(kind) * kv_tiles + _tiles(self.rows, kind)
-            column, q_tile = self.cols.tile_row_numbers(kind), _tiles(self.cols, kind)
-            by_column = (column // max(1, kv_tiles) * q_tiles + q_tile) * kv_tiles + column % max(1, kv_tiles)
-            places.append(by_row)
-            for view, numbers in (("rows", by_row), ("cols", column * q_tiles + q_tile)):
-                if (numbers.diff() <= 0).any():
-                    return f"{view}.{name}_tiles"
-            if not torch.equal(by_column.sort().values, by_row):
-                return f"cols.{name}_tiles"
-        return "rows.partial_tiles" if (torch.cat(places).sort().values.diff() == 0).any() else None
+        for name in TENSORS:
+            t = found.get(name)
+            if not isinstance(t, Tensor) or t.dtype != (torch.uint8 if "has_pair" in name else torch.int32):
+                return name
+        wrong = parts.wrong_tensor(self.tensors(), self.q_len, self.kv_len)
+        return wrong or contradiction_of(self.rows, self.cols, self.q_len, self.kv_len)
 
     @staticmethod
     def full(
@@ -267,7 +290,7 @@ class BlockMask:
                 raise TypeError(f"{name} is {n!r} of type {type(n).__name__}; allowed is an int")
             if n < 0:
                 raise ValueError(f"{name} is {n}; allowed are 0 and more")
-        return BlockMask(q_len, kv_len, *full_lists(q_len, kv_len, (batch, heads))).to(device)
+        return BlockMask.of_views(q_len, kv_len, *full_lists(q_len, kv_len, (batch, heads))).to(device)
 
     def to_dense(self) -> Tensor:
         """bool `[batch, heads, q_len, kv_len]` with size 1 where a dimension is shared. For tests and small masks."""
@@ -291,17 +314,24 @@ class BlockMask:
         Raises:
             IndexError: beyond the planes, also by a slice. TypeError: no ints and slices of step 1.
         """
-        parts = index if isinstance(index, tuple) else (index,)
-        if len(parts) > 2:
+        given = index if isinstance(index, tuple) else (index,)
+        if len(given) > 2:
             raise IndexError(
-                f"block_mask[...] has {len(parts)} indices; allowed are 2, batch and heads: "
+                f"block_mask[...] has {len(given)} indices; allowed are 2, batch and heads: "
                 "anymask.slice_queries cuts queries"
             )
-        batch = plane_range(parts[0], self.batch, "batch") if parts else range(self.batch)
-        heads = plane_range(parts[1], self.heads, "heads") if len(parts) > 1 else range(self.heads)
+        batch = plane_range(given[0], self.batch, "batch") if given else range(self.batch)
+        heads = plane_range(given[1], self.heads, "heads") if len(given) > 1 else range(self.heads)
         if (len(batch), len(heads)) == (self.batch, self.heads):
             return self
-        return BlockMask(self.q_len, self.kv_len, *select_planes((self.rows, self.cols), batch, heads))
+        if torch.compiler.is_compiling():
+            # an operator of `anymask.mask_ops`, which compilers do not look into
+            bounds = batch.start, batch.stop, heads.start, heads.stop
+            tensors = torch.ops.anymask.slice_planes(self.tensors(), self.q_len, self.kv_len, *bounds)
+            return BlockMask(self.q_len, self.kv_len, *tensors)
+        return BlockMask.of_views(
+            self.q_len, self.kv_len, *select_planes(self.rows, self.cols, self.words, batch, heads)
+        )
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BlockMask:
         """The same mask on another device; itself if it is there already. `non_blocking` is that of `Tensor.to`.
@@ -329,14 +359,30 @@ class BlockMask:
         return BlockMask.from_tensors([t.pin_memory() for t in self.tensors()], self.q_len, self.kv_len)
 
     def tensors(self) -> list[Tensor]:
-        """The tensors of `rows`, then of `cols`, in field order: what a torch op takes and `from_tensors` reads."""
-        return self.rows.tensors() + self.cols.tensors()
+        """The four tensors in field order: what a torch op takes and `from_tensors` reads."""
+        return [self.lists, self.words, self.q_has_pair, self.kv_has_pair]
 
     @staticmethod
     def from_tensors(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask:
-        """Inverse of `tensors`."""
-        half = len(tensors) // 2
-        return BlockMask(q_len, kv_len, TileLists(*tensors[:half]), TileLists(*tensors[half:]))
+        """Inverse of `tensors`; where they are those of a mask that is there, that mask, which may have its views."""
+        known = _masks.get(id(tensors[0]))
+        if known is not None and known.lists is tensors[0] and known.words is tensors[1]:
+            # torch makes those without elements anew
+            same = all(a is b or _is_same(a, b) for a, b in zip(known.tensors()[2:], tensors[2:], strict=True))
+            if same and (known.q_len, known.kv_len) == (q_len, kv_len):
+                return known
+        return BlockMask(q_len, kv_len, *tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # without the views, whose memory would be written once more
+        return {name: getattr(self, name) for name in ("q_len", "kv_len", *TENSORS)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "rows" in state:
+            # as it was pickled when the views were fourteen tensors of their own
+            state = vars(BlockMask.of_views(**state))
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def __str__(self) -> str:
         kinds = self.tile_kinds()
@@ -355,8 +401,8 @@ class BlockMask:
         )
 
 
-def _tiles(lists: TileLists, kind: int) -> Tensor:
-    return lists.full_tiles if kind == FULL else lists.partial_tiles
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
 def _device(device: Any) -> torch.device:
@@ -370,58 +416,11 @@ def _device(device: Any) -> torch.device:
         raise ValueError(f"device is {device!r}; allowed are those of torch, such as 'cpu' and 'cuda:0'") from error
 
 
-# of the tensors, in the order of `BlockMask.tensors`
+TENSORS = "lists", "words", "q_has_pair", "kv_has_pair"
+# of the tensors of both views, as files have them
 NAMES = [f"{view}.{name}" for view in ("rows", "cols") for name in FIELDS]
+# all masks, by the id of `lists`
+_masks: WeakValueDictionary[int, BlockMask] = WeakValueDictionary()
 
-
-def _put_together(views: Any, lengths: tuple[int, int]) -> BlockMask:
-    """A mask of two views, whatever they hold; if tensors, those of one mask, which what splits each would not notice.
-
-    Raises:
-        ValueError: tensors of shapes that are never together.
-    """
-    mask = BlockMask(*lengths, *views)
-    known = all(isinstance(v, TileLists) and all(isinstance(t, Tensor) for t in v.tensors()) for v in views)
-    # traced sizes are numbers to be, and a comparison would bind them
-    if torch.compiler.is_compiling() or not known:
-        return mask
-    if any(not isinstance(n, int) for n in (*lengths, *(n for t in mask.tensors() for n in t.shape))):
-        return mask
-    planes = tuple(mask.rows.order.shape[:2])
-    for view, lists, length in (("rows", mask.rows, lengths[0]), ("cols", mask.cols, lengths[1])):
-        wrong = lists.wrong_shape(planes, length)
-        if wrong:
-            raise ValueError(
-                f"a BlockMask was put together from tensors that do not fit: {view}.{wrong} has shape "
-                f"{tuple(getattr(lists, wrong).shape)} beside rows.order of shape {tuple(mask.rows.order.shape)}. "
-                "Micro-batches of torch.distributed.pipelining split each of its tensors along dimension 0; keep it "
-                "out of what they split, and cut it by block_mask[i:j]"
-            )
-    return mask
-
-
-# two levels, so that the path of a leaf is how Python reaches it: torch.export makes names of it
-pytree.register_pytree_node(
-    TileLists,
-    lambda lists: (lists.tensors(), None),
-    lambda tensors, _: TileLists(*tensors),
-    serialized_type_name="anymask.TileLists",
-    flatten_with_keys_fn=lambda lists: (
-        [(pytree.GetAttrKey(name), t) for name, t in zip(FIELDS, lists.tensors(), strict=True)],
-        None,
-    ),
-)
-pytree.register_pytree_node(
-    BlockMask,
-    lambda m: ([m.rows, m.cols], (m.q_len, m.kv_len)),
-    _put_together,
-    serialized_type_name="anymask.BlockMask",
-    to_dumpable_context=list,
-    from_dumpable_context=tuple,
-    flatten_with_keys_fn=lambda m: (
-        [(pytree.GetAttrKey("rows"), m.rows), (pytree.GetAttrKey("cols"), m.cols)],
-        (m.q_len, m.kv_len),
-    ),
-)
 # for torch.load with weights_only, its default
 torch.serialization.add_safe_globals([BlockMask, TileLists])

@@ -1,8 +1,8 @@
 """A mask as part of a module."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from anymask.block_mask.block_mask import NAMES, BlockMask
+from anymask.block_mask.block_mask import TENSORS, BlockMask
 
 
 class MaskBuffer(nn.Module):
@@ -24,12 +24,11 @@ class MaskBuffer(nn.Module):
         if not isinstance(block_mask, BlockMask):
             raise TypeError(f"block_mask is a {type(block_mask).__name__}; allowed is a BlockMask, which pack makes")
         self.q_len, self.kv_len = block_mask.q_len, block_mask.kv_len
-        for name, t in zip(NAMES, block_mask.tensors(), strict=True):
-            # a dot would be a module's
-            self.register_buffer(name.replace(".", "_"), t, persistent=False)
+        for name, t in zip(TENSORS, block_mask.tensors(), strict=True):
+            self.register_buffer(name, t, persistent=False)
 
     @property
     def mask(self) -> BlockMask:
         """The mask, where the module is now."""
-        tensors = [getattr(self, name.replace(".", "_")) for name in NAMES]
-        return BlockMask.from_tensors(tensors, self.q_len, self.kv_len)
+        tensors: list[Tensor] = [getattr(self, name) for name in TENSORS]
+        return BlockMask(self.q_len, self.kv_len, *tensors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -123,13 +122,16 @@ def _integer(index: Any, name: str) -> int:
     return operator.index(index)
 
 
-def select_planes(views: Sequence[TileLists], batch: range, heads: range) -> list[TileLists]:
-    """Views of the planes of some neighbouring samples and heads.
+def select_planes(
+    rows: TileLists, cols: TileLists, words: Tensor, batch: range, heads: range
+) -> tuple[TileLists, TileLists, Tensor]:
+    """Both views, and the words of both, of the planes of some neighbouring samples and heads.
 
     Where these planes are neighbours in memory, tiles and words are not copied. A GPU waits once, for the places where
     the lists of each plane begin.
     """
-    all_heads = views[0].order.shape[1]
+    views = rows, cols
+    all_heads = rows.order.shape[1]
     runs = [range(b * all_heads + heads.start, b * all_heads + heads.stop) for b in batch] or [range(0)]
     if len(heads) == all_heads:
         runs = [range(batch.start * all_heads, batch.stop * all_heads)]
@@ -143,30 +145,33 @@ def select_planes(views: Sequence[TileLists], batch: range, heads: range) -> lis
             starts = offsets[span.start * tile_rows : span.stop * tile_rows + 1 : max(1, tile_rows)]
             wanted.append(starts.expand(len(span) + 1))
     numbers = [part.tolist() for part in torch.cat(wanted).cpu().split([len(t) for t in wanted])]
-    found = []
+    found, chosen = [], words
     for i, (view, has_pair) in enumerate(zip(views, maps, strict=True)):
         full_starts, partial_starts = numbers[len(views) + 2 * i : len(views) + 2 * i + 2]
         full, partial = (
             [slice(starts[run.start - span.start], starts[run.stop - span.start]) for run in runs]
             for starts in (full_starts, partial_starts)
         )
+        # a plane has as many partial tiles by rows as by columns
+        chosen = _pieces(words, partial, 1)
         found.append(
             TileLists(
                 _offsets_of(view.full_offsets, view.order.shape, cut),
                 _pieces(view.full_tiles, full),
                 _offsets_of(view.partial_offsets, view.order.shape, cut),
                 _pieces(view.partial_tiles, partial),
-                _pieces(view.words, partial),
+                chosen[i],
                 view.order[cut].contiguous(),
                 # empty where all of these planes' positions have a pair, as if they were packed alone
                 has_pair[:0] if numbers[i][0] else has_pair,
             )
         )
-    return found
+    return found[0], found[1], chosen
 
 
-def _pieces(t: Tensor, pieces: list[slice]) -> Tensor:
-    return t[pieces[0]] if len(pieces) == 1 else torch.cat([t[piece] for piece in pieces])
+def _pieces(t: Tensor, pieces: list[slice], dim: int = 0) -> Tensor:
+    some = [t.narrow(dim, piece.start, piece.stop - piece.start) for piece in pieces]
+    return some[0] if len(some) == 1 else torch.cat(some, dim)
 
 
 def _offsets_of(offsets: Tensor, shape: torch.Size, cut: tuple[slice, slice]) -> Tensor:

@@ -26,6 +26,8 @@ from anymask.packing import pack
 # farther than any position
 FAR = 2**40
 EVERYTHING = Band(None, None)
+# one object, so that no layer makes it
+CAUSAL = causal()
 
 
 def register(name: str = "anymask") -> None:
@@ -94,7 +96,7 @@ def attention_forward(
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
         found = additive_mask(attention_mask)
     elif attention_mask is None and is_causal and query.shape[2] > 1:
-        found = causal()
+        found = CAUSAL
     if key.shape[0] != query.shape[0]:
         # learned queries, or keys, of one sample
         batch = max(query.shape[0], key.shape[0])
@@ -140,7 +142,7 @@ def mask(
     meant = plane.causal() if mask_function is None else plane.read(mask_function)
     if attention_mask is None:
         square = isinstance(q_offset, int) and q_offset == kv_offset and (q_length == kv_length or not q_offset)
-        if allow_is_causal_skip and square and meant == causal():
+        if allow_is_causal_skip and square and meant == CAUSAL:
             return None
         if allow_is_bidirectional_skip and meant is EVERYTHING:
             return None

@@ -23,3 +23,6 @@ from anymask.mask.builders import spans as spans
 from anymask.mask.builders import strided as strided
 from anymask.mask.builders import tree as tree
 from anymask.mask.expr import Mask as Mask
+from anymask.mask.invert import install as _install
+
+_install()

@@ -25,25 +25,23 @@ from anymask.mask.arguments import (
     shared_once,
     values,
 )
-from anymask.mask.expr import Mask, brief
+from anymask.mask.expr import Mask, Not, brief
 from anymask.mask.leaves import Band, Between, Blocks, Function, Positions, Stride
 from anymask.mask.parts import (
     PADDING,
     block_edges,
     blocks_of_sizes,
     bools,
-    document_bounds,
     equal_ids,
     first_keys,
     flagged,
     neighbourhood,
-    numbers_of,
     of_own_part,
-    preorder,
     union,
 )
 from anymask.mask.parts import dense as dense
 from anymask.mask.single import one_pair_at_a_time
+from anymask.mask.traced import documents, preorder
 
 
 @builder
@@ -134,7 +132,9 @@ def block_diffusion(block: int, length: int | None = None) -> Mask:
     noisy_query, noisy_key = Positions(0, length, of_query=True), Positions(0, length, of_query=False)
     before = Band(None, length // block - 1, block=block)
     own_noisy = noisy_query & noisy_key & Band(0, 0, block=block)
-    return own_noisy | (~noisy_key & ((noisy_query & before) | (~noisy_query & Band(None, 0, block=block))))
+    # torch before 2.14 cannot trace ~ of an object
+    clean_key, clean_query = Not(noisy_key), Not(noisy_query)
+    return own_noisy | (clean_key & ((noisy_query & before) | (clean_query & Band(None, 0, block=block))))
 
 
 @builder
@@ -175,9 +175,8 @@ def document(
         return equal_ids(f"document: {name}", torch.where(positions == PADDING, PADDING, numbers))
     if cu_seqlens is None:
         return equal_ids("document: ids", ids, "document: kv_ids", kv_ids)
-    bounds, kv_bounds = document_bounds(cu_seqlens, kv_cu_seqlens)
-    kv_numbers = None if kv_cu_seqlens is None else numbers_of(kv_bounds)
-    return equal_ids("document: cu_seqlens", numbers_of(bounds), "document: kv_cu_seqlens", kv_numbers)
+    numbers, *of_keys = documents(cu_seqlens, kv_cu_seqlens)
+    return equal_ids("document: cu_seqlens", numbers, "document: kv_cu_seqlens", of_keys[0] if of_keys else None)
 
 
 @builder
@@ -194,15 +193,18 @@ def document_window(
         right: tokens after it, 0 or more; 0 makes the window causal, None is for all of them.
         kv_cu_seqlens: the same as cu_seqlens for keys, of as many documents; default cu_seqlens.
     """
-    bounds, kv_bounds = document_bounds(cu_seqlens, kv_cu_seqlens)
-    number = numbers_of(bounds)
+    number, *of_keys = documents(cu_seqlens, kv_cu_seqlens)
+    kv_number = of_keys[0] if of_keys else number
+    bounds, kv_bounds = (
+        t.to(torch.int64) for t in (cu_seqlens, cu_seqlens if kv_cu_seqlens is None else kv_cu_seqlens)
+    )
     sizes, kv_sizes = bounds.diff()[number], kv_bounds.diff()[number]
     # each query's place in the keys of its document
     place = torch.arange(len(number), device=number.device) - bounds[number] + kv_sizes - sizes
     first = 0 * place if left is None else (place - check_natural("left", left)).clamp(min=0)
     end = kv_sizes if right is None else (place + check_natural("right", right) + 1).clamp(min=0).minimum(kv_sizes)
     name = "document_window: cu_seqlens" + (" and kv_cu_seqlens" if kv_cu_seqlens is not None else "")
-    keys = torch.arange(int(kv_bounds[-1]), device=number.device)
+    keys = torch.arange(kv_number.shape[0], device=number.device)
     start = kv_bounds[number]
     low, high = ((start + x)[None, None] for x in (first, end))
     return Between(keys[None, None], low, high, of_query=False, name=name)
@@ -319,11 +321,7 @@ def tree(parents: Tensor) -> Mask:
     Raises:
         ValueError: a parent out of range, or parents that form a cycle.
     """
-    of_token = per_token("parents", parents)
-    rows = values("parents", of_token.flatten(0, 1))
-    numbered = torch.tensor([preorder(row) for row in rows], dtype=torch.int64, device=parents.device)
-    first, end = numbered.view(len(rows), 2, of_token.shape[2]).unbind(1)
-    first, end = first.reshape(of_token.shape), end.reshape(of_token.shape)
+    first, end = preorder(per_token("parents", parents))
     return Between(first, first, end, of_query=True, name="tree: parents")
 
 

@@ -177,8 +177,17 @@ def _largest(planes: list[tuple[int, int]]) -> tuple[int, int]:
 
 def _check_length(t: Tensor | None, name: str, side: str, length: int) -> None:
     """A length of 1 is no broadcast: it is one token, as 2 are two."""
-    if t is not None and t.dim() == 3 and t.shape[2] != length:
+    if t is not None and t.dim() == 3 and _differ(t.shape[2], length):
         raise ValueError(f"{name} has length {t.shape[2]} but {side} is {length}; allowed are equal lengths")
+
+
+def _differ(a: int, b: int) -> bool:
+    """Whether two lengths are known to differ: in a traced function one may be a symbol that only a run tells."""
+    if not torch.compiler.is_compiling():
+        return a != b
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(a != b))
 
 
 def _extremes(t: Tensor, grid: TileGrid, rows: range, of_query: bool) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from operator import and_
 from typing import Any
 
@@ -22,6 +22,7 @@ from anymask.mask.arguments import (
 )
 from anymask.mask.expr import Mask
 from anymask.mask.leaves import Between, Dense
+from anymask.mask.traced import numbers_of
 
 # tokens with this id see nothing and are seen by nothing
 PADDING = -1
@@ -100,52 +101,6 @@ def _runs(layout: Tensor) -> tuple[Tensor, Tensor]:
     found = torch.zeros(2, max([1, *values("layout", count)]), len(count), dtype=torch.int64, device=layout.device)
     found[:, rank, line] = torch.stack([first, end])
     return found[0].unflatten(1, layout.shape[:3]), found[1].unflatten(1, layout.shape[:3])
-
-
-def document_bounds(cu_seqlens: Tensor, kv_cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """int64 `[documents + 1]` of queries and keys."""
-    found = []
-    for name, t in (("cu_seqlens", cu_seqlens), ("kv_cu_seqlens", kv_cu_seqlens)):
-        if t is None:
-            continue
-        bounds = values(name, check_integers(name, t, (1,)))
-        if not bounds or bounds[0] != 0 or any(a > b for a, b in pairwise(bounds)):
-            raise ValueError(f"{name} is {abbreviate(bounds)}; allowed are numbers that start at 0 and do not decrease")
-        found.append(t.to(torch.int64, copy=True))
-    check_one_device(cu_seqlens=cu_seqlens, kv_cu_seqlens=kv_cu_seqlens)
-    if len(found[0]) != len(found[-1]):
-        n, kv_n = (len(bounds) - 1 for bounds in found)
-        raise ValueError(f"kv_cu_seqlens has {kv_n} documents but cu_seqlens has {n}; allowed are as many")
-    return found[0], found[-1]
-
-
-def numbers_of(bounds: Tensor) -> Tensor:
-    """int64 `[length]`: the document, or block, of each token."""
-    numbers = torch.arange(len(bounds) - 1, device=bounds.device)
-    return numbers.repeat_interleave(bounds.diff())
-
-
-def preorder(parents: list[int]) -> tuple[list[int], list[int]]:
-    """Each token's place in a walk that visits children after their parent, and the place after its last descendant."""
-    children: list[list[int]] = [[] for _ in parents]
-    roots: list[int] = []
-    for token, parent in enumerate(parents):
-        if not -1 <= parent < len(parents):
-            raise ValueError(f"parents[{token}] is {parent}; allowed are -1 to {len(parents) - 1}")
-        (roots if parent < 0 else children[parent]).append(token)
-    walk: list[int] = []
-    first, end = [-1] * len(parents), [0] * len(parents)
-    stack = roots[::-1]
-    while stack:
-        token = stack.pop()
-        first[token] = len(walk)
-        walk.append(token)
-        stack += children[token][::-1]
-    if len(walk) < len(parents):
-        raise ValueError(f"parents form a cycle through token {first.index(-1)}; allowed are trees")
-    for token in reversed(walk):
-        end[token] = max([first[token] + 1, *(end[child] for child in children[token])])
-    return first, end
 
 
 def flagged(name: str, flags: Tensor, of_query: bool) -> Mask:

@@ -64,7 +64,7 @@ def pack(
         # one operator of `anymask.mask_ops`, which compilers do not look into
         program = program_of(mask.to(place))
         assert program is not None
-        return BlockMask.from_tensors(torch.ops.anymask.pack(*program, q_len, kv_len, place), q_len, kv_len)
+        return BlockMask(q_len, kv_len, *torch.ops.anymask.pack(*program, q_len, kv_len, place))
     # tensors of inference mode could not be saved for a backward pass
     with torch.inference_mode(False):
         return implementation(place).pack_mask(mask.to(place), TileGrid(q_len, kv_len, place))

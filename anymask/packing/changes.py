@@ -31,6 +31,11 @@ def slice_queries(block_mask: BlockMask, start: int, stop: int) -> BlockMask:
         raise ValueError(
             f"queries {start} to {stop} of a mask with q_len={q_len}; allowed are 0 <= start <= stop <= q_len"
         )
+    if torch.compiler.is_compiling():
+        # an operator of `anymask.mask_ops`, which compilers do not look into
+        lengths = block_mask.q_len, block_mask.kv_len
+        tensors = torch.ops.anymask.slice_queries(block_mask.tensors(), *lengths, start, stop)
+        return BlockMask(stop - start, block_mask.kv_len, *tensors)
     rows, shift = block_mask.rows, start % TILE
     grid = TileGrid(stop - start, block_mask.kv_len, block_mask.device)
     # the old tiles that are covered, and one row of tiles below them

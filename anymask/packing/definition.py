@@ -127,14 +127,16 @@ def kind_of_words(words: Words, q_tile: Tensor, grid: TileGrid) -> Tensor:
 
 def lists_from_tiles(kinds: TileKinds, words: Words, grid: TileGrid) -> BlockMask:
     """The `BlockMask` of tile kinds and of the words of the partial tiles in row order."""
-    rows = _lists(kinds, words, grid.q_len)
     number = torch.full(kinds.shape, -1, dtype=torch.int64, device=kinds.device)
     number[kinds == PARTIAL] = torch.arange(words.shape[0], device=words.device)
     swapped = kinds.transpose(-1, -2)
     by_column = number.transpose(-1, -2)[swapped == PARTIAL]
-    words_t = [transpose_bits(words[n]) for n in by_column.split(CHUNK_TILES)]
-    cols = _lists(swapped, torch.cat(words_t) if words_t else words.clone(), grid.kv_len)
-    return BlockMask(grid.q_len, grid.kv_len, rows, cols)
+    both = words.new_empty(2, *words.shape)
+    both[0] = words
+    for n, found in zip(by_column.split(CHUNK_TILES), both[1].split(CHUNK_TILES), strict=True):
+        found.copy_(transpose_bits(words[n]))
+    rows, cols = _lists(kinds, both[0], grid.q_len), _lists(swapped, both[1], grid.kv_len)
+    return BlockMask.of_views(grid.q_len, grid.kv_len, rows, cols, both)
 
 
 def _lists(kinds: Tensor, words: Words, length: int) -> TileLists:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.cases import Inputs
 from benchmarks.check import Errors
+from benchmarks.models import Batch, Training
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -26,9 +27,9 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A way to attend, or to build the mask, and how it was set up."""
+    """A way to attend, to build the mask, or to train a model, and how it was set up."""
 
-    # differentiable; None if the provider builds masks
+    # differentiable; None if the provider does something else
     attend: Attend | None
     note: str
     # it computes without the mask, and is checked against attention without it
@@ -37,6 +38,7 @@ class Prepared:
     forward_only: bool = False
     # ways to build the mask, each from memory of its own where it is read
     builds: tuple[Callable[[], object], ...] = ()
+    training: Training | None = None
     # how far its result is from fp64, once that is known
     errors: Errors = field(default_factory=Errors)
 
@@ -51,6 +53,11 @@ PROVIDERS: dict[str, tuple[str, str, str]] = {
     "anymask:deterministic": ("ours.attention", "anymask, deterministic", "#8f2d3c"),
     "anymask:dense": ("ours.attention", "anymask, bool tensor seen before", "#e8935c"),
     "anymask:view": ("ours.attention", "anymask, view made anew", "#8f2d3c"),
+    "anymask:plain": ("ours.attention", "anymask, mask and scores left out", "#e8935c"),
+    "anymask:layer": ("ours.layer", "anymask, in a layer of transformers", "#e8935c"),
+    "anymask:model": ("models.train", "anymask", "#d1495b"),
+    "sdpa:model": ("models.train", "sdpa", "#6aa56a"),
+    "flex:model": ("models.train", "flex_attention", "#5b8db8"),
     "copy": ("ours.copy", "a copy of the tensor", "#999999"),
     "flex": ("flex.attention", "FlexAttention, compiled", "#5b8db8"),
     "flex:dense": ("flex.attention", "FlexAttention, compiled, reads the tensor", "#a9c7de"),
@@ -72,7 +79,7 @@ PROVIDERS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def prepare(name: str, inputs: Inputs) -> Prepared:
+def prepare(name: str, inputs: Inputs | Batch) -> Prepared:
     """The provider called `name`, ready for the inputs."""
     module, _, function = PROVIDERS[name][0].partition(".")
     base, _, variant = name.partition(":")
@@ -84,7 +91,7 @@ def prepare(name: str, inputs: Inputs) -> Prepared:
 
 def is_ours(name: str) -> bool:
     """Whether a provider runs this project's code."""
-    return PROVIDERS[name][0] in ("ours.attention", "ours.pack")
+    return name.partition(":")[0] in ("anymask", "pack")
 
 
 def compiled(inputs: Inputs, attend: Attend) -> Attend:

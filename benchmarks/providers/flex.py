@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from benchmarks.cases import Inputs
 from benchmarks.masks import MaskMod
-from benchmarks.providers import Prepared, Unsupported, mask_of
+from benchmarks.providers import Attend, Prepared, Unsupported, mask_of
 from benchmarks.providers.ours import COPIES
 
 # most pairs of which it lists the blocks without being compiled for it: 10 GiB
@@ -37,9 +38,29 @@ def attention(inputs: Inputs, base: str, variant: str) -> Prepared:
         mode = {"eager": "default"}.get(inputs.case.mode, inputs.case.mode)
         # fullgraph: an error rather than a silent return to the eager, dense form
         call = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=mode)
-    attend = partial(call, block_mask=block_mask, enable_gqa=inputs.grouped)
+    if inputs.case.scores is not None:
+        attend, note = _with_scores(inputs, call, block_mask), f"{note}, score_mod"
+    else:
+        attend = partial(call, block_mask=block_mask, enable_gqa=inputs.grouped)
     # eager FlexAttention has a backward pass on GPUs only
     return Prepared(attend, f"mask_mod: {note}", forward_only=inputs.q.device.type == "cpu")
+
+
+def _with_scores(inputs: Inputs, call: Callable[..., Any], block_mask: BlockMask | None) -> Attend:
+    """A call with a score_mod; sinks scale its result by what they leave of the denominator, as transformers does."""
+    kind = inputs.case.scores
+    assert kind is not None
+    if kind.dropout_p:
+        raise Unsupported("it has no dropout")
+    options = {"block_mask": block_mask, "enable_gqa": inputs.grouped}
+    if (sinks := inputs.leaves.get("sinks")) is None:
+        return partial(call, score_mod=kind.rule(inputs.leaves), **options)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, lse = call(q, k, v, return_lse=True, **options)
+        return o * torch.sigmoid(lse - sinks[:, None])[..., None].to(o.dtype)
+
+    return attend
 
 
 def build(inputs: Inputs, base: str, variant: str) -> Prepared:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 import anymask
 from anymask import backends
+from anymask.integrations.transformers import attention_forward
 from benchmarks.cases import Inputs
 from benchmarks.providers import Prepared, Unsupported, compiled, mask_of
+from benchmarks.scores import SEED
 
 # copies of the mask that packing cycles through, so that none is still in the L2 cache when its turn comes
 COPIES = 4
@@ -20,18 +22,36 @@ COPIES = 4
 def attention(inputs: Inputs, base: str, variant: str) -> Prepared:
     """`anymask.attention` with the mask packed once, or with the tensor; other variants name a backend."""
     packed = inputs.block_mask
-    backend = None if variant in ("", "deterministic", "dense", "view") else variant
+    backend, kind = None if variant in ("", "deterministic", "dense", "view", "plain") else variant, inputs.case.scores
     if backend is not None and (reason := backends.reasons(inputs.q, inputs.k, inputs.v, packed)[backend]):
         raise Unsupported(reason)
     options: dict[str, Any] = {"backend": backend, "deterministic": variant == "deterministic"}
     mask = mask_of(inputs) if variant in ("dense", "view") else packed
+    if variant == "plain":
+        return Prepared(lambda q, k, v: anymask.attention(q, k, v), "neither mask nor scores", unmasked=True)
+    if kind is not None:
+        options |= kind.keywords(inputs.leaves)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if kind is not None and kind.dropout_p:
+            torch.manual_seed(SEED)
         return anymask.attention(q, k, v, mask.view(mask.shape) if variant == "view" else mask, **options)
 
-    runs = backend or anymask.explain(inputs.q, inputs.k, inputs.v, packed).backend
+    said = {name: value for name, value in options.items() if name != "deterministic"}
+    runs = backend or anymask.explain(inputs.q, inputs.k, inputs.v, packed, **said).backend
     how = "no mask" if packed is None else "mask packed once" if mask is packed else f"{variant} tensor"
     return Prepared(compiled(inputs, attend), f"backend {runs}, {how}")
+
+
+def layer(inputs: Inputs, base: str, variant: str) -> Prepared:
+    """What a layer of a model of transformers calls, and a view of its result in the order of q."""
+    module, mask, scale = torch.nn.Module(), inputs.block_mask, inputs.case.shape.head_dim**-0.5
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, _ = attention_forward(module, q, k, v, mask, dropout=0.0, scaling=scale, position_ids=None, use_cache=False)
+        return o.transpose(1, 2)
+
+    return Prepared(compiled(inputs, attend), "mask packed once")
 
 
 def pack(inputs: Inputs, base: str, variant: str) -> Prepared:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import Inputs
-from benchmarks.providers import Prepared, Unsupported, compiled, mask_of
+from benchmarks.providers import Attend, Prepared, Unsupported, compiled, mask_of
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -33,6 +35,9 @@ def attention(inputs: Inputs, base: str, variant: str) -> Prepared:
     if variant in ("causal", "unmasked"):
         mask, note = None, {"causal": "is_causal=True", "unmasked": "the mask is left out"}[variant]
 
+    if inputs.case.scores is not None:
+        return Prepared(_with_bias(inputs, kernel), "mask and bias in one tensor, which each call makes")
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         options = {"is_causal": variant == "causal", "enable_gqa": inputs.grouped}
         if kernel is None:
@@ -41,3 +46,18 @@ def attention(inputs: Inputs, base: str, variant: str) -> Prepared:
             return scaled_dot_product_attention(q, k, v, mask, **options)
 
     return Prepared(compiled(inputs, attend), note if inputs.mask is not None else "no mask", variant == "unmasked")
+
+
+def _with_bias(inputs: Inputs, kernel: SDPBackend | None) -> Attend:
+    """A call that takes mask and bias as one tensor."""
+    if "bias" not in inputs.leaves or kernel is None:
+        raise Unsupported("it takes no scores but a bias")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = inputs.leaves["bias"]
+        if inputs.mask is not None:
+            bias = bias.masked_fill(~inputs.mask, -math.inf)
+        with sdpa_kernel(kernel):
+            return scaled_dot_product_attention(q, k, v, bias.expand(*q.shape[:3], k.shape[2]))
+
+    return attend

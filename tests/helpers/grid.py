@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from anymask import BlockMask, Mask, attention, pack
 from anymask.backends import Backend
-from anymask.testing import MASKS, Case, Results, make_inputs, make_qkv, reference, run
+from anymask.testing import (
+    MASKS,
+    Case,
+    Results,
+    assert_matches,
+    eager,
+    magnitudes,
+    make_inputs,
+    make_qkv,
+    reference,
+    run,
+)
 from anymask.testing.properties import assert_nearly as assert_nearly
 from anymask.testing.properties import check_a_first_tile_of_zero_scores as check_a_first_tile_of_zero_scores
 from anymask.testing.properties import check_emptied_rows_leave_the_others as check_emptied_rows_leave_the_others
@@ -53,6 +66,22 @@ def results_of(
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     o, lse = attention(*leaves, mask, return_lse=True, backend=backend)
     return Results(o.detach(), lse.detach(), *torch.autograd.grad(o, leaves, do))
+
+
+def check_forward(case: Case, backend: Backend | None = None, device: str = "cpu") -> None:
+    """Assert that o and lse match the oracle, 0 and -inf where a query has no key; nothing is differentiated."""
+    inputs = make_inputs(case, device)
+    o, lse = (t.detach() for t in _forward_of(case, inputs[:4], backend))
+    args = *inputs[:3], inputs.dense, case.scale, inputs.do
+    expected, size = reference(*args), magnitudes(*args)
+    assert_matches(o, expected.o, eager(*args).o, case.dtype, "o", magnitude=size.o)
+    assert_matches(lse, expected.lse, None, case.dtype, "lse")
+    assert not o[~inputs.dense.any(-1)].any()
+
+
+def _forward_of(case: Case, qkv_and_mask: tuple[Any, ...], backend: Backend | None) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return attention(*qkv_and_mask, scale=case.scale, return_lse=True, backend=backend)
 
 
 def cases(backends: tuple[str, ...], many: list[Case]) -> pytest.MarkDecorator:

@@ -16,6 +16,8 @@ from anymask.tiles import TILE
 
 # of a launch grid's second and third axis, which are heads and samples
 MAX_GRID = 65535
+# any positive scale whose products round to 0 stands for 0, since 0 * -inf would be NaN
+TINY_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def plane_strides(block_mask: BlockMask | None) -> tuple[int, int]:
     """Planes to step over for the next sample and for the next query head."""
     if block_mask is None:
         return 0, 0
-    batch, heads, _ = block_mask.rows.order.shape
+    batch, heads = block_mask.batch, block_mask.heads
     return heads * (batch > 1), int(heads > 1)
 
 
@@ -59,8 +61,8 @@ def has_pair(block_mask: BlockMask | None, view: str) -> Tensor | None:
     """The view's map of positions that have a pair, None if all do."""
     if block_mask is None:
         return None
-    used: Tensor = getattr(block_mask, view).has_pair
-    return used if used.numel() else None
+    used = block_mask.q_has_pair if view == "rows" else block_mask.kv_has_pair
+    return used.view(-1) if used.shape[2] else None
 
 
 def zero_unused_rows(t: Tensor, block_mask: BlockMask | None, view: str) -> Tensor:

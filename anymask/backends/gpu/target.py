@@ -3,6 +3,8 @@
 from functools import cache
 from importlib.util import find_spec
 
+import torch
+
 
 @cache
 def is_installed() -> bool:
@@ -26,3 +28,9 @@ def current_target() -> tuple[str, int | str]:
 
     target = driver.active.get_current_target()
     return target.backend, target.arch
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, or compute units of AMD's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

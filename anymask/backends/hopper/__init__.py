@@ -7,12 +7,12 @@ are in `kernels/`.
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from anymask.backends.gpu import target
+from anymask.backends.gpu import split, target
 from anymask.backends.gpu.arguments import (
     LOG2_E,
     MAX_GRID,
@@ -23,7 +23,9 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
-from anymask.backends.hopper import tuning
+from anymask.backends.gpu.target import multiprocessors
+from anymask.backends.hopper import tuning, wide
+from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard, launch
 from anymask.layout import empty_as
@@ -31,8 +33,10 @@ from anymask.scores import Scores
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16)
-# below, the Triton kernels pad less; above, the accumulators do not fit the registers
-MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 128
+# below, the Triton kernels pad less
+MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 256
+# up to it a warpgroup has registers for dk and dv of 64 keys
+NARROW = 128
 
 # queries of a consumer warpgroup in the forward kernel
 WARPGROUP_ROWS = 64
@@ -101,6 +105,9 @@ class _Forward(NamedTuple):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
     """`(o, lse)`."""
+    splits = split.count(q, k, block_mask)
+    if splits > 1:
+        return split.forward(q, k, v, block_mask, sm_scale, splits)
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, v_dim = k.shape[1], v.shape[3]
     o = empty_as(q, v_dim)
@@ -130,23 +137,22 @@ def _launch_forward(call: _Forward) -> None:
     # Triton unpacks them for each descriptor: of a tuple in half the time of a `torch.Size`
     q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
     batch, q_heads, q_len, head_dim = q_shape
-    block_d = _block_d(head_dim, v_shape[3])
-    config = tuning.FORWARD[block_d]
+    dims = _padded_dims(head_dim, v_shape[3])
+    config = tuning.FORWARD[dims if dims[0] != dims[1] else dims[0]]
+    d_width, v_width = config.widths or dims
     q_tiles = tiles_over(q_len)
-    block_q = _block((1, 1, WARPGROUP_ROWS, block_d), q.dtype)
-    block_kv = _block((1, 1, config.BLOCK_N, block_d), q.dtype)
     n_work_tiles = q_tiles * q_heads * batch
     programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
     if config.is_persistent[block_mask is not None]:
-        programs = min(programs, _multiprocessors(q.device))
+        programs = min(programs, multiprocessors(q.device))
     launch(
         _fwd_kernel,
         (programs, 1, 1),
         (
-            _tiles(q, q_shape, block_q),
-            _tiles(k, k_shape, block_kv),
-            _tiles(v, v_shape, block_kv),
-            _tiles(o, o_shape, block_q),
+            tile_descriptor(q, q_shape, block_of((1, 1, WARPGROUP_ROWS, d_width), q.dtype)),
+            tile_descriptor(k, k_shape, block_of((1, 1, config.BLOCK_N, d_width), q.dtype)),
+            tile_descriptor(v, v_shape, block_of((1, 1, config.BLOCK_N, v_width), q.dtype)),
+            tile_descriptor(o, o_shape, block_of((1, 1, WARPGROUP_ROWS, v_width), q.dtype)),
             call.lse,
             *mask_lists(block_mask, "rows"),
             *plane_strides(block_mask),
@@ -161,14 +167,15 @@ def _launch_forward(call: _Forward) -> None:
             call.sm_scale * LOG2_E,
         ),
         {
-            "HEAD_DIM": block_d,
+            "D_BLOCKS": dims[0] // d_width,
+            "V_BLOCKS": dims[1] // v_width,
             "STAGES": config.STAGES,
             "Q_STAGES": config.Q_STAGES,
             "CONSUMER_PAIRS": config.CONSUMER_PAIRS,
             "PACK_GQA": call.pack_gqa and block_mask is not None,
             "PLAIN_SOFTMAX": config.PLAIN_SOFTMAX,
         },
-        (q.device, q.dtype, config.BLOCK_N, block_mask is None),
+        (q.device, q.dtype, config.BLOCK_N, d_width, v_width, block_mask is None),
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -198,9 +205,14 @@ def backward(
     q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
     k, v = (zero_unused_rows(t, block_mask, "cols") for t in (k, v))
     v_dim = v.shape[3]
+    if max(head_dim, v_dim) > NARROW:
+        with device_guard(q.device):
+            call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
+            _launch_wide(call, dq, dk, dv)
+        return dq, dk, dv
     block_d = _block_d(head_dim, v_dim)
     n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
-    programs = min(n_work_tiles, _multiprocessors(q.device))
+    programs = min(n_work_tiles, multiprocessors(q.device))
     dq_acc = None
     if not (deterministic or (_has_short_columns(block_mask) and n_work_tiles >= tuning.MANY_COLUMNS * programs)):
         # rows of 32 floats, in the order of the kernel
@@ -228,27 +240,27 @@ def _launch_backward(
     kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
     block_d = _block_d(head_dim, v_dim)
     block_m = tuning.BLOCK_M[block_d]
-    block_q = _block((1, 1, block_m, block_d), q.dtype)
-    block_kv = _block((1, 1, TILE, block_d), q.dtype)
-    block_rows = _block((block_m,), torch.float32)
+    block_q = block_of((1, 1, block_m, block_d), q.dtype)
+    block_kv = block_of((1, 1, TILE, block_d), q.dtype)
+    block_rows = block_of((block_m,), torch.float32)
     padded = batch * q_heads * tiles_over(q_len) * TILE
     dq_tiles = None
     if dq_acc is not None:
         dq_shape = padded * block_d // 32, 32
-        dq_tiles = _descriptor(dq_acc, dq_shape, (32, 1), _block((block_m * block_d // 32, 32), torch.float32))
+        dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 32, 32), torch.float32))
     launch(
         _bwd_kernel,
         (programs, 1, 1),
         (
-            _tiles(q, q_shape, block_q),
-            _tiles(k, k_shape, block_kv),
-            _tiles(v, v_shape, block_kv),
-            _tiles(do, (batch, q_heads, q_len, v_dim), block_q),
-            _descriptor(call.lse2, (padded,), (1,), block_rows),
-            _descriptor(call.delta, (padded,), (1,), block_rows),
+            tile_descriptor(q, q_shape, block_q),
+            tile_descriptor(k, k_shape, block_kv),
+            tile_descriptor(v, v_shape, block_kv),
+            tile_descriptor(do, (batch, q_heads, q_len, v_dim), block_q),
+            descriptor(call.lse2, (padded,), (1,), block_rows),
+            descriptor(call.delta, (padded,), (1,), block_rows),
             dq_tiles,
-            _tiles(dk, k_shape, block_kv),
-            _tiles(dv, v_shape, block_kv),
+            tile_descriptor(dk, k_shape, block_kv),
+            tile_descriptor(dv, v_shape, block_kv),
             *mask_lists(block_mask, "cols"),
             *plane_strides(block_mask),
             tiles_over(q_len),
@@ -265,6 +277,20 @@ def _launch_backward(
         num_warps=8,
         enable_fp_fusion=True,
     )
+
+
+def _launch_wide(call: BackwardCall, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """All gradients, with a head_dim or v_dim above NARROW."""
+    dims = _padded_dims(call.q.shape[3], call.v.shape[3])
+    wide.launch_dkdv(call, dk, dv, dims, _wide_grid(call, call.k, wide.HALVES))
+    wide.launch_dq(call, dq, dims, _wide_grid(call, call.q, 1))
+
+
+def _wide_grid(call: BackwardCall, t: Tensor, parts: int) -> wide.Grid:
+    """Programs for all tiles of `t [batch, heads, length, dim]`, of `parts` work tiles each."""
+    tiles, heads = tiles_over(t.shape[2]) * parts, t.shape[0] * t.shape[1]
+    programs = min(tiles * heads, multiprocessors(t.device))
+    return wide.Grid(programs, tiles * heads, _swizzle_heads(call.block_mask is not None, tiles, heads, programs))
 
 
 def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
@@ -302,6 +328,11 @@ def _swizzle_heads(has_mask: bool, tiles: int, heads: int, num_workers: int) -> 
     return -(-heads // (blocks - (blocks % 2 == 0)))
 
 
+def _padded_dims(head_dim: int, v_dim: int) -> tuple[int, int]:
+    """What head_dim and v_dim are padded to: the smallest of the pairs that kernels exist for."""
+    return next(dims for dims in tuning.DIMS if head_dim <= dims[0] and v_dim <= dims[1])
+
+
 def _block_d(head_dim: int, v_dim: int) -> int:
     return 64 if max(head_dim, v_dim) <= 64 else 128
 
@@ -314,39 +345,6 @@ def _loadable(strides: tuple[int, ...], address: int) -> bool:
     """Whether the copy engine can read such a tensor: 16-byte aligned, and no stride of 0."""
     b, h, m, _ = strides
     return (address | 2 * b | 2 * h | 2 * m) % 16 == 0 and min(b, h, m) > 0
-
-
-def _tiles(t: Tensor, shape: tuple[int, ...], block: _Block) -> Any:
-    """A descriptor of tiles `[1, 1, rows, columns]` of `t [batch, heads, length, dim]`."""
-    b, h, m, _ = t.stride()
-    return _descriptor(t, shape, (b, h, m, 1), block)
-
-
-def _descriptor(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: _Block) -> Any:
-    # `_loadable` has checked what the constructor checks again for every call
-    descriptor: Any = object.__new__(block[0])
-    descriptor.base, descriptor.shape, descriptor.strides = t, shape, strides
-    _, descriptor.block_shape, descriptor.layout = block
-    return descriptor
-
-
-# Gluon's descriptor class, the shape of a block and its layout in shared memory
-_Block = tuple[type, list[int], Any]
-
-
-@cache
-def _block(shape: tuple[int, ...], dtype: torch.dtype) -> _Block:
-    """What all descriptors of such blocks have in common."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}[dtype]
-    return TensorDescriptor, list(shape), gl.NVMMASharedLayout.get_default_for(list(shape), element)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

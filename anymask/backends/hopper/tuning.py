@@ -1,7 +1,8 @@
 """Launch options of the Hopper kernels: literal tables and no search.
 
-Chosen among what was timed on an NVIDIA H200 (Triton 3.6, fp16, L8192) on 2026-11-22; docs/journal.md says what the
-others took, and `python -m benchmarks.tune --kernels hopper --head-dim 128` times them again.
+Those for 64 and 128 are chosen among what was timed on an NVIDIA H200 (Triton 3.6, fp16, L8192) on 2026-11-22;
+docs/journal.md says what the others took, and `python -m benchmarks.tune --kernels hopper --head-dim 128` times them
+again. Those above 128 are the fastest of two to four each on an NVIDIA H100 (Triton 3.6, bf16, L8192) on 2026-11-27.
 """
 
 from dataclasses import dataclass
@@ -21,10 +22,49 @@ class ForwardConfig:
     is_persistent: tuple[bool, bool]
     # row maxima by tensor code in place of PTX: slower, the same bits, for a test
     PLAIN_SOFTMAX: bool = False
+    # columns of a block of q and k, and of a block of v and o; None: one block has all
+    widths: tuple[int, int] | None = None
 
 
-# padded head_dim -> options
-FORWARD = {64: ForwardConfig(64, 2, 4, 2, (False, True)), 128: ForwardConfig(128, 1, 2, 2, (True, True))}
+@dataclass(frozen=True)
+class DKDVConfig:
+    """Columns of a block of q, k, v and do, stages for q and do, and for p on its way between warpgroups."""
+
+    WIDTH: int
+    STAGES: int
+    P_STAGES: int
+
+
+@dataclass(frozen=True)
+class DQConfig:
+    """Columns of a block of q, k, v and do, stages for k and for v."""
+
+    WIDTH: int
+    K_STAGES: int
+    V_STAGES: int
+
+
+# padded head_dim and v_dim that there are kernels for, the smallest first
+DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
+# padded head_dim, or both of DIMS where they differ -> options
+FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
+    64: ForwardConfig(64, 2, 4, 2, (False, True)),
+    128: ForwardConfig(128, 1, 2, 2, (True, True)),
+    (192, 128): ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 128)),
+    192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
+    256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(256, 128)),
+}
+# of the backward pass above 128
+WIDE_DKDV = {
+    (192, 128): DKDVConfig(64, 3, 2),
+    (192, 192): DKDVConfig(64, 2, 2),
+    (256, 256): DKDVConfig(256, 2, 1),
+}
+WIDE_DQ = {
+    (192, 128): DQConfig(64, 3, 3),
+    (192, 192): DQConfig(64, 3, 2),
+    (256, 256): DQConfig(256, 2, 1),
+}
 # queries of a step of the backward pass
 BLOCK_M = {64: 128, 128: 64}
 # the dq pass of the deterministic variant: the Triton kernel, whose other rows are in triton/tuning.py

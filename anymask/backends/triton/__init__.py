@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask.backends.gpu import target
+from anymask.backends.gpu import split, target
 from anymask.backends.gpu.arguments import (
     LOG2_E,
     MAX_GRID,
+    TINY_SCALE,
     can_use_tma,
     has_pair,
     kernel_options,
@@ -37,8 +38,6 @@ from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-# any positive scale whose products round to 0 stands for 0, since 0 * -inf would be NaN
-TINY_SCALE = 1e-30
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
@@ -62,6 +61,9 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float, scores: Scores | None = None
 ) -> tuple[Tensor, Tensor]:
     """`(o, lse)`."""
+    splits = split.count(q, k, block_mask) if scores is None else 1
+    if splits > 1:
+        return split.forward(q, k, v, block_mask, sm_scale, splits, _allow_tf32(q))
     from anymask.backends.triton.kernels.forward import _fwd_kernel
 
     batch, q_heads, q_len, head_dim = q.shape

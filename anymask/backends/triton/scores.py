@@ -55,13 +55,10 @@ def kernel_terms(scores: Scores, sm_scale: float) -> tuple[Any, float]:
         Table(x.table, x.table.shape[1] if x.table.shape[0] > 1 else 0, () if x.is_diagonal else (x.q_code, x.k_code))
         for x in scores.lookups
     ]
-    factor, cap, drop = LOG2_E, (), ()
-    if scores.softcap:
-        factor, cap = 2 * LOG2_E / scores.softcap, (scores.softcap * LOG2_E,)
-    if scores.seed is not None:
-        p = scores.dropout_p
-        drop = Dropout(scores.seed, float(dropout.threshold(p)), dropout.keep_scale(p))
+    factor, p = (2 * LOG2_E / scores.softcap if scores.softcap else LOG2_E), scores.dropout_p
+    cap = (scores.softcap * LOG2_E,) if scores.softcap else ()
     sinks = () if scores.sinks is None else (scores.sinks,)
+    drop = () if scores.seed is None else Dropout(scores.seed, float(dropout.threshold(p)), dropout.keep_scale(p))
     return Terms(tuple(dense), tuple(tables), factor, cap, sinks, drop), sm_scale * factor
 
 
@@ -223,7 +220,7 @@ class PairSums:
 
 
 def tile_map(block_mask: BlockMask) -> Tensor:
-    """int32 `[planes * q tiles, kv tiles]`: -1 for empty tiles, 2**31 - 1 for full ones, the number of a partial one."""
+    """int32 `[planes * q tiles, kv tiles]`: -1 for an empty tile, 2**31 - 1 for a full one, a partial one's number."""
     rows, kv_tiles = block_mask.rows, tiles_over(block_mask.kv_len)
     found = torch.full((rows.full_offsets.numel() - 1, kv_tiles), -1, dtype=torch.int32, device=block_mask.device)
     numbers = torch.arange(found.shape[0], device=found.device)

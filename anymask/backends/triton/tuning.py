@@ -157,7 +157,7 @@ SCORED: dict[str, Rows] = {
 }
 
 # blocks of the gradient of a bias of pairs, square: by the bytes of an input, then the padded dim; of every family
-BIAS: dict[int, dict[int, TileConfig]] = {
+BIAS: dict[int, dict[int | tuple[int, int], TileConfig]] = {
     2: {128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 32, 4, 1)},
     4: {128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
 }
@@ -189,9 +189,10 @@ def choose(
     allow_tf32: bool = False,
     scored: bool = False,
 ) -> TileConfig:
-    """Config of pass `which` ("fwd", "dq", "dkdv", "bias") for inputs of `itemsize` bytes and a padded head_dim and v_dim.
+    """Config of pass `which` ("fwd", "dq", "dkdv", "bias"), for inputs of `itemsize` bytes, padded head_dim and v_dim.
 
-    `scored`: with biases, soft cap or dropout. With `allow_tf32`, fp32 products that would be several of a lower precision become one of TF32.
+    `scored`: with `Scores`. With `allow_tf32`, fp32 products that would be several of a lower precision become one of
+    TF32.
     """
     table, name = FP32 if itemsize == 4 else TABLE, family(backend, arch, use_tma)
     has_own = scored and itemsize == 2 and name in SCORED

@@ -56,7 +56,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
         prepare(work)
         tiles = work.n_rows * grid.kv_tiles
         # of all tiles, written where partial
-        words, words_t = _both_words(grid, tiles)
+        both = empty(grid, 2, tiles, TILE, WORDS)
         if tiles:
             strides = tensor.stride()
             align = _alignment(tensor, kv_len)
@@ -67,8 +67,8 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
                 (
                     tensor,
                     work.memory,
-                    words,
-                    words_t,
+                    both[0],
+                    both[1],
                     strides,
                     *work.starts,
                     heads,
@@ -84,22 +84,21 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
         lists = lists_of(work)
         n_partial = lists.n_partial
         if n_partial != tiles:
-            all_words, all_words_t = words, words_t
-            words, words_t = _both_words(grid, n_partial)
+            all_words, both = both, empty(grid, 2, n_partial, TILE, WORDS)
             if n_partial:
                 launch(
                     copy_kernel,
                     (2 * n_partial, 1, 1),
                     (
-                        *(lists.tiles, lists.tile_rows, all_words, all_words_t, words, words_t),
-                        *(lists.n_full, n_partial, grid.q_tiles, grid.kv_tiles),
+                        *(lists.tiles, lists.tile_rows, all_words[0], all_words[1], both[0], both[1]),
+                        *(n_partial, grid.q_tiles, grid.kv_tiles),
                     ),
                     {},
                     work.key,
                     num_warps=1,
                     **LAUNCH,
                 )
-        return block_mask_of(grid, lists, words, words_t)
+        return block_mask_of(grid, lists, both)
 
 
 def pack_expression(mask: Mask, grid: TileGrid) -> BlockMask | None:
@@ -153,11 +152,10 @@ def _pack_program(program: MaskProgram, batch: int, heads: int, grid: TileGrid, 
         )
     lists = lists_of(work)
     n_partial = lists.n_partial
-    entries = 0 if words is not None else n_partial
-    if words is None:
-        words, words_t = _both_words(grid, n_partial)
-    else:
-        words_t = torch.empty_like(words)
+    entries, both = n_partial, empty(grid, 2, n_partial, TILE, WORDS)
+    if words is not None:
+        entries = 0
+        both[0] = words
     if n_partial:
         launch(
             words_kernel,
@@ -166,28 +164,23 @@ def _pack_program(program: MaskProgram, batch: int, heads: int, grid: TileGrid, 
                 *mask,
                 lists.tiles,
                 lists.tile_rows,
-                words,
-                words_t,
+                both[0],
+                both[1],
                 entries,
-                lists.n_full,
                 n_partial,
                 heads,
                 *_shape(grid),
             ),
             constants,
-            (*key, tensor_key(words)),
+            key,
             num_warps=2,
             **LAUNCH,
         )
-    return block_mask_of(grid, lists, words, words_t)
+    return block_mask_of(grid, lists, both)
 
 
 def _shape(grid: TileGrid) -> tuple[int, int, int, int]:
     return grid.q_len, grid.kv_len, grid.q_tiles, grid.kv_tiles
-
-
-def _both_words(grid: TileGrid, n: int) -> tuple[Words, Words]:
-    return empty(grid, n, TILE, WORDS), empty(grid, n, TILE, WORDS)
 
 
 def _alignment(t: Tensor, kv_len: int) -> int:

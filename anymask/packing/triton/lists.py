@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.block_mask.block_mask import BlockMask, TileLists
+from anymask.block_mask.block_mask import BlockMask
+from anymask.block_mask.parts import padded, sizes_of, starts_of
 from anymask.launch import launch
 from anymask.mask.expr import TileGrid
 from anymask.packing.triton.kernels.bits import LAUNCH
@@ -62,17 +63,21 @@ class Workspace(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Both views but for their words. The tensors share memory, each part of which starts at a multiple of 16 bytes."""
+    """A mask but for its words."""
 
-    # int32: full_offsets and partial_offsets of rows, of columns, then both orders
-    offsets: tuple[Tensor, ...]
-    # int32: full_tiles of rows, of columns, then partial_tiles of rows, of columns
-    tiles: Tensor
+    # int32, see `block_mask.parts`, and where its lists of tiles begin
+    lists: Tensor
+    tiles_start: int
     # int32: global numbers of the rows of partial tiles, then of their columns; freed after the call
     tile_rows: Tensor
-    n_full: int
     n_partial: int
-    has_pair: tuple[Tensor, Tensor]
+    q_has_pair: Tensor
+    kv_has_pair: Tensor
+
+    @property
+    def tiles(self) -> Tensor:
+        """partial_tiles of rows and of columns, then full_tiles."""
+        return self.lists[self.tiles_start :]
 
 
 def empty(grid: TileGrid, *shape: int) -> Tensor:
@@ -97,11 +102,9 @@ def workspace_for(batch: int, heads: int, grid: TileGrid, extremes: int = 0) -> 
 def lists_of(work: Workspace) -> Lists:
     """Scan, synchronise for the sizes, the only time, and fill."""
     memory, grid, n_rows, n_cols = work.memory, work.grid, work.n_rows, work.n_cols
-    planes = work.batch * work.heads
-    n_queries, n_keys = planes * grid.q_len, planes * grid.kv_len
-    row, col = [n_rows + 1, -(n_rows + 1) % 4], [n_cols + 1, -(n_cols + 1) % 4]
-    sizes = [*row, *row, *col, *col, n_rows, -n_rows % 4, n_cols, -n_cols % 4]
-    offsets = empty(grid, sum(sizes))
+    batch, heads = work.batch, work.heads
+    n_queries, n_keys = batch * heads * grid.q_len, batch * heads * grid.kv_len
+    offsets = empty(grid, 2 * (padded(n_rows + 1) + padded(n_cols + 1)))
     chunks = -(-n_queries // POSITION_CHUNK) - (-n_keys // POSITION_CHUNK)
     launch(
         scan_kernel,
@@ -112,20 +115,19 @@ def lists_of(work: Workspace) -> Lists:
         **LAUNCH,
     )
     # what can be done while the device counts
-    parts = offsets.split_with_sizes(sizes)[::2]
-    row_order = parts[4].view(work.batch, work.heads, grid.q_tiles)
-    col_order = parts[5].view(work.batch, work.heads, grid.kv_tiles)
-    has_pair = all_used(grid.device)
+    q_has_pair = kv_has_pair = all_used(grid.device, batch, heads)
     # sizes of the lists, and how many positions have a pair
     n_full, n_partial, used_queries, used_keys = memory[: TOTALS.value].tolist()
-    tiles = empty(grid, 2 * (_up(n_full) + _up(n_partial)))
-    tile_rows = empty(grid, 2 * _up(n_partial))
+    starts = starts_of(sizes_of(n_rows, n_cols, n_partial, n_full))
+    # no program writes the offsets of no row
+    lists = empty(grid, starts[-1]) if n_rows and n_cols else empty(grid, starts[-1]).zero_()
+    tile_rows = empty(grid, 2 * padded(n_partial))
     if n_rows + n_cols:
         launch(
             fill_kernel,
             (n_rows + n_cols, 1, 1),
             (
-                *(memory, offsets, tiles, tile_rows, *work.starts),
+                *(memory, offsets, lists, tile_rows, *work.starts),
                 *(n_rows, n_cols, grid.q_tiles, grid.kv_tiles, n_full, n_partial),
             ),
             {"CHUNK": CHUNK},
@@ -137,34 +139,20 @@ def lists_of(work: Workspace) -> Lists:
         # copies, as a part would keep all of the memory
         octets = memory.view(torch.uint8)
         if used_queries < n_queries:
-            has_pair = octets[16 * work.starts.q_has_pair :][:n_queries].clone(), has_pair[1]
+            q_has_pair = octets[16 * work.starts.q_has_pair :][:n_queries].clone().view(batch, heads, grid.q_len)
         if used_keys < n_keys:
-            has_pair = has_pair[0], octets[16 * work.starts.kv_has_pair :][:n_keys].clone()
-    return Lists((*parts[:4], row_order, col_order), tiles, tile_rows, n_full, n_partial, has_pair)
+            kv_has_pair = octets[16 * work.starts.kv_has_pair :][:n_keys].clone().view(batch, heads, grid.kv_len)
+    # partial tiles of rows are the seventh part
+    return Lists(lists, starts[6], tile_rows, n_partial, q_has_pair, kv_has_pair)
 
 
-def block_mask_of(grid: TileGrid, lists: Lists, words: Words, words_t: Words) -> BlockMask:
-    """The result: views of a few tensors."""
-    row_full, row_partial, col_full, col_partial, row_order, col_order = lists.offsets
-    full, partial = [lists.n_full, -lists.n_full % 4], [lists.n_partial, -lists.n_partial % 4]
-    row_tiles, col_tiles, row_partial_tiles, col_partial_tiles = lists.tiles.split_with_sizes(
-        [*full, *full, *partial, *partial]
-    )[::2]
-    row_has_pair, col_has_pair = lists.has_pair
-    return BlockMask(
-        grid.q_len,
-        grid.kv_len,
-        TileLists(row_full, row_tiles, row_partial, row_partial_tiles, words, row_order, row_has_pair),
-        TileLists(col_full, col_tiles, col_partial, col_partial_tiles, words_t, col_order, col_has_pair),
-    )
-
-
-def _up(n: int) -> int:
-    return n + -n % 4
+def block_mask_of(grid: TileGrid, lists: Lists, words: Words) -> BlockMask:
+    """The result; `words` of rows, and of columns."""
+    return BlockMask(grid.q_len, grid.kv_len, lists.lists, words, lists.q_has_pair, lists.kv_has_pair)
 
 
 @cache
-def all_used(device: torch.device) -> tuple[Tensor, Tensor]:
-    """`has_pair` of rows and columns where every position has a pair."""
+def all_used(device: torch.device, batch: int, heads: int) -> Tensor:
+    """`q_has_pair`, or `kv_has_pair`, where every position has a pair."""
     with torch.inference_mode(False):
-        return torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, dtype=torch.uint8, device=device)
+        return torch.empty(batch, heads, 0, dtype=torch.uint8, device=device)

@@ -107,8 +107,8 @@ def _bwd_dq_kernel(
 ):
     """Writes `dq` of BLOCK_M queries of one head. Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). Equation (7).
 
-    `terms`: `Terms` of the scores, or None. `sums_ptr`, if not None, with a soft cap: fp32 `[batch, q_heads, q_len]`, the
-    gradient of a bias of the queries.
+    `terms`: `Terms` of the scores, or None. `sums_ptr`, if not None, with a soft cap: fp32 `[batch, q_heads, q_len]`,
+    the gradient of a bias of the queries.
     """
     pid_m = tl.program_id(0)
     off_h = tl.program_id(1)

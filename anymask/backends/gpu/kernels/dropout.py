@@ -86,8 +86,4 @@ def keep_pairs(
     # its high half decides, so a low half is moved up
     word = tl.where(half == 1, word, word << 16)
     kept = word >= (tl.cast(drop_below, tl.uint32) << 16)
-    if BY_KEY:
-        kept = tl.reshape(kept, [KEYS, QUERIES])
-    else:
-        kept = tl.reshape(kept, [QUERIES, KEYS])
-    return kept
+    return tl.reshape(kept, [KEYS, QUERIES] if BY_KEY else [QUERIES, KEYS])

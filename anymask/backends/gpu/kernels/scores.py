@@ -12,7 +12,10 @@ from anymask.backends.gpu.kernels.dropout import keep_pairs
 
 
 class Bias(NamedTuple):
-    """A dense term: a pointer and its strides, 0 where batch or heads share it, () where queries or keys do, else (stride,)."""
+    """A dense term: a pointer and its strides.
+
+    `batch` and `head` are 0 where it is shared, `q` and `k` are () there, else `(stride,)`.
+    """
 
     source: Any
     batch: Any
@@ -33,7 +36,7 @@ class Table(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """All that is done to scores; () where something is not asked for, since Triton compares no tuple with a None in it.
+    """All that is done to scores; () where something is not asked for, as Triton compares no tuple with a None in it.
 
     Scores are held in base 2: `z = qk_scale * s + bias_scale * bias`, and with a soft cap `z` is `log2(e)` times two
     over the cap, so that `cap * tanh` of it, `cap` in base 2, comes of one exponential.

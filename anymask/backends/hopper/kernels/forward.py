@@ -10,7 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from anymask.backends.hopper.kernels.compat import tma_load, tma_store
+from anymask.backends.hopper.kernels.blocks import blocks_at, load_blocks
+from anymask.backends.hopper.kernels.compat import tma_store
 from anymask.backends.hopper.kernels.mainloop import mainloop
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
 from anymask.backends.hopper.kernels.records import (
@@ -63,46 +64,44 @@ def _produce(q_desc, k_desc, v_desc, pair, schedule, group, cfg: gl.constexpr):
         n = (tile_range.n_partial + tile_range.n_full) * STEPS
         q_stage, q_phase = stage_and_phase(iteration, cfg.Q_STAGES)
         mbarrier.wait(q.empty.index(q_stage), q_phase ^ 1)
-        mbarrier.expect(q.full.index(q_stage), WARPGROUPS * q_desc.block_type.nbytes)
+        mbarrier.expect(q.full.index(q_stage), WARPGROUPS * cfg.D_BLOCKS * q_desc.block_type.nbytes)
         for g in gl.static_range(WARPGROUPS):
-            tma_load(
-                q_desc,
-                [sample, head, tile.tile * TILE + g * ROWS, 0],
-                q.full.index(q_stage),
-                q.bufs.index(q_stage * WARPGROUPS + g),
+            row = tile.tile * TILE + g * ROWS
+            load_blocks(
+                q_desc, sample, head, row, q.full.index(q_stage), q.bufs, q_stage * WARPGROUPS + g, cfg.D_BLOCKS
             )
         next_next = work_tile_at(iteration + 2, pair.worker, schedule)
         pending = prefetch_tile_range(next_tile, next_next, schedule, HAS_MASK)
-        kv_tile = _load_kv_tile(0, lists, tile_range, HAS_MASK)
+        kv_tile = load_kv_tile(0, lists, tile_range, HAS_MASK)
         last_row = 0
         for t in range(n):
             stage, phase = stage_and_phase(step_base + t, STAGES)
             row = kv_tile * TILE + t % STEPS * BLOCK_N
             # read one step ahead: it is an indirection
-            kv_tile = _load_kv_tile((t + 1) // STEPS, lists, tile_range, HAS_MASK)
+            kv_tile = load_kv_tile((t + 1) // STEPS, lists, tile_range, HAS_MASK)
             mbarrier.wait(kv.empty.index(stage), phase ^ 1)
-            mbarrier.expect(kv.k_full.index(stage), k_desc.block_type.nbytes)
-            tma_load(k_desc, [sample, kv_head, row, 0], kv.k_full.index(stage), kv.k_bufs.index(stage))
+            mbarrier.expect(kv.k_full.index(stage), cfg.D_BLOCKS * k_desc.block_type.nbytes)
+            load_blocks(k_desc, sample, kv_head, row, kv.k_full.index(stage), kv.k_bufs, stage, cfg.D_BLOCKS)
             if t > 0:
-                _load_v(v_desc, sample, kv_head, last_row, kv, stage_and_phase(step_base + t - 1, STAGES)[0])
+                _load_v(v_desc, sample, kv_head, last_row, kv, stage_and_phase(step_base + t - 1, STAGES)[0], cfg)
             last_row = row
         step_base += n
         if n > 0:
             stage, phase = stage_and_phase(step_base, STAGES)
             mbarrier.wait(kv.empty.index(stage), phase ^ 1)
-            _load_v(v_desc, sample, kv_head, last_row, kv, stage_and_phase(step_base - 1, STAGES)[0])
+            _load_v(v_desc, sample, kv_head, last_row, kv, stage_and_phase(step_base - 1, STAGES)[0], cfg)
         tile = next_tile
         tile_range, next_tile = read_tile_range(pending, next_next, schedule, HAS_MASK)
 
 
 @gluon.jit
-def _load_v(v_desc, sample, kv_head, row, kv, stage):
-    mbarrier.expect(kv.v_full.index(stage), v_desc.block_type.nbytes)
-    tma_load(v_desc, [sample, kv_head, row, 0], kv.v_full.index(stage), kv.v_bufs.index(stage))
+def _load_v(v_desc, sample, kv_head, row, kv, stage, cfg: gl.constexpr):
+    mbarrier.expect(kv.v_full.index(stage), cfg.V_BLOCKS * v_desc.block_type.nbytes)
+    load_blocks(v_desc, sample, kv_head, row, kv.v_full.index(stage), kv.v_bufs, stage, cfg.V_BLOCKS)
 
 
 @gluon.jit
-def _load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
+def load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
     """The `t`-th kv tile of a work tile, partial ones first; 0 past the end."""
     n_partial, n_full = tile_range.n_partial, tile_range.n_full
     if HAS_MASK:
@@ -122,9 +121,9 @@ def _consume(o_desc, lse, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP
     """A consumer warpgroup: ROWS queries of every work tile, their `o` and `lse`."""
     q, lists, sizes = pair.q, schedule.lists, schedule.sizes
     HAS_MASK: gl.constexpr = cfg.HAS_MASK
-    HEAD_DIM: gl.constexpr = cfg.HEAD_DIM
+    WIDTH: gl.constexpr = o_desc.block_type.shape[3]
     BLOCK_N: gl.constexpr = pair.kv.k_bufs.shape[3]
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     W_LAYOUT: gl.constexpr = zero_words(BLOCK_N, S_LAYOUT).type.layout
@@ -144,13 +143,15 @@ def _consume(o_desc, lse, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP
         next_next = work_tile_at(iteration + 2, pair.worker, schedule)
         pending = prefetch_tile_range(next_tile, next_next, schedule, HAS_MASK)
         q_stage, q_phase = stage_and_phase(iteration, cfg.Q_STAGES)
-        q_buf = q.bufs.index(q_stage * WARPGROUPS + WARPGROUP).reshape([ROWS, HEAD_DIM])
-        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
+        q_blocks = blocks_at(q.bufs, q_stage * WARPGROUPS + WARPGROUP, cfg.D_BLOCKS)
+        acc = (gl.zeros([ROWS, WIDTH], gl.float32, O_LAYOUT),) * cfg.V_BLOCKS
         l_i = zero_words(BLOCK_N, S_LAYOUT).to(gl.float32)
         m_i = l_i
         mbarrier.wait(q.full.index(q_stage), q_phase)
         if n > 0:
-            acc, l_i, m_i = mainloop(q_buf, pair.kv, words, w, n_partial, n, sizes, qk_scale, step_base, cfg, WARPGROUP)
+            acc, l_i, m_i = mainloop(
+                q_blocks, pair.kv, words, w, n_partial, n, sizes, qk_scale, step_base, acc, cfg, WARPGROUP
+            )
         step_base += n
         q_tile = tile.tile
         tile = next_tile
@@ -166,12 +167,13 @@ def _consume(o_desc, lse, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP
         lse_rows = lse + (sample * sizes.q_heads + head).to(gl.int64) * sizes.q_len + rows
         gl.store(lse_rows, (m_i + gl.log2(l_i)) * LN_2, mask=rows < sizes.q_len)
         scale = gl.convert_layout(1.0 / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
-        o = (acc * scale.expand_dims(1)).to(o_desc.dtype)
         o_buf = pair.o_bufs.index(WARPGROUP)
-        tma.store_wait(0)
-        o_buf.reshape([ROWS, HEAD_DIM]).store(o)
-        fence_async_shared()
-        tma_store(o_desc, [sample, head, row, 0], o_buf)
+        for c in gl.static_range(cfg.V_BLOCKS):
+            o = (acc[c] * scale.expand_dims(1)).to(o_desc.dtype)
+            tma.store_wait(0)
+            o_buf.reshape([ROWS, WIDTH]).store(o)
+            fence_async_shared()
+            tma_store(o_desc, [sample, head, row, c * WIDTH], o_buf)
     tma.store_wait(0)
 
 
@@ -188,9 +190,10 @@ def _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg: gl.constexpr, PAIR: gl.c
     STAGES: gl.constexpr = cfg.STAGES
     Q_STAGES: gl.constexpr = cfg.Q_STAGES
     dtype: gl.constexpr = q_desc.dtype
-    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * WARPGROUPS] + q_desc.block_type.shape, q_desc.layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    q_blocks: gl.constexpr = Q_STAGES * WARPGROUPS * cfg.D_BLOCKS
+    q_bufs = gl.allocate_shared_memory(dtype, [q_blocks] + q_desc.block_type.shape, q_desc.layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.D_BLOCKS] + k_desc.block_type.shape, k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.V_BLOCKS] + v_desc.block_type.shape, v_desc.layout)
     o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
     k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 1)
@@ -245,7 +248,8 @@ def _fwd_kernel(
     n_work_tiles,
     swizzle_heads,
     qk_scale,
-    HEAD_DIM: gl.constexpr,
+    D_BLOCKS: gl.constexpr,
+    V_BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     CONSUMER_PAIRS: gl.constexpr,
@@ -255,16 +259,18 @@ def _fwd_kernel(
     """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md.
 
     Grid: (programs), so many that there is a work tile for each, `n_work_tiles = batch * q_heads * q_tiles`.
-    Descriptors are `[batch, heads, length, D]` with blocks `[1, 1, ROWS, D]` for q and o, `[1, 1, BLOCK_N, D]` for k
-    and v, of which BLOCK_N divides a tile: no block leaves its head, and what a block has beyond its length is read as
-    0 and not written.
+    Descriptors are `[batch, heads, length, D]` with blocks `[1, 1, ROWS, width]` for q and o, `[1, 1, BLOCK_N, width]`
+    for k and v, of which BLOCK_N divides a tile: no block leaves its head, and what a block has beyond its length or D
+    is read as 0 and not written. q and k have D_BLOCKS blocks of columns, v and o have V_BLOCKS: widths are powers of
+    two, 192 is three times 64.
 
     PACK_GQA: rows of q are `mask_rows` queries of one head after the other, and a row of the mask is for all of them.
     PLAIN_SOFTMAX: row maxima by tensor code in place of PTX, for a test that both give the same.
 
     Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory.
     """
-    cfg: gl.constexpr = ForwardConfig(HEAD_DIM, words is not None, STAGES, Q_STAGES, PACK_GQA, PLAIN_SOFTMAX)
+    HAS_MASK: gl.constexpr = words is not None
+    cfg: gl.constexpr = ForwardConfig(D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, PACK_GQA, PLAIN_SOFTMAX)
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
     else:

@@ -5,8 +5,9 @@ docs/kernels.md, section 4, says what runs beside what.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
+from anymask.backends.hopper.kernels.blocks import issue_scores, issue_sums, wait_sums
 from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
 from anymask.backends.hopper.kernels.softmax import (
@@ -22,16 +23,6 @@ from anymask.backends.hopper.kernels.softmax import (
     update_row_max,
 )
 from anymask.backends.hopper.kernels.words import ROWS, load_words, tail_words, zero_words
-
-
-@gluon.jit
-def _issue_scores(q, k_buf):
-    """Issue `q @ k.T`, `[ROWS, BLOCK_N]`, without waiting for it."""
-    BLOCK_N: gl.constexpr = k_buf.shape[2]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-    k = k_buf.reshape([BLOCK_N, q.shape[1]])
-    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -65,22 +56,21 @@ def _steps(
     p, acc, l_i, m_i = state.p, state.acc, state.l_i, state.m_i
     # words of the next step are read one step ahead
     words, w_next, mask_rows = partial.words, partial.next_w, partial.mask_rows
-    D: gl.constexpr = q.shape[1]
     BLOCK_N: gl.constexpr = kv.k_bufs.shape[3]
     STEPS: gl.constexpr = TILE // BLOCK_N
     STAGES: gl.constexpr = cfg.STAGES
     PACK_GQA: gl.constexpr = cfg.PACK_GQA
     PLAIN: gl.constexpr = cfg.PLAIN_SOFTMAX
-    dtype: gl.constexpr = q.dtype
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    dtype: gl.constexpr = kv.k_bufs.dtype
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc[0].type.layout, 2)
     W_LAYOUT: gl.constexpr = m_i.type.layout
     for i in range(begin, end):
         last = stage_and_phase(i - 1, STAGES)[0]
         stage, phase = stage_and_phase(i, STAGES)
         mbarrier.wait(kv.k_full.index(stage), phase)
-        s_flying = _issue_scores(q, kv.k_bufs.index(stage))
+        s_flying = issue_scores(q, kv.k_bufs, stage)
         p = unpack_halves(p, dtype, P_LAYOUT)
-        acc_flying = warpgroup_mma(p, kv.v_bufs.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
+        acc_flying = issue_sums(p, kv.v_bufs, last, acc)
         s = warpgroup_mma_wait(1, deps=[s_flying])
         z = exponents(s, m_i, qk_scale)
         if MASK_STEPS == "all":
@@ -104,9 +94,9 @@ def _steps(
         needed = needs_rescale(alpha, l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(kv.v_full.index(stage), phase)
-        acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
+        acc, p = wait_sums(acc_flying, p)
         mbarrier.arrive(kv.empty.index(stage))
-        acc = rescale(acc, alpha, needed)
+        acc = [rescale(block, alpha, needed) for block in acc]
         p = pack_halves(x, dtype)
     return SoftmaxState(p, acc, l_i, m_i)
 
@@ -122,20 +112,20 @@ def mainloop(
     sizes,
     qk_scale,
     step_base,
+    acc,
     cfg: gl.constexpr,
     WARPGROUP: gl.constexpr,
 ):
-    """The `n >= 1` steps of a work tile, partial tiles first: output `[ROWS, D]` before division, row sums, row maxima.
+    """The `n >= 1` steps of a work tile, partial tiles first: output before division, row sums, row maxima.
 
-    `step_base`: steps of the worker before, whole tiles. `w`: with a mask, the words of the first tile.
+    `q`: blocks of columns `[ROWS, width]`. `acc`: those of the output, zeros. `step_base`: steps of the worker before,
+    whole tiles. `w`: with a mask, the words of the first tile.
     """
-    D: gl.constexpr = q.shape[1]
     BLOCK_N: gl.constexpr = kv.k_bufs.shape[3]
     STEPS: gl.constexpr = TILE // BLOCK_N
     STAGES: gl.constexpr = cfg.STAGES
-    dtype: gl.constexpr = q.dtype
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    dtype: gl.constexpr = kv.k_bufs.dtype
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc[0].type.layout, 2)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     W_LAYOUT: gl.constexpr = zero_words(BLOCK_N, S_LAYOUT).type.layout
     if cfg.HAS_MASK:
@@ -150,7 +140,7 @@ def mainloop(
         partial = PartialTiles(None, w, sizes.mask_rows)
     stage, phase = stage_and_phase(step_base, STAGES)
     mbarrier.wait(kv.k_full.index(stage), phase)
-    s = _issue_scores(q, kv.k_bufs.index(stage))
+    s = issue_scores(q, kv.k_bufs, stage)
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
     z = mask_exponents(exponents(s, m_i, qk_scale), w)
@@ -159,7 +149,6 @@ def mainloop(
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
     mbarrier.arrive(kv.empty.index(stage))
-    acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
     state = SoftmaxState(pack_halves(x, dtype), acc, l_i, m_i)
     begin, end, last_partial = step_base + 1, step_base + n, step_base + partial_steps - 1
     # one loop for all where two pairs share the multiprocessor: two loops were slower there
@@ -171,6 +160,6 @@ def mainloop(
     state = _steps(begin, end, last_partial, state, q, kv, partial, qk_scale, cfg, REST, WARPGROUP)
     last = stage_and_phase(step_base + n - 1, STAGES)[0]
     p = unpack_halves(state.p, dtype, P_LAYOUT)
-    acc_flying = warpgroup_mma(p, kv.v_bufs.index(last).reshape([BLOCK_N, D]), state.acc, is_async=True)
-    acc, p = warpgroup_mma_wait(0, deps=[acc_flying, p])
+    acc_flying = issue_sums(p, kv.v_bufs, last, state.acc)
+    acc, p = wait_sums(acc_flying, p)
     return acc, state.l_i, state.m_i

@@ -73,7 +73,8 @@ class ForwardSchedule(NamedTuple):
 class ForwardConfig(NamedTuple):
     """Constants of the forward kernel, see there."""
 
-    HEAD_DIM: Any
+    D_BLOCKS: Any
+    V_BLOCKS: Any
     HAS_MASK: Any
     STAGES: Any
     Q_STAGES: Any
@@ -82,7 +83,7 @@ class ForwardConfig(NamedTuple):
 
 
 class QPipeline(NamedTuple):
-    """Stages of q `[1, 1, ROWS, D]`, one for each warpgroup, with a full and an empty barrier a stage."""
+    """Stages of q `[1, 1, ROWS, width]`, one for each warpgroup and block, with a full and an empty barrier a stage."""
 
     bufs: Any
     full: Any
@@ -90,7 +91,8 @@ class QPipeline(NamedTuple):
 
 
 class KVPipeline(NamedTuple):
-    """Stages of k and v `[1, 1, BLOCK_N, D]`. Their loads end apart, and their stage is given back as one."""
+    """Stages of k and v `[1, 1, BLOCK_N, width]`, a buffer a block. Their loads end apart, their stage is given back as
+    one."""
 
     k_bufs: Any
     k_full: Any
@@ -109,7 +111,8 @@ class ConsumerPair(NamedTuple):
 
 
 class SoftmaxState(NamedTuple):
-    """What a step of the mainloop hands to the next: p in 16 bits, and the output, row sums and row maxima so far."""
+    """What a step of the mainloop hands to the next: p in 16 bits, and the output's blocks, row sums and row maxima so
+    far."""
 
     p: Any
     acc: Any
@@ -211,3 +214,60 @@ class BackwardPipelines(NamedTuple):
     ds_bufs: Any
     dq: DQBuffer | None
     out_buf: Any
+
+
+class Ring(NamedTuple):
+    """Stages of q and lse2, or of do and delta, with a full and an empty barrier a stage."""
+
+    bufs: Any
+    row_bufs: Any
+    full: Any
+    empty: Any
+
+
+class Exchange(NamedTuple):
+    """Stages of p in fp32 between two warpgroups, with a full and an empty barrier a stage."""
+
+    bufs: Any
+    full: Any
+    empty: Any
+
+
+class DKDVPipelines(NamedTuple):
+    """Shared memory of a program of the kernel of dk and dv; k and v have one stage."""
+
+    k_bufs: Any
+    v_bufs: Any
+    kv_full: Any
+    kv_empty: Any
+    q: Ring
+    do: Ring
+    p: Exchange
+
+
+class DKDVConfig(NamedTuple):
+    """Constants of the wide kernel of dk and dv, see there."""
+
+    D_BLOCKS: Any
+    V_BLOCKS: Any
+    STAGES: Any
+    P_STAGES: Any
+    HAS_MASK: Any
+
+
+class DQPipelines(NamedTuple):
+    """Shared memory of a program of the wide kernel of dq: q with do, and k and v, whose stages are apart."""
+
+    q: Ring
+    k: Ring
+    v: Ring
+
+
+class DQConfig(NamedTuple):
+    """Constants of the wide kernel of dq, see there."""
+
+    D_BLOCKS: Any
+    V_BLOCKS: Any
+    K_STAGES: Any
+    V_STAGES: Any
+    HAS_MASK: Any

@@ -181,9 +181,8 @@ def _bwd_dkdv_kernel(
             offs_n = start_n + tl.arange(0, BLOCK_N)
             sums = sums_ptr + (off_b * q_heads + off_h).to(tl.int64) * kv_len
             tl.store(sums + offs_n, col_sum, mask=offs_n < kv_len)
-    if terms is not None:
-        if len(terms.dropout) > 0:
-            dv *= terms.dropout.scale
+    if terms is not None and len(terms.dropout) > 0:
+        dv *= terms.dropout.scale
     dk_rows = Operand(dk_ptr, dk_strides, off_b, off_kvh, kv_len, None)
     dv_rows = Operand(dv_ptr, dv_strides, off_b, off_kvh, kv_len, None)
     store_tile(dk_rows, start_n, dk * sm_scale, HEAD_DIM, BLOCK_N, BLOCK_D)

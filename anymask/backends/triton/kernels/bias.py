@@ -1,4 +1,4 @@
-"""The gradient of a bias of pairs: one program sums a block of it over what shares it, so no sum depends on an order."""
+"""The gradient of a bias of pairs: one program sums a block of it over what shares it, always in one order."""
 
 import triton
 import triton.language as tl

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from anymask.backends.gpu.kernels.scores import Scoring, keep, score_pairs
+from anymask.backends.gpu.kernels.softmax import softmax_step
 from anymask.backends.gpu.kernels.tiles import (
     LOG2_E,
     Config,
@@ -16,17 +17,6 @@ from anymask.backends.gpu.kernels.tiles import (
     mask_tail,
     store_tile,
 )
-
-
-@triton.jit
-def softmax_step(s, m_i, l_i, acc, qk_scale):
-    """Equation (3) of docs/kernels.md: fold scores `s` into the running maximum, sum and output; returns p too."""
-    m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
-    # a row with no key yet has m = -inf, and -inf - -inf would be NaN
-    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    p = tl.math.exp2(s * qk_scale - m_safe[:, None])
-    alpha = tl.math.exp2(m_i - m_safe)
-    return p, m_new, l_i * alpha + tl.sum(p, 1), acc * alpha[:, None]
 
 
 @triton.jit
@@ -73,9 +63,8 @@ def _fwd_loop(
                 s = mask_pairs(s, -float("inf"), w, first_col, cfg.BLOCK_M, BLOCK_N, USE_ASM)
                 w = load_tile_words(entries, (step + 1) // STEPS, cfg.BLOCK_M, cfg.TILE)
         p, m_i, l_i, acc = softmax_step(s, m_i, l_i, acc, qk_scale)
-        if scoring.terms is not None:
-            if len(scoring.terms.dropout) > 0:
-                p = tl.where(keep(scoring, scoring.start, start_n, cfg.BLOCK_M, BLOCK_N, False), p, 0.0)
+        if scoring.terms is not None and len(scoring.terms.dropout) > 0:
+            p = tl.where(keep(scoring, scoring.start, start_n, cfg.BLOCK_M, BLOCK_N, False), p, 0.0)
         # [BLOCK_N, BLOCK_DV]
         v_tile = load_tile(v, start_n, cfg.V_DIM, BLOCK_N, cfg.BLOCK_DV, cfg.USE_TMA, not IS_PARTIAL)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=cfg.PRECISION)
@@ -143,11 +132,10 @@ def _fwd_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     # [BLOCK_M, BLOCK_DV]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if terms is not None:
-        if len(terms.sinks) == 1:
-            # a sink is a key that every query sees first, whose value is 0
-            m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(terms.sinks[0] + off_h) * LOG2_E
-            l_i += 1.0
+    if terms is not None and len(terms.sinks) == 1:
+        # a sink is a key that every query sees first, whose value is 0
+        m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(terms.sinks[0] + off_h) * LOG2_E
+        l_i += 1.0
     if words is not None:
         row = plane * q_tiles + tile
         full_begin, full_end = tl.load(full_offsets + row), tl.load(full_offsets + row + 1)
@@ -165,9 +153,8 @@ def _fwd_kernel(
     scoring = Scoring(qk_scale, terms, off_b, off_h, q_len, kv_len, start_m)
     acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, full, scoring, cfg, False, IS_NEGATIVE, USE_ASM)
     acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, partial, scoring, cfg, True, IS_NEGATIVE, USE_ASM)
-    if terms is not None:
-        if len(terms.dropout) > 0:
-            acc *= terms.dropout.scale
+    if terms is not None and len(terms.dropout) > 0:
+        acc *= terms.dropout.scale
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     store_tile(Operand(o_ptr, o_strides, off_b, off_h, q_len, None), start_m, acc, V_DIM, BLOCK_M, BLOCK_DV)
     offs_m = start_m + tl.arange(0, BLOCK_M)

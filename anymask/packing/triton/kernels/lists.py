@@ -159,7 +159,7 @@ def _scan(counts, offsets, length, CHUNK: tl.constexpr):
 def fill_kernel(
     memory,
     offsets,
-    tiles,
+    lists,
     tile_row_numbers,
     q_has_pair,
     kv_has_pair,
@@ -173,18 +173,25 @@ def fill_kernel(
     n_partial,
     CHUNK: tl.constexpr,
 ):
-    """One program a row or column of tiles: its part of the lists, and its place in the order."""
+    """One program a row or column of tiles: its part of the lists and of the order (`block_mask.parts`)."""
     tile_row = tl.program_id(0)
     is_row, plane, inner, tile_rows, first, stride, length = _tile_row_of(tile_row, n_rows, q_tiles, kv_tiles)
     tile_row_number = plane * tile_rows + inner
-    # of the list of full tiles; that of partial ones comes next
     n_lines = tl.where(is_row, n_rows, n_cols)
-    list_offsets = offsets + tl.where(is_row, 0, 2 * padded(n_rows + 1)) + tile_row_number
-    full_offset = tl.load(list_offsets)
-    partial_offset = tl.load(list_offsets + padded(n_lines + 1))
-    full_tiles = tiles + tl.where(is_row, 0, padded(n_full))
+    # of the list of full tiles; that of partial ones comes next
+    at_full = tl.where(is_row, 0, 2 * padded(n_rows + 1)) + tile_row_number
+    at_partial = at_full + padded(n_lines + 1)
+    full_offset, partial_offset = tl.load(offsets + at_full), tl.load(offsets + at_partial)
+    tl.store(lists + at_full, full_offset)
+    tl.store(lists + at_partial, partial_offset)
+    if tile_row_number == n_lines - 1:
+        tl.store(lists + at_full + 1, n_full)
+        tl.store(lists + at_partial + 1, n_partial)
+    orders = lists + 2 * (padded(n_rows + 1) + padded(n_cols + 1))
+    tiles = orders + padded(n_rows) + padded(n_cols)
     of_partial = tl.where(is_row, 0, padded(n_partial))
-    partial_tiles = tiles + 2 * padded(n_full).to(tl.int64) + of_partial
+    partial_tiles = tiles + of_partial
+    full_tiles = tiles + 2 * padded(n_partial).to(tl.int64) + tl.where(is_row, 0, padded(n_full))
     work = views(memory, q_has_pair, kv_has_pair, extremes, kinds)
     kinds_of_row = work.kinds + first
     for start in tl.range(0, length, CHUNK):
@@ -210,5 +217,5 @@ def fill_kernel(
         )
         before = (x < tile_rows) & ((n > mine) | ((n == mine) & (x < inner)))
         place += tl.sum(before.to(tl.int32))
-    order = offsets + 2 * (padded(n_rows + 1) + padded(n_cols + 1)) + tl.where(is_row, 0, padded(n_rows))
+    order = orders + tl.where(is_row, 0, padded(n_rows))
     tl.store(order + plane * tile_rows + place, inner)

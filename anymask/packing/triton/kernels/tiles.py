@@ -168,30 +168,30 @@ def tile_words_kernel(
 
 
 @triton.jit
-def _entry(tiles, tile_rows, entry, is_row, n_full, n_partial):
+def _entry(tiles, tile_rows, entry, is_row, n_partial):
     """A partial tile of the rows, or else of the columns, and the global number of its row or column."""
     at = entry + tl.where(is_row, 0, padded(n_partial))
-    return tl.load(tiles + 2 * padded(n_full).to(tl.int64) + at), tl.load(tile_rows + at)
+    return tl.load(tiles + at), tl.load(tile_rows + at)
 
 
-@triton.jit(do_not_specialize=["n_full", "n_partial", "q_tiles", "kv_tiles"])
-def copy_kernel(tiles, tile_rows, all_words, all_words_t, words, words_t, n_full, n_partial, q_tiles, kv_tiles):
+@triton.jit(do_not_specialize=["n_partial", "q_tiles", "kv_tiles"])
+def copy_kernel(tiles, tile_rows, all_words, all_words_t, words, words_t, n_partial, q_tiles, kv_tiles):
     """One program an entry of the rows, then of the columns: its words, out of those of all tiles."""
     entry = tl.program_id(0)
     offs = word_offsets(0, TILE)
     if entry < n_partial:
-        tile, tile_row = _entry(tiles, tile_rows, entry, True, n_full, n_partial)
+        tile, tile_row = _entry(tiles, tile_rows, entry, True, n_partial)
         w = tl.load(all_words + (tile_row.to(tl.int64) * kv_tiles + tile) * (TILE * WORDS) + offs)
         tl.store(words + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
     else:
         entry -= n_partial
-        tile, tile_row = _entry(tiles, tile_rows, entry, False, n_full, n_partial)
+        tile, tile_row = _entry(tiles, tile_rows, entry, False, n_partial)
         w = tl.load(all_words_t + (tile_row.to(tl.int64) * q_tiles + tile) * (TILE * WORDS) + offs)
         tl.store(words_t + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
 
 
 @triton.jit(
-    do_not_specialize=["entries", "n_full", "n_partial", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"],
+    do_not_specialize=["entries", "n_partial", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"],
 )
 def words_kernel(
     numbers,
@@ -202,7 +202,6 @@ def words_kernel(
     words,
     words_t,
     entries,
-    n_full,
     n_partial,
     heads,
     q_len,
@@ -216,7 +215,7 @@ def words_kernel(
     entry = tl.program_id(0)
     mask = MaskArgs(numbers, tensors, layouts)
     if entry < entries:
-        tile, tile_row = _entry(tiles, tile_rows, entry, True, n_full, n_partial)
+        tile, tile_row = _entry(tiles, tile_rows, entry, True, n_partial)
         plane, cols = tile_row // q_tiles, _rows_of(tile)
         b, h = plane // heads, plane % heads
         at = words + entry.to(tl.int64) * (TILE * WORDS)
@@ -226,7 +225,7 @@ def words_kernel(
             tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
     else:
         entry -= entries
-        tile, tile_row = _entry(tiles, tile_rows, entry, False, n_full, n_partial)
+        tile, tile_row = _entry(tiles, tile_rows, entry, False, n_partial)
         plane, kv_tile = tile_row // kv_tiles, tile_row % kv_tiles
         b, h = plane // heads, plane % heads
         at = words_t + entry.to(tl.int64) * (TILE * WORDS)
