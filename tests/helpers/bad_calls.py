@@ -293,8 +293,8 @@ BAD_EAGER: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             "enable_gqa": "leave it out: k and v may have fewer heads than q",
             "dropout": "write dropout_p=...",
             "is_casual": (
-                "allowed keywords are mask, bias, scale, softcap, sinks, dropout_p, is_causal, return_lse, deterministic "
-                "and backend"
+                "allowed keywords are mask, bias, scale, softcap, sinks, dropout_p, is_causal, return_lse, "
+                "deterministic and backend"
             ),
         }.items()
     },
