@@ -67,6 +67,14 @@ def test_every_combination(kind: str | None, mask: str, backend: Any) -> None:
             assert_same(*grads, (*at, n))
 
 
+@pytest.mark.parametrize("kind", ["alibi", "relative", "low rank", "sum"])
+def test_dense(kind: str) -> None:
+    batch, heads, _, q_len, kv_len = sizes = 2, 4, 4, 5, 7
+    bias, dense, _ = make_bias(kind, sizes)
+    got = bias.to_dense(q_len, kv_len, batch=batch, q_heads=heads)
+    torch.testing.assert_close(got.expand(batch, heads, -1, -1), dense().float().expand(batch, heads, -1, -1))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: Any) -> None:
     torch.manual_seed(1)
