@@ -172,12 +172,7 @@ class Attention(_SingleLevelFunction):
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         """Gradients of q, k and v; the mask has none."""
         q, k, v, o, lse, scale, *mask = ctx.saved_tensors
-        for grad in (do, dlse):
-            if grad is not None and _C._functorch.is_legacy_batchedtensor(grad):
-                raise NotImplementedError(
-                    "attention has no batched gradients (is_grads_batched=True, vectorize=True); allowed are a loop, "
-                    "and torch.func.vmap over the function of torch.func.vjp"
-                )
+        refuse_batched(do, dlse)
         if do is None:
             do = torch.zeros_like(o)
         # a gradient that is recorded would be differentiated again: the operator says no, and operations of torch yes
@@ -320,6 +315,15 @@ _LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
 
 torch.library.register_vmap("anymask::forward", vmap.rule_of(forward_op, 3))
 torch.library.register_vmap("anymask::backward", vmap.rule_of(backward_op, 7))
+
+
+def refuse_batched(*grads: Tensor | None) -> None:
+    """Raise NotImplementedError for gradients of several outputs at once, whose batch no operator can see."""
+    if any(grad is not None and _C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+        raise NotImplementedError(
+            "attention has no batched gradients (is_grads_batched=True, vectorize=True); allowed are a loop, and, "
+            "without bias, softcap, sinks and dropout, torch.func.vmap over the function of torch.func.vjp"
+        )
 
 
 def mask_tensors(block_mask: BlockMask | None) -> list[Tensor]:

@@ -207,6 +207,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    ops.refuse_batched(do, dlse)
     q, k, v, o, lse, sinks, seed, *lists = ctx.saved_tensors
     n_mask, n_dense = ctx.counts
     mask, dense, lookups = lists[:n_mask], lists[n_mask : n_mask + n_dense], lists[n_mask + n_dense :]

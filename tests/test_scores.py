@@ -220,6 +220,11 @@ class TestGradients:
         with pytest.raises(NotImplementedError, match="differentiated twice"):
             grad.sum().backward()
 
+    def test_batched_gradients_are_refused(self) -> None:
+        q = leaf(1, 1, 4, 4)
+        with pytest.raises(NotImplementedError, match="no batched gradients"):
+            torch.autograd.grad(attention(q, q, q, softcap=1.0), q, torch.ones(3, 1, 1, 4, 4), is_grads_batched=True)
+
     def test_transforms_are_refused(self) -> None:
         q = torch.randn(3, 1, 1, 4, 4)
         with pytest.raises(NotImplementedError, match=r"no transforms of torch\.func"):
