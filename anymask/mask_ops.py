@@ -11,7 +11,7 @@ import torch
 from torch import _C, Tensor
 from torch._ops import _get_dispatch_mode_pre_dispatch
 
-from anymask import formats, validate
+from anymask import validate
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.program import mask_from_program, program_of
@@ -29,14 +29,11 @@ _LIBRARY.define(
     "SymInt heads_start, SymInt heads_stop) -> Tensor[]"
 )
 _LIBRARY.define("attended(Tensor mask) -> Tensor")
-_LIBRARY.define("seen(Tensor additive) -> Tensor")
 
 # tensors of `pack(mask_from_program(nodes, numbers, tensors), ...)`: packing inside a compiled function
 pack_op = torch.ops.anymask.pack.default
 # `mask != 0` of a mask that is not an additive one: `check_not_additive` inside a compiled function
 attended_op = torch.ops.anymask.attended.default
-# `additive == 0` of a mask of 0 and minus infinity: `formats.from_additive` inside a compiled function
-seen_op = torch.ops.anymask.seen.default
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -145,13 +142,4 @@ def _attended_kernel(mask: Tensor) -> Tensor:
 torch.library.register_fake("anymask::attended", lambda mask: mask.new_empty(mask.shape, dtype=torch.bool))
 
 
-def _seen_kernel(additive: Tensor) -> Tensor:
-    formats.from_additive(additive)
-    return additive == 0
-
-
-torch.library.register_fake("anymask::seen", lambda additive: additive == 0)
-
-
 _LIBRARY.impl("attended", _attended_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("seen", _seen_kernel, "CompositeExplicitAutograd")

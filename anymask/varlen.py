@@ -112,8 +112,8 @@ def attention_varlen(
         causal: keys up to the query's own place.
         window: tokens before and after the query's place, 0 or more; -1 or None for all of them. `causal` makes the
             second 0.
-        bias: as in `attention`, over all tokens: a tensor broadcastable to `[1, q_heads, q_tokens, kv_tokens]`, or a
-            `Bias`. One of distances such as `alibi` counts within documents where both bounds are the same.
+        bias: a float tensor broadcastable to `[1, q_heads, q_tokens, kv_tokens]`, or a `Bias` over all tokens. Its
+            distances are those in the row: those in a document too, where all have as many queries as keys.
         scale: factor of the scores, finite; default `1 / sqrt(head_dim)`.
         softcap, sinks, dropout_p: as in `attention`.
         return_lse: also return the log-sum-exp of the scores, differentiable.
@@ -148,9 +148,20 @@ def attention_varlen(
     if mask is not None:
         seen = as_mask(mask, "None, a bool tensor and a Mask") & seen
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    scores: dict[str, Any] = {"bias": bias, "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p}
-    options: dict[str, Any] = {"scale": scale, "deterministic": deterministic, "backend": backend}
-    o, lse = attention(q, k, v, seen, return_lse=True, **scores, **options)
+    o, lse = attention(
+        q,
+        k,
+        v,
+        seen,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        return_lse=True,
+        deterministic=deterministic,
+        backend=backend,
+    )
     o = o[0].transpose(0, 1).contiguous()
     return (o, lse[0]) if check_flag("return_lse", return_lse) else o
 

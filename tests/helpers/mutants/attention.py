@@ -101,8 +101,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "reference: gradients of a group averaged",
         REFERENCE,
-        "g.view(*fold, g.shape[-1]).sum(2)",
-        "g.view(*fold, g.shape[-1]).mean(2)",
+        "laid_out_as(folded.sum(2), like)",
+        "laid_out_as(folded.mean(2), like)",
         seen_by("test_attention", "test_heads and reference-none and h4over2"),
     ),
     Mutant(
