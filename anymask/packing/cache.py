@@ -159,9 +159,7 @@ class MaskCache:
         call = CallKey(of_mask, batch, heads, q_len, kv_len, device)
         with self._lock:
             key = self._calls.get(call)
-            entry = None if key is None else self._entries.get(key)
-            if key is not None and entry is not None:
-                self._entries.move_to_end(key)
+            entry = None if key is None else self._entry(key)
         return call, None if entry is None else self._on_stream(entry, device)
 
     def learn(self, call: CallKey, mask: Mask) -> None:
@@ -232,9 +230,7 @@ class MaskCache:
             return _pack(mask, q_len, kv_len, device, capturing, check)
         key = MaskKey(program.nodes, program.numbers, tuple(keys), q_len, kv_len, device)
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
+            entry = self._entry(key)
         if entry is None:
             packed = _pack(mask, q_len, kv_len, device, capturing, check)
             if on_cuda:
@@ -246,6 +242,13 @@ class MaskCache:
         if capturing:
             self._captured.append(entry.packed)
         return self._on_stream(entry, device)
+
+    def _entry(self, key: MaskKey) -> _Entry | None:
+        """The entry of a key, now the last to go."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
 
     def _on_stream(self, entry: _Entry, device: torch.device) -> BlockMask:
         """What is packed, for the current stream."""
