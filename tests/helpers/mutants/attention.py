@@ -122,8 +122,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "api: is_causal without effect",
         "anymask/api.py",
-        "mask_of_call(q, k, _CAUSAL if is_causal else mask)\n    o, lse",
-        "mask_of_call(q, k, mask)\n    o, lse",
+        "mask_of_call(q, k, _CAUSAL if is_causal else mask)\n    scores",
+        "mask_of_call(q, k, mask)\n    scores",
         seen_by("test_api", "sdpa_is_torchs"),
     ),
     Mutant(
