@@ -145,8 +145,7 @@ def attention(
     q, k, v = validate.autocast(q, k, v)
     scale = validate.check_call(q, k, v, scale, is_causal, mask, return_lse, deterministic)
     backends.check_name(backend)
-    lazy = validate.fitting_mask(q, k, _CAUSAL if is_causal else mask)
-    block_mask = mask_ops.pack_for(q, lazy, k.shape[2])
+    block_mask = mask_ops.mask_of_call(q, k, _CAUSAL if is_causal else mask)
     scores = None
     if bias is not None or softcap is not None or sinks is not None or dropout_p != 0.0:
         q, k, scores = resolve(q, k, scale, bias, softcap, sinks, dropout_p)
@@ -221,7 +220,7 @@ def explain(
         validate.refuse_keywords(unknown)
     q, k, v = validate.autocast(q, k, v)
     scale = validate.check_call(q, k, v, scale, is_causal, mask, False, None)
-    block_mask = mask_ops.pack_for(q, validate.fitting_mask(q, k, _CAUSAL if is_causal else mask), k.shape[2])
+    block_mask = mask_ops.mask_of_call(q, k, _CAUSAL if is_causal else mask)
     q, k, scores = resolve(q, k, scale, bias, softcap, sinks, dropout_p)
     name = backends.choose(q, k, v, block_mask, backend, scores).__name__.rpartition(".")[2]
     reasons = backends.reasons(q, k, v, block_mask, scores)

@@ -1,6 +1,7 @@
-"""One example of every builder, for the eye: `anymask show NAME` draws it, `python -m anymask.gallery` writes a page.
+"""One example of every builder, for the eye: `anymask show NAME` draws it, `python -m anymask.gallery` writes pages.
 
-The page, docs/masks.md, has the code of each example, its tiles, and what packing makes of it.
+docs/masks.md has the code of each example, its tiles, and what packing makes of it; docs/scores.md has the code of each
+bias, what the kernels read of it, and a picture of it beside a mask.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 import anymask
-from anymask import BlockMask, Mask, viz
+from anymask import Bias, BlockMask, Mask, viz
 
 # queries and keys of every example
 LENGTH = 1024
@@ -41,6 +42,64 @@ EXAMPLES = {
     "from_dense": "from_dense((torch.arange(1024) % 300 < 200)[None, :])",
     "from_function": "from_function(lambda b, h, q_idx, kv_idx: (q_idx // 200 + kv_idx // 200) % 2 == 0)",
 }
+
+# docs/scores.md is written by hand up to here, and below by `scores_page`
+MARK = "<!-- examples of python -m anymask.gallery -->\n"
+# queries, keys and heads of every bias
+BIAS_LENGTH, BIAS_HEADS = 64, 8
+# name -> the expression that makes it, for a seed of 0, and the mask beside it
+BIASES = {
+    "alibi": ("alibi(2.0 ** -torch.arange(1, 9))", "causal()"),
+    "relative": ("relative(torch.randn(8, 127).cumsum(1) / 8)", "sliding_window(20, 20)"),
+    "relative_buckets": ("relative_buckets(torch.randn(32, 8), max_distance=64)", "key_padding(torch.tensor([50]))"),
+    "relative_2d": ("relative_2d(torch.randn(15 * 15, 8), 8, 8)", "neighbourhood_2d((8, 8), 5)"),
+    "low_rank": ("low_rank(torch.randn(64, 2), torch.randn(64, 2))", "document(torch.arange(64) // 25)"),
+    "from_score_mod": (
+        "from_score_mod(lambda score, b, h, q_idx, kv_idx: score + torch.cos((q_idx - kv_idx) / 4 + h))",
+        "causal()",
+    ),
+    "Bias": ("alibi(2.0 ** -torch.arange(1, 9)) + torch.randn(64)", "causal() & document(torch.arange(64) // 25)"),
+}
+
+
+def bias_example(name: str) -> tuple[Bias, BlockMask]:
+    """The bias of an example, and the mask beside it packed for `BIAS_LENGTH` queries and keys."""
+    known = {**vars(anymask), "torch": torch}
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        bias, mask = (eval(code, known) for code in BIASES[name])
+    return bias, anymask.pack(mask, q_len=BIAS_LENGTH, kv_len=BIAS_LENGTH)
+
+
+def scores_page(text: str) -> str:
+    """docs/scores.md, of which `text` is the part by hand: with an example of every bias below the mark."""
+    q = torch.zeros(1, BIAS_HEADS, BIAS_LENGTH, 64)
+    parts = [text.partition(MARK)[0] + MARK]
+    for name, (code, mask_code) in BIASES.items():
+        bias, block_mask = bias_example(name)
+        summary = " ".join((getattr(anymask, name).__doc__ or "").strip().split("\n\n")[0].split())
+        read = anymask.explain(q, q, q, block_mask, bias=bias).scores or "8 more columns of q and k"
+        parts.append(
+            f"### {name}\n\n{summary}\n\n"
+            f"```python\nbias = {code}\no = attention(q, k, v, {mask_code}, bias=bias)\n```\n\n"
+            f"![{name} beside its mask](pictures/bias_{name.lower()}.png)\n\nKernels read: {read}.\n"
+        )
+    return "\n".join(parts)
+
+
+def draw_biases(folder: Path) -> None:
+    """The pictures of docs/scores.md."""
+    from PIL import Image
+
+    for name in BIASES:
+        bias, block_mask = bias_example(name)
+        added = bias.to_dense(BIAS_LENGTH, BIAS_LENGTH, q_heads=BIAS_HEADS)[0, 0]
+        target = folder / f"bias_{name.lower()}.png"
+        viz.plot_bias(added, block_mask, target, title=name)
+        with Image.open(target) as picture:
+            # an eighth of the bytes
+            few = picture.convert("P", palette=Image.Palette.ADAPTIVE)
+        few.save(target, optimize=True)
 
 
 def example(name: str) -> Mask:
@@ -76,6 +135,8 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    target = Path("docs/masks.md")
-    target.write_text(page())
-    print(f"wrote {target}")
+    masks, scores = Path("docs/masks.md"), Path("docs/scores.md")
+    masks.write_text(page())
+    scores.write_text(scores_page(scores.read_text()))
+    draw_biases(Path("docs/pictures"))
+    print(f"wrote {masks} and {scores}")

@@ -98,9 +98,9 @@ def run_forward(
     if q.numel() == 0 or k.shape[2] == 0 or v.shape[3] == 0:
         o, lse = _forward_fake(q, k, v)
         return o.zero_(), lse.fill_(-float("inf"))
-    q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
+    q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     chosen = backends.choose(q, k, v, block_mask, backend)
-    with _no_autocast(q):
+    with no_autocast(q):
         outputs: tuple[Tensor, Tensor] = chosen.forward(q, k, v, block_mask, sm_scale)
     return outputs
 
@@ -123,12 +123,12 @@ def run_backward(
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         dq, dk, dv = _backward_fake(q, k, v)
         return dq.zero_(), dk.zero_(), dv.zero_()
-    q, k, v, do = (_unit_last_stride(t) for t in (q, k, v, do))
-    block_mask = _block_mask(mask, q, k)
+    q, k, v, do = (unit_last_stride(t) for t in (q, k, v, do))
+    block_mask = block_mask_of(mask, q, k)
     chosen = backends.choose(q, k, v, block_mask, backend)
     sm_scale = _scale(sm_scale, scale)
     repeatable = deterministic or torch.are_deterministic_algorithms_enabled()
-    with _no_autocast(q):
+    with no_autocast(q):
         grads: tuple[Tensor, Tensor, Tensor] = chosen.backward(
             q, k, v, o, lse, do, dlse, block_mask, sm_scale, repeatable
         )
@@ -172,12 +172,7 @@ class Attention(_SingleLevelFunction):
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         """Gradients of q, k and v; the mask has none."""
         q, k, v, o, lse, scale, *mask = ctx.saved_tensors
-        for grad in (do, dlse):
-            if grad is not None and _C._functorch.is_legacy_batchedtensor(grad):
-                raise NotImplementedError(
-                    "attention has no batched gradients (is_grads_batched=True, vectorize=True); allowed are a loop, "
-                    "and torch.func.vmap over the function of torch.func.vjp"
-                )
+        refuse_batched(do, dlse)
         if do is None:
             do = torch.zeros_like(o)
         # a gradient that is recorded would be differentiated again: the operator says no, and operations of torch yes
@@ -219,7 +214,7 @@ def _forward_autograd(
     rest = sm_scale, backend, deterministic, scale
     if _is_recorded(q, k, v):
         with _one_level():
-            output: tuple[Tensor, Tensor] = _apply(Attention, keyset, q, k, v, _block_mask(mask, q, k), *rest)
+            output: tuple[Tensor, Tensor] = _apply(Attention, keyset, q, k, v, block_mask_of(mask, q, k), *rest)
             return output
     if _is_unwatched(q, k, v):
         # what a compiled graph runs: nothing is below but the kernel
@@ -285,7 +280,7 @@ def _forward_kernel(
     deterministic: bool,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return run_forward(q, k, v, _block_mask(mask, q, k), _scale(sm_scale, scale), backend)
+    return run_forward(q, k, v, block_mask_of(mask, q, k), _scale(sm_scale, scale), backend)
 
 
 def _scale(sm_scale: float, scale: Tensor | None) -> float:
@@ -322,21 +317,31 @@ torch.library.register_vmap("anymask::forward", vmap.rule_of(forward_op, 3))
 torch.library.register_vmap("anymask::backward", vmap.rule_of(backward_op, 7))
 
 
+def refuse_batched(*grads: Tensor | None) -> None:
+    """Raise NotImplementedError for gradients of several outputs at once, whose batch no operator can see."""
+    if any(grad is not None and _C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+        raise NotImplementedError(
+            "attention has no batched gradients (is_grads_batched=True, vectorize=True); allowed are a loop, and, "
+            "without bias, softcap, sinks and dropout, torch.func.vmap over the function of torch.func.vjp"
+        )
+
+
 def mask_tensors(block_mask: BlockMask | None) -> list[Tensor]:
     """The mask as the operators take it."""
     return [] if block_mask is None else block_mask.tensors()
 
 
-def _block_mask(tensors: list[Tensor], q: Tensor, k: Tensor) -> BlockMask | None:
+def block_mask_of(tensors: list[Tensor], q: Tensor, k: Tensor) -> BlockMask | None:
+    """The mask of the tensors that the operators take."""
     return BlockMask.from_tensors(tensors, q.shape[2], k.shape[2]) if tensors else None
 
 
-def _no_autocast(t: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """No cast inside a backend; nothing to do, at no cost, where none is asked for."""
     kind = t.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _unit_last_stride(t: Tensor) -> Tensor:
+def unit_last_stride(t: Tensor) -> Tensor:
     """`t`, or a contiguous copy of it if its last dimension is not dense in memory."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

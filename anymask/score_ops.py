@@ -64,12 +64,12 @@ def dispatch(
         if _C._len_torch_dispatch_stack():
             flops.register()
     outputs: tuple[Tensor, Tensor] = forward_op(
-        q, k, v, ops.mask_tensors(block_mask), *_flat(scores), sm_scale, *_numbers(scores), backend, deterministic
+        q, k, v, ops.mask_tensors(block_mask), *tensors_of(scores), sm_scale, *_numbers(scores), backend, deterministic
     )
     return outputs
 
 
-def _flat(scores: Scores) -> tuple[list[Tensor], list[Tensor], int, Tensor | None, Tensor | None]:
+def tensors_of(scores: Scores) -> tuple[list[Tensor], list[Tensor], int, Tensor | None, Tensor | None]:
     """The tensors of scores as the operators take them."""
     lookups = [t for lookup in scores.lookups for t in (lookup.table, lookup.q_code, lookup.k_code)]
     diagonal = sum(lookup.is_diagonal << n for n, lookup in enumerate(scores.lookups))
@@ -115,10 +115,10 @@ def _forward(
             lse.copy_(sinks[:, None].expand(lse.shape))
         return o.zero_(), lse
     scores = _scores(dense, lookups, diagonal, sinks, seed, softcap, dropout_p)
-    block_mask = ops._block_mask(mask, q, k)
-    q, k, v = (ops._unit_last_stride(t) for t in (q, k, v))
+    block_mask = ops.block_mask_of(mask, q, k)
+    q, k, v = (ops.unit_last_stride(t) for t in (q, k, v))
     chosen = backends.choose(q, k, v, block_mask, backend, scores)
-    with ops._no_autocast(q):
+    with ops.no_autocast(q):
         outputs: tuple[Tensor, Tensor] = chosen.forward(q, k, v, block_mask, sm_scale, scores)
     return outputs
 
@@ -147,11 +147,11 @@ def _backward(
     shifts = not softcap and sinks is None and dlse is None
     exact_zero = [n and shifts and t.shape[3] == 1 for t, n in zip(dense, needs.dense, strict=True)]
     asked = needs._replace(dense=tuple(n and not zero for n, zero in zip(needs.dense, exact_zero, strict=True)))
-    block_mask = ops._block_mask(mask, q, k)
-    q, k, v, do = (ops._unit_last_stride(t) for t in (q, k, v, do))
+    block_mask = ops.block_mask_of(mask, q, k)
+    q, k, v, do = (ops.unit_last_stride(t) for t in (q, k, v, do))
     chosen = backends.choose(q, k, v, block_mask, backend, scores)
     repeatable = deterministic or torch.are_deterministic_algorithms_enabled()
-    with ops._no_autocast(q):
+    with ops.no_autocast(q):
         grads: ScoreGrads = chosen.backward_scores(
             q, k, v, o, lse, do, dlse, block_mask, sm_scale, repeatable, scores, asked
         )
@@ -207,6 +207,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    ops.refuse_batched(do, dlse)
     q, k, v, o, lse, sinks, seed, *lists = ctx.saved_tensors
     n_mask, n_dense = ctx.counts
     mask, dense, lookups = lists[:n_mask], lists[n_mask : n_mask + n_dense], lists[n_mask + n_dense :]

@@ -1,4 +1,6 @@
-"""Pictures of a `BlockMask`: its tiles in the terminal, its tokens and tiles in a PNG. Cost is that of the tiles."""
+"""Pictures of a `BlockMask`: its tiles in the terminal, its tokens and tiles in a PNG; and of a bias beside it.
+
+Cost is that of the tiles, and of a bias that of its pairs."""
 
 from __future__ import annotations
 
@@ -115,6 +117,46 @@ def plot(
     figure.legend(handles=[*pairs, *handles], loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     if title is not None:
         # dollars of a file's name are no formula
+        figure.suptitle(title, parse_math=False)
+    if target is not None:
+        figure.savefig(target, format=target.suffix[1:].lower() or "png")
+    return figure
+
+
+def plot_bias(added: Tensor, block_mask: BlockMask, path: str | Path | None = None, title: str | None = None) -> Figure:
+    """A figure with what a bias adds to scores on the left, and the first plane of the mask on the right.
+
+    Args:
+        added: floats `[q_len, kv_len]`, a plane of `Bias.to_dense`; -inf is left white.
+        block_mask: the mask, for the same lengths, which are 1 or more tokens.
+        path: where to write the figure too, in the format of the file's suffix, PNG if it has none.
+        title: line above both panels.
+
+    Raises:
+        ImportError: matplotlib is not installed. ValueError: lengths that differ, or a suffix of no known format.
+        OSError: no file can be written at path. TypeError: an argument of another type.
+    """
+    require_matplotlib()
+    target = None if path is None else picture_target(path)
+    from matplotlib.figure import Figure
+
+    q_len, kv_len = _checked(block_mask).q_len, block_mask.kv_len
+    if not isinstance(added, Tensor) or tuple(added.shape) != (q_len, kv_len) or 0 in added.shape:
+        shown = tuple(added.shape) if isinstance(added, Tensor) else type(added).__name__
+        raise ValueError(f"added is {shown}; allowed is a tensor of the mask's lengths, {(q_len, kv_len)}, 1 and more")
+    values = added.detach().float().cpu()
+    values = values.masked_fill(~values.isfinite(), math.nan)
+    most = max(float(values.abs().nan_to_num().max()), 1e-6)
+
+    figure = Figure(figsize=(7.5, 3.2), dpi=80, layout="constrained")
+    terms, pairs = figure.subplots(1, 2)
+    extent = (0, kv_len, q_len, 0)
+    image = terms.imshow(values.numpy(), cmap="RdBu", vmin=-most, vmax=most, extent=extent)
+    figure.colorbar(image, ax=terms, shrink=0.8)
+    terms.set(title="added to scores", xlabel="key", ylabel="query")
+    pairs.imshow(token_shares(block_mask)[0].numpy(), cmap="Blues", vmin=0, vmax=1, extent=extent)
+    pairs.set(title="pairs that attend", xlabel="key", ylabel="query")
+    if title is not None:
         figure.suptitle(title, parse_math=False)
     if target is not None:
         figure.savefig(target, format=target.suffix[1:].lower() or "png")

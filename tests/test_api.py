@@ -86,14 +86,19 @@ def test_sdpa_with_grouped_heads_and_gradients() -> None:
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((Q, K, V), {"enable_gqa": True, "dropout_p": 0.1}, "dropout_p is 0.1; allowed is 0.0"),
+        ((Q, K, V), {"enable_gqa": True, "dropout_p": 1.0}, "dropout_p is 1.0; allowed are numbers from 0 to below 1"),
         ((Q, K, V), {}, "query has 4 heads and key has 2; allowed are equal counts, or enable_gqa=True"),
         (
             (Q, K, V),
-            {"enable_gqa": True, "attn_mask": TRUE.float()},
-            "adds values other than 0 and -inf, such as 1.0; allowed are masks, not biases",
+            {"enable_gqa": True, "attn_mask": TRUE.float()[1:]},
+            "bias has shape (9, 20), 9 along q_len; allowed are 1 and 10",
         ),
         ((Q, K, V), {"enable_gqa": True, "attn_mask": TRUE, "is_causal": True}, "is_causal is True and mask is given"),
+        (
+            (Q, K, V),
+            {"enable_gqa": True, "attn_mask": TRUE.float(), "is_causal": True},
+            "is_causal is True and attn_mask is given",
+        ),
         ((Q[None], K[None], V[None]), {}, "query has shape (1, 2, 4, 10, 8); allowed are 2 to 4 dimensions"),
         ((Q, K[0], V), {}, "key has shape (2, 20, 8); allowed are 2 to 4 dimensions, as many as query"),
         ((Q[0, 0, 0], K, V), {}, "query has shape (8,); allowed are 2 to 4"),

@@ -65,7 +65,7 @@ class TestCompiled:
             q, k, 1.0, torch.randn(2, 6, 7, requires_grad=True) + alibi(torch.rand(2)), 2.0, torch.randn(2), 0.25
         )
         mask = anymask.pack(causal(), q_len=6, kv_len=7).tensors()
-        tensors = score_ops._flat(scores)
+        tensors = score_ops.tensors_of(scores)
         tensors = [t.detach() for t in tensors[0]], [t.detach() for t in tensors[1]], *tensors[2:]
         tensors[0][0].requires_grad_()
         torch.library.opcheck(score_ops.forward_op, (q, k, k, mask, *tensors, 1.0, 2.0, 0.25, None, False))

@@ -67,6 +67,14 @@ def test_every_combination(kind: str | None, mask: str, backend: Any) -> None:
             assert_same(*grads, (*at, n))
 
 
+@pytest.mark.parametrize("kind", ["alibi", "relative", "low rank", "sum"])
+def test_dense(kind: str) -> None:
+    batch, heads, _, q_len, kv_len = sizes = 2, 4, 4, 5, 7
+    bias, dense, _ = make_bias(kind, sizes)
+    got = bias.to_dense(q_len, kv_len, batch=batch, q_heads=heads)
+    torch.testing.assert_close(got.expand(batch, heads, -1, -1), dense().float().expand(batch, heads, -1, -1))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: Any) -> None:
     torch.manual_seed(1)
@@ -211,6 +219,11 @@ class TestGradients:
         (grad,) = torch.autograd.grad(attention(q, q, q, softcap=1.0).sum(), q, create_graph=True)
         with pytest.raises(NotImplementedError, match="differentiated twice"):
             grad.sum().backward()
+
+    def test_batched_gradients_are_refused(self) -> None:
+        q = leaf(1, 1, 4, 4)
+        with pytest.raises(NotImplementedError, match="no batched gradients"):
+            torch.autograd.grad(attention(q, q, q, softcap=1.0), q, torch.ones(3, 1, 1, 4, 4), is_grads_batched=True)
 
     def test_transforms_are_refused(self) -> None:
         q = torch.randn(3, 1, 1, 4, 4)

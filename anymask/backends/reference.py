@@ -5,8 +5,6 @@ Torch can differentiate both functions once more, and forward mode goes through 
 The letters are those of docs/kernels.md.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from anymask.block_mask import BlockMask
 from anymask.layout import laid_out_as
 from anymask.precision import ieee_products
 from anymask.scores import Needs, ScoreGrads, Scores
-from anymask.scores.dropout import keep, keep_scale
+from anymask.scores.weights import table_gradient, weigh
 from anymask.shapes import LSE, K, O, Q, V
 
 
@@ -30,7 +28,7 @@ def forward(
     """`o` in the dtype of `q`, and `lse` (natural log, fp32, or fp64 for fp64 inputs)."""
     qf, kf, vf, mask = _prepare(q, k, v, block_mask)
     if scores is not None:
-        found = _weigh(qf, kf, mask, sm_scale, scores)
+        found = weigh(qf, kf, mask, sm_scale, scores)
         return laid_out_as((found.p * found.keep) @ vf, q), found.lse
     p, lse = _softmax(qf, kf, mask, sm_scale)
     return laid_out_as(p @ vf, q), lse
@@ -80,7 +78,7 @@ def backward_scores(
 ) -> ScoreGrads:
     """`dq, dk, dv` in the dtypes of `q, k, v`, and the gradients of what is needed of the scores."""
     qf, kf, vf, mask = _prepare(q, k, v, block_mask)
-    found = _weigh(qf, kf, mask, sm_scale, scores)
+    found = weigh(qf, kf, mask, sm_scale, scores)
     has_key = found.mask.any(-1)
     dof = torch.where(has_key[..., None], do.to(qf.dtype), 0)
     delta = (dof * o.to(qf.dtype)).sum(-1)
@@ -91,7 +89,7 @@ def backward_scores(
     ds = found.p * ((dof @ vf.mT) * found.keep - of_keys[..., None]) * found.slope
     dv = (found.p * found.keep).mT @ dof
     tables = [
-        _table_gradient(ds, lookup.table, lookup.q_code[:, None] - lookup.k_code) if needed else None
+        table_gradient(ds, lookup.table, lookup.q_code[:, None] - lookup.k_code) if needed else None
         for lookup, needed in zip(scores.lookups, needs.tables, strict=True)
     ]
     sinks = None
@@ -140,51 +138,3 @@ def _softmax(q: Tensor, k: Tensor, mask: Tensor, sm_scale: float) -> tuple[Tenso
     # of a row without a key, whose m is -inf
     total = torch.where(total == 0, 1, total)
     return p / total, (m + torch.log(total)).squeeze(-1)
-
-
-class _Weights(NamedTuple):
-    """The softmax of a call with scores. All but lse broadcast to `[batch, q_heads, q_len, kv_len]`.
-
-    `mask` is without the pairs that a bias of -inf hides; `keep` is what dropout multiplies weights by, and `slope` the
-    derivative of the softcap.
-    """
-
-    p: Tensor
-    lse: LSE
-    mask: Tensor
-    keep: Tensor | float
-    slope: Tensor | float
-
-
-def _weigh(q: Tensor, k: Tensor, mask: Tensor, sm_scale: float, scores: Scores) -> _Weights:
-    s = (q @ k.mT) * sm_scale
-    batch, heads, q_len, kv_len = s.shape
-    bias = sum((t.to(q.dtype) for t in scores.dense), torch.zeros(1, 1, 1, 1, dtype=q.dtype, device=q.device))
-    for lookup in scores.lookups:
-        bias = bias + lookup.table[:, lookup.q_code[:, None] - lookup.k_code]
-    mask = (mask & (bias != -float("inf"))).expand(s.shape)
-    s = torch.where(mask, s + bias, 0)
-    slope: Tensor | float = 1.0
-    if scores.softcap:
-        capped = torch.tanh(s / scores.softcap)
-        s, slope = scores.softcap * capped, 1 - capped**2
-    s = s.masked_fill(~mask, -float("inf"))
-    if scores.sinks is not None:
-        # a column more, of a key without a value
-        s = torch.cat([s, scores.sinks[:, None, None].expand(batch, -1, q_len, 1)], -1)
-    m = s.amax(-1, keepdim=True)
-    p = torch.exp(s - torch.where(m == -float("inf"), 0, m))
-    total = p.sum(-1, keepdim=True)
-    total = torch.where(total == 0, 1, total)
-    factor: Tensor | float = 1.0
-    if scores.seed is not None:
-        b, h, i, j = (torch.arange(n, device=q.device) for n in (batch, heads, q_len, kv_len))
-        kept = keep(scores.seed, b[:, None, None, None], h[:, None, None], i[:, None], j, scores.dropout_p)
-        factor = kept.to(q.dtype) * keep_scale(scores.dropout_p)
-    return _Weights((p / total)[..., :kv_len], (m + torch.log(total)).squeeze(-1), mask, factor, slope)
-
-
-def _table_gradient(ds: Tensor, table: Tensor, entries: Tensor) -> Tensor:
-    """The sums over the pairs that read each entry of a table `[1 or q_heads, n]`."""
-    by_head = ds.sum(0).flatten(1).sum_to_size(table.shape[0], entries.numel())
-    return torch.zeros_like(table).index_add(1, entries.flatten().long(), by_head)

@@ -79,6 +79,24 @@ class Bias(ABC):
     def add_to(self, found: Found) -> None:
         """Add the terms of a call. Raises ValueError where they do not fit it."""
 
+    def to_dense(
+        self, q_len: int, kv_len: int, *, batch: int = 1, q_heads: int = 1, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The bias of a call of these sizes, fp32 `[batch or 1, q_heads or 1, q_len, kv_len]`, differentiable."""
+        found = Found((batch, q_heads, q_len, kv_len), q_heads, torch.float32, torch.device(device), 1.0)
+        self.add_to(found)
+        total = torch.zeros(1, 1, q_len, kv_len, device=device)
+        for term in found.dense:
+            total = total + term
+        i, j = (torch.arange(n, device=device) for n in (q_len, kv_len))
+        for table in found.diagonals:
+            total = total + table[:, i[:, None] - j + kv_len - 1]
+        for lookup in found.lookups:
+            total = total + lookup.table[:, lookup.q_code[:, None] - lookup.k_code]
+        for a, b in found.columns:
+            total = total + a.float() @ b.float().mT
+        return total
+
     def __add__(self, other: Bias | Tensor) -> Bias:
         return _sum(self, other) if isinstance(other, (Bias, Tensor)) else NotImplemented
 
@@ -86,7 +104,7 @@ class Bias(ABC):
         return _sum(other, self) if isinstance(other, (Bias, Tensor)) else NotImplemented
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Bias:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """A sum with a tensor, of which torch is asked first."""
         if kwargs or func not in (torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, operator.add):
             return NotImplemented

@@ -39,15 +39,44 @@ def keep(seed: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor,
         sample, head, query, key: int64, any shapes that broadcast: of the whole call, not of a slice of it.
         dropout_p: in [0, 1).
     """
-    seed_low, seed_high = seed[0] & _LOW, (seed[0] >> 32) & _LOW
-    offset_low, offset_high = seed[1] & _LOW, (seed[1] >> 32) & _LOW
-    counter = (query // 16 * 8 + query % 8, key // 32 * 8 + key % 8, ((sample << 16) ^ head) & _LOW, offset_low)
-    words = _philox(counter, (seed_low, seed_high ^ offset_high))
+    words = _words(seed, sample, head, query // 16 * 8 + query % 8, key // 32 * 8 + key % 8)
     which, is_second = key // 8 % 4, query // 8 % 2
     word = torch.where(
         which < 2, torch.where(which == 0, words[0], words[1]), torch.where(which == 2, words[2], words[3])
     )
     return ((word >> (16 * is_second)) & (STEPS - 1)) >= threshold(dropout_p)
+
+
+def keep_blocks(
+    seed: Tensor, sample: Tensor, head: Tensor, q_blocks: Tensor, k_blocks: Tensor, dropout_p: float
+) -> Tensor:
+    """`keep` of whole blocks of 16 queries and 32 keys, for an eighth of the work: `[.., 16 q_blocks, 32 k_blocks]`.
+
+    Args:
+        seed, dropout_p: as of `keep`.
+        sample, head: int64 `[.., 1, 1]`, shapes that broadcast.
+        q_blocks, k_blocks: int64 `[n]`, numbers of blocks.
+    """
+    lane = torch.arange(8, device=seed.device)
+    query, key = ((blocks[:, None] * 8 + lane).flatten() for blocks in (q_blocks, k_blocks))
+    words = _words(seed, sample, head, query[:, None], key)
+    least = threshold(dropout_p)
+    kept = torch.empty(
+        *words[0].shape[:-2], q_blocks.numel(), 2, 8, k_blocks.numel(), 4, 8, dtype=torch.bool, device=seed.device
+    )
+    for which, word in enumerate(words):
+        for half in (0, 1):
+            bits = (word >> (16 * half)) & (STEPS - 1)
+            kept[..., half, :, :, which, :] = (bits >= least).unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8))
+    return kept.flatten(-6, -4).flatten(-3, -1)
+
+
+def _words(seed: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """Four words of these counters of queries and keys."""
+    seed_low, seed_high = seed[0] & _LOW, (seed[0] >> 32) & _LOW
+    offset_low, offset_high = seed[1] & _LOW, (seed[1] >> 32) & _LOW
+    counter = (query, key, ((sample << 16) ^ head) & _LOW, offset_low)
+    return _philox(counter, (seed_low, seed_high ^ offset_high))
 
 
 def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -291,8 +291,11 @@ BAD_EAGER: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             "softmax_scale": "write scale=...",
             "window_size": "write mask=sliding_window(...)",
             "enable_gqa": "leave it out: k and v may have fewer heads than q",
-            "dropout_p": "leave it out: there is no dropout",
-            "is_casual": "allowed keywords are mask, scale, is_causal, return_lse, deterministic and backend",
+            "dropout": "write dropout_p=...",
+            "is_casual": (
+                "allowed keywords are mask, bias, scale, softcap, sinks, dropout_p, is_causal, return_lse, "
+                "deterministic and backend"
+            ),
         }.items()
     },
 }

@@ -17,7 +17,7 @@ from anymask.backends.cpu.steps import Call, Step, TileRow
 from anymask.block_mask import BlockMask
 from anymask.layout import empty_as
 from anymask.scores import Lookup, Needs, ScoreGrads, Scores
-from anymask.scores.dropout import keep, keep_scale
+from anymask.scores.dropout import keep_blocks, keep_scale
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE
 
@@ -127,10 +127,12 @@ class _Pairs:
         apart = samples, kv_heads, call.group if tile_row.head is None else 1, rows, keys.numel()
         factor = None
         if scores.seed is not None:
-            b, i = (torch.arange(s.start, s.stop) for s in (tile_row.b, tile_row.rows))
+            b = torch.arange(tile_row.b.start, tile_row.b.stop).view(-1, 1, 1, 1, 1)
             heads = torch.arange(call.k.shape[1] * call.group).view(-1, call.group)
             h = _own_heads(heads, tile_row)[..., None, None]
-            kept = keep(scores.seed, b.view(-1, 1, 1, 1, 1), h, i[:, None], keys, scores.dropout_p)
+            q_blocks = torch.arange(tile_row.rows.start // 16, -(-tile_row.rows.stop // 16))
+            k_blocks = (tiles[:, None] * (TILE // 32) + torch.arange(TILE // 32)).flatten()
+            kept = keep_blocks(scores.seed, b, h, q_blocks, k_blocks, scores.dropout_p)[..., :rows, :]
             factor = kept.flatten(2, 3).to(call.compute).mul_(keep_scale(scores.dropout_p))
         return _Pairs(call.group, scores, tile_row, step, apart, keys, factor)
 

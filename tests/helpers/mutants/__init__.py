@@ -9,5 +9,6 @@ from tests.helpers.mutants.gpu import GPU
 from tests.helpers.mutants.masks import MASKS
 from tests.helpers.mutants.packing import PACKING
 from tests.helpers.mutants.record import Mutant as Mutant
+from tests.helpers.mutants.scores import SCORES
 
-MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *ATTENTION, *GPU)
+MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *ATTENTION, *SCORES, *GPU)
