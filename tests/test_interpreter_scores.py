@@ -88,7 +88,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 @triton.jit
 def _keep_kernel(seed, below, out, stride, Q: tl.constexpr, K: tl.constexpr, BY_KEY: tl.constexpr):
     q, k = tl.program_id(0) * Q, tl.program_id(1) * K
-    sample, head = tl.program_id(2) // 3, tl.program_id(2) % 3
+    sample, head = tl.program_id(2), 2 * tl.program_id(2)
     kept = keep_pairs(seed, below, sample, head, q, k, Q, K, BY_KEY).to(tl.int8)
     rows, columns = q + tl.arange(0, Q), k + tl.arange(0, K)
     offsets = (tl.program_id(2) * stride + rows[:, None]) * stride + columns[None, :]
@@ -100,13 +100,12 @@ def _keep_kernel(seed, below, out, stride, Q: tl.constexpr, K: tl.constexpr, BY_
 @pytest.mark.parametrize("by_key", [False, True])
 @pytest.mark.parametrize("block", [(16, 16), (16, 64), (64, 32), (128, 128)], ids=str)
 def test_kernels_drop_the_pairs_that_torch_drops(block: tuple[int, int], by_key: bool) -> None:
-    length, p = 128, 0.3
+    length, p, plane = 128, 0.3, torch.arange(2)[:, None, None]
     for seed in ([7, 0], [-(2**60) + 3, 2**33 + 4]):
-        numbers = torch.tensor(seed)
-        axes = [torch.arange(n).view([-1 if d == i else 1 for i in range(4)]) for d, n in enumerate((2, 3, 128, 128))]
-        wanted = dropout.keep(numbers, *axes, p)
-        out = torch.full((2, 3, length, length), 2, dtype=torch.int8)
-        grid = length // block[0], length // block[1], 6
+        numbers, index = torch.tensor(seed), torch.arange(length)
+        wanted = dropout.keep(numbers, plane, 2 * plane, index[:, None], index, p)
+        out = torch.full((2, length, length), 2, dtype=torch.int8)
+        grid = length // block[0], length // block[1], 2
         _keep_kernel[grid](numbers, float(dropout.threshold(p)), out, length, *block, by_key)
         assert torch.equal(out, wanted.to(torch.int8))
 
