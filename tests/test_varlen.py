@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import anymask
-from anymask import alibi, attention, attention_varlen, causal, forget, pack, packing
+from anymask import attention_varlen, causal, forget, pack, packing
 from anymask.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
 from anymask.packing import cache
 
@@ -69,19 +69,6 @@ def test_documents_are_those_of_flash_attn(is_causal: bool, window: Any) -> None
 def _blocks(extra: Tensor) -> list[Tensor]:
     """The part of each document in a mask over all tokens."""
     return [rows.split(K_LENS, 1)[i] for i, rows in enumerate(extra.split(Q_LENS))]
-
-
-def test_scores_of_documents_are_those_of_each() -> None:
-    q, k, v = packed((145, 4, 8), (145, 2, 8), (145, 2, 6))
-    slopes, sinks = packed((4,), (4,))
-    given: Any = {"bias": alibi(slopes), "softcap": 2.0, "sinks": sinks, "return_lse": True}
-    o, lse = attention_varlen(q, k, v, bounds(Q_LENS), causal=True, **given)
-    parts = [
-        attention(*(t.transpose(0, 1)[None] for t in part), causal(), **given)
-        for part in zip(*(t.split(Q_LENS) for t in (q, k, v)), strict=True)
-    ]
-    torch.testing.assert_close(o, torch.cat([part[0][0].transpose(0, 1) for part in parts]))
-    torch.testing.assert_close(lse, torch.cat([part[1][0] for part in parts], 1))
 
 
 def test_one_cu_seqlens_is_for_queries_and_keys() -> None:
