@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anymask import formats, mask_ops, validate
 from anymask.api import attention
-from anymask.mask import Mask, from_dense
+from anymask.mask import Mask
 from anymask.packing import cache
 from anymask.shapes import K, O, Q, V
 
@@ -81,18 +81,6 @@ def _additive_or_none(tensor: Tensor) -> Mask | None:
         return formats.from_additive(tensor)
     except ValueError:
         return None
-
-
-def additive_mask(tensor: Tensor) -> Mask:
-    """`formats.from_additive`, read once for as long as the tensor holds the same, and not at all where it is traced.
-
-    The graph of a compiled function checks it whenever it runs.
-    """
-    if mask_ops.is_traced():
-        return from_dense(mask_ops.seen_op(tensor))
-    if mask_ops.has_no_values(tensor):
-        return from_dense(tensor == 0)
-    return cache.masks.build(("from_additive",), (tensor,), lambda: formats.from_additive(tensor))
 
 
 def _broadcast(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

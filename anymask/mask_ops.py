@@ -11,7 +11,7 @@ import torch
 from torch import _C, Tensor
 from torch._ops import _get_dispatch_mode_pre_dispatch
 
-from anymask import formats, validate
+from anymask import validate
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.program import mask_from_program, program_of
@@ -29,14 +29,11 @@ _LIBRARY.define(
     "SymInt heads_start, SymInt heads_stop) -> Tensor[]"
 )
 _LIBRARY.define("attended(Tensor mask) -> Tensor")
-_LIBRARY.define("seen(Tensor additive) -> Tensor")
 
 # tensors of `pack(mask_from_program(nodes, numbers, tensors), ...)`: packing inside a compiled function
 pack_op = torch.ops.anymask.pack.default
 # `mask != 0` of a mask that is not an additive one: `check_not_additive` inside a compiled function
 attended_op = torch.ops.anymask.attended.default
-# `additive == 0` of a mask of 0 and minus infinity: `formats.from_additive` inside a compiled function
-seen_op = torch.ops.anymask.seen.default
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -61,6 +58,26 @@ def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any =
     if isinstance(mask, BlockMask):
         return mask
     return cache.masks.pack(mask, q.shape[2], kv_len, q.device, check)
+
+
+def mask_of_call(q: Tensor, k: Tensor, mask: Any) -> BlockMask | None:
+    """What `attention` takes as a mask, for `ops.dispatch`: checked and packed, now or by an earlier call.
+
+    Raises:
+        ValueError: it does not fit. TypeError: it is no mask.
+    """
+    call: cache.CallKey | None = None
+    # the cache knows tensors that are dense in memory, for calls that have values
+    plain = type(mask) is Tensor and type(q) in _PLAIN and mask.layout is torch.strided and not mask.is_nested
+    if plain and not is_traced():
+        call, found = cache.masks.recall(mask, q, k.shape[2])
+        if found is not None:
+            return found
+    lazy = validate.fitting_mask(q, k, mask)
+    block_mask = pack_for(q, lazy, k.shape[2])
+    if call is not None and isinstance(lazy, Mask) and block_mask is not None:
+        cache.masks.learn(call, lazy)
+    return block_mask
 
 
 def is_traced() -> bool:
@@ -145,13 +162,4 @@ def _attended_kernel(mask: Tensor) -> Tensor:
 torch.library.register_fake("anymask::attended", lambda mask: mask.new_empty(mask.shape, dtype=torch.bool))
 
 
-def _seen_kernel(additive: Tensor) -> Tensor:
-    formats.from_additive(additive)
-    return additive == 0
-
-
-torch.library.register_fake("anymask::seen", lambda additive: additive == 0)
-
-
 _LIBRARY.impl("attended", _attended_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("seen", _seen_kernel, "CompositeExplicitAutograd")

@@ -15,6 +15,7 @@ from anymask.mask.arguments import check_flag, check_integers, check_natural
 from anymask.mask.leaves import Between
 from anymask.mask.parts import as_mask
 from anymask.packing import cache
+from anymask.scores import Bias
 
 
 @overload
@@ -28,7 +29,11 @@ def attention_varlen(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
     deterministic: bool | None = None,
     backend: Backend | None = None,
@@ -44,7 +49,11 @@ def attention_varlen(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: Literal[True],
     deterministic: bool | None = None,
     backend: Backend | None = None,
@@ -60,7 +69,11 @@ def attention_varlen(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool,
     deterministic: bool | None = None,
     backend: Backend | None = None,
@@ -75,7 +88,11 @@ def attention_varlen(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: Backend | None = None,
@@ -95,8 +112,11 @@ def attention_varlen(
         causal: keys up to the query's own place.
         window: tokens before and after the query's place, 0 or more; -1 or None for all of them. `causal` makes the
             second 0.
+        bias: a float tensor broadcastable to `[1, q_heads, q_tokens, kv_tokens]`, or a `Bias` over all tokens. Its
+            distances are those in the row: those in a document too, where all have as many queries as keys.
         scale: factor of the scores, finite; default `1 / sqrt(head_dim)`.
-        return_lse: also return the log-sum-exp of the scaled scores, differentiable.
+        softcap, sinks, dropout_p: as in `attention`.
+        return_lse: also return the log-sum-exp of the scores, differentiable.
         deterministic, backend: as in `attention`.
 
     Returns:
@@ -128,7 +148,20 @@ def attention_varlen(
     if mask is not None:
         seen = as_mask(mask, "None, a bool tensor and a Mask") & seen
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    o, lse = attention(q, k, v, seen, scale=scale, return_lse=True, deterministic=deterministic, backend=backend)
+    o, lse = attention(
+        q,
+        k,
+        v,
+        seen,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        return_lse=True,
+        deterministic=deterministic,
+        backend=backend,
+    )
     o = o[0].transpose(0, 1).contiguous()
     return (o, lse[0]) if check_flag("return_lse", return_lse) else o
 

@@ -171,7 +171,7 @@ def set_ratios(case: Case, rows: list[Row], unmasked: dict[str, bool]) -> None:
 def warm(suite: str, name: str, providers: list[str]) -> None:
     """Compile what ours and FlexAttention need for a case into the caches on disk. What fails here fails in the run."""
     case = next(case for case in SUITES[suite].cases if case.name == name)
-    inputs = _inputs(case, "cuda")
+    inputs = make_inputs(case, "cuda")
     for provider in (p for p in providers if p.partition(":")[0] in ("anymask", "pack", "flex")):
         # nothing is compared
         _ready(SUITES[suite], inputs, lambda with_mask: {}, provider)

@@ -110,7 +110,8 @@ def names_of(case: Case, options: argparse.Namespace) -> list[str]:
 def compile_ahead(suite: Suite, options: argparse.Namespace) -> None:
     """Fill the caches of compilers in parallel. What fails here fails again in the run, which says why."""
     with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        for case in suite.cases:
+        # a model compiles next to nothing that another process could
+        for case in (case for case in suite.cases if case.model is None):
             pool.submit(measure.warm, suite.name, case.name, names_of(case, options))
 
 

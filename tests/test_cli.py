@@ -328,7 +328,12 @@ def test_names_take_lists_and_their_lengths(line: str, mask: anymask.Mask, lengt
 
 @pytest.mark.parametrize(
     ("options", "lengths"),
-    [("", (1024, 1024)), ("--len 600", (600, 600)), ("--len 300 --kv-len 500", (300, 500)), ("--q-len 400", (400, 400))],
+    [
+        ("", (1024, 1024)),
+        ("--len 600", (600, 600)),
+        ("--len 300 --kv-len 500", (300, 500)),
+        ("--q-len 400", (400, 400)),
+    ],
 )
 def test_random_blocks_take_the_lengths_of_show(options: str, lengths: tuple[int, int]) -> None:
     found = json.loads(run(app, ["show", "random_blocks", "--share", "0.3", *options.split(), "--json"]).output)

@@ -25,7 +25,7 @@ KERNELS = ["_fwd_kernel", "_bwd_delta_kernel", "_bwd_kernel", "_dq_kernel"]
 # scalars of the walk over work tiles and heads, kept outside the loops
 FEW_BYTES = 96
 # innermost loops with products: one for each consumer partition
-LOOPS = {("_fwd_kernel", 64): 4, ("_fwd_kernel", 128): 2, ("_bwd_kernel", 64): 1, ("_bwd_kernel", 128): 1}
+LOOPS = {("_fwd_kernel", 64): 4, ("_fwd_kernel", 128): 2, ("_bwd_kernel", 64): 2, ("_bwd_kernel", 128): 2}
 # loop constants read back from there, of some 750 instructions: in one loop of dk, dv at head_dim 64 on Triton 3.9
 FEW_LOADS = 8
 

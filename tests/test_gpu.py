@@ -187,7 +187,7 @@ def test_many_items_a_program(q_len: int, kv_len: int, device: str) -> None:
 @pytest.mark.parametrize("mask", ["documents", "random", "none"])
 def test_few_programs(mask: str, dim: int, programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every program takes many work tiles, with all its stages and barriers going round."""
-    monkeypatch.setattr("anymask.backends.hopper._multiprocessors", lambda device: programs)
+    monkeypatch.setattr("anymask.backends.hopper.multiprocessors", lambda device: programs)
     check(Case(mask, 700, 900, dim, F16, q_heads=4, kv_heads=2), "hopper", device)
 
 

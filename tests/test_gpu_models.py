@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anymask.integrations import transformers as integration
-from tests.helpers.models import DECODERS, ENCODER, SMALL, assert_twins_agree, padded, twins
+from tests.helpers.models import DECODERS, ENCODER, SCORED, SMALL, assert_twins_agree, padded, twins
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 integration.register()
@@ -34,6 +34,31 @@ def test_training(name: str, side: str, device: str) -> None:
 def test_an_encoder(device: str) -> None:
     config = transformers.AutoConfig.for_model("bert", **{**ENCODER, "hidden_size": 128, "num_attention_heads": 2})
     assert_twins_agree(twins(transformers.AutoModel, config, device, "eager"), padded("right", 300, device), train=True)
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_models_that_change_scores(name: str, device: str) -> None:
+    """Softcap, sinks, and a position bias with its gradient, beside eager."""
+    made = getattr(transformers, name)
+    changes, _, pick = SCORED[name]
+    models = twins(made, made.config_class(**changes), device, "eager")
+    inputs = padded("right", 300, device)
+    if "Conditional" in name:
+        inputs |= {"decoder_input_ids": inputs["input_ids"][:, :150]}
+    assert_twins_agree(models, inputs, True, pick)
+
+
+def test_dropout(device: str) -> None:
+    config = transformers.BertConfig(**{**ENCODER, "attention_probs_dropout_prob": 0.4})
+    model = transformers.BertModel._from_config(config, attn_implementation="anymask").to(device).train()
+    inputs, found = padded("right", 300, device), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        found.append(model(**inputs).last_hidden_state)
+    assert torch.equal(*found)
+    assert not torch.equal(model(**inputs).last_hidden_state, found[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

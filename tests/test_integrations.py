@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from anymask import attention, causal, document, drop_in, forget, mask_ops, pack, packing, scaled_dot_product_attention
+from anymask import (
+    alibi,
+    attention,
+    causal,
+    document,
+    drop_in,
+    forget,
+    pack,
+    packing,
+    scaled_dot_product_attention,
+)
 from anymask.integrations.flex import flex_attention
 from anymask.integrations.torch import replace_sdpa
 from anymask.packing import cache
@@ -73,12 +83,6 @@ class TestSdpa:
         second = scaled_dot_product_attention(q, q, q, mask)
         assert made == [1, 1]
         assert not torch.equal(first, second)
-
-    @pytest.mark.parametrize("shape", [(5, 5), (2, 1, 5, 5)])
-    def test_opcheck(self, shape: tuple[int, ...]) -> None:
-        mask = torch.zeros(shape).masked_fill(torch.rand(shape) < 0.5, -torch.inf)
-        for given in (mask, mask.mT, mask[:1].expand_as(mask)):
-            torch.library.opcheck(mask_ops.seen_op, (given,))
 
     @pytest.mark.compile
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -308,10 +312,31 @@ class TestFlex:
         mask = create_block_mask(lambda b, h, q, k: q >= k + 9 * b, 3, None, 140, 140, device="cpu")
         assert_flex_agrees(mask, mask, [(3, 2, 140, 8), (1, 2, 140, 8), (1, 2, 140, 8)])
 
+    @pytest.mark.parametrize("form", ["function", "name"])
+    def test_a_score_mod_that_adds(self, form: str) -> None:
+        q, k, v = (torch.randn(2, 2, 140, 8) for _ in range(3))
+        slopes, mask = torch.tensor([0.5, 0.25]), self.masks()["torch"]
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score - slopes[h] * (i - j).abs()
+
+        want = torch_flex_attention(q, k, v, score_mod, mask)
+        o = flex_attention(q, k, v, score_mod if form == "function" else alibi(slopes), mask)
+        torch.testing.assert_close(o, want)
+
+    def test_gradients_reach_what_a_score_mod_has_captured(self) -> None:
+        q, bias = torch.randn(1, 2, 20, 8), torch.randn(20, 20, requires_grad=True)
+        o = flex_attention(q, q, q, lambda s, b, h, i, j: s + bias[i, j])
+        (grad,) = torch.autograd.grad(o.sin().sum(), bias)
+        want = F.scaled_dot_product_attention(q, q, q, bias)
+        torch.testing.assert_close(grad, torch.autograd.grad(want.sin().sum(), bias)[0])
+
     @pytest.mark.parametrize(
         ("changes", "kind", "message"),
         [
-            ({"score_mod": lambda s, b, h, q, k: s * 2}, ValueError, "score_mod is <lambda>; allowed is None"),
+            ({"score_mod": lambda s, b, h, q, k: s * 2}, ValueError, "allowed are functions that add a bias"),
+            ({"score_mod": lambda s, b, h, q, k: 5 * (s / 5).tanh()}, ValueError, r"attention\(..., softcap=5\)"),
+            ({"score_mod": 3}, TypeError, "fn is a int"),
             ({"key": torch.randn(1, 1, 140, 8)}, ValueError, "query has 2 heads and key has 1; allowed are equal"),
             ({"return_aux": AuxRequest(lse=True, max_scores=True)}, ValueError, "return_aux asks for max_scores"),
             ({"block_mask": torch.ones(140, 140).bool()}, TypeError, "block_mask is a torch.Tensor; allowed is"),

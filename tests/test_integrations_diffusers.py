@@ -62,14 +62,31 @@ def test_causal_and_packed_masks() -> None:
         assert torch.equal(dispatched_attention(q, k, v, mask), a)
 
 
+def test_floats_are_added() -> None:
+    q, k, v = qkv()
+    bias = torch.randn(BATCH, KV_LEN)
+    o = dispatched_attention(q, k, v, bias, scale=0.3)
+    heads = [t.transpose(1, 2) for t in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*heads, bias[:, None, None], scale=0.3)
+    torch.testing.assert_close(o, want.transpose(1, 2))
+    torch.manual_seed(1)
+    dropped = dispatched_attention(q, k, v, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(dropped, dispatched_attention(q, k, v, dropout_p=0.5))
+    assert not torch.equal(dropped, dispatched_attention(q, k, v))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"query": torch.randn(2, 3, 4)}, r"query has shape \(2, 3, 4\); allowed are 4 dimensions"),
-        ({"dropout_p": 0.1}, r"dropout_p is 0.1; allowed is 0.0"),
+        ({"dropout_p": 1.0}, r"dropout_p is 1.0; allowed are numbers from 0 to below 1"),
+        (
+            {"attn_mask": torch.ones(Q_LEN, KV_LEN).bool(), "is_causal": True},
+            "is_causal is True and attn_mask",
+        ),
         ({"_parallel_config": object()}, "_parallel_config is a object; allowed is None"),
         ({"key": torch.randn(BATCH, KV_LEN, 2, 8)}, "query has 4 heads and key has 2; allowed are equal counts"),
-        ({"attn_mask": torch.ones(BATCH, KV_LEN)}, "adds values other than 0 and -inf"),
         ({"attn_mask": torch.ones(BATCH, KV_LEN).long()}, r"mask has dtype torch.int64"),
     ],
 )

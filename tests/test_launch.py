@@ -159,7 +159,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(module, "_kernels", found)
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: target))
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
     triton_backend._options.cache_clear()
     yield found
     triton_backend._options.cache_clear()

@@ -1,14 +1,14 @@
 """Models of Hugging Face transformers under `attn_implementation="anymask"`, beside sdpa."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from anymask import BlockMask, pack
+from anymask import BlockMask, causal, pack
 from anymask.integrations import transformers as integration
 from tests.helpers.models import DECODERS, ENCODER, ENCODERS, SMALL, assert_twins_agree, padded, twins
 
@@ -239,6 +239,25 @@ def test_masks_are_packed_once_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 2
 
 
+def test_a_layer_adds_one_view_to_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operation takes the host several microseconds, in every layer."""
+    called = []
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(fn.overloadpacket)
+            return fn(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 20, 4, 8).transpose(1, 2)
+    monkeypatch.setattr(integration, "attention", lambda *args, **kwargs: q)
+    for mask in (None, pack(causal(), q_len=20, kv_len=20)):
+        with Called():
+            o, _ = integration.attention_forward(torch.nn.Module(), q, q, q, mask, scaling=0.3, dropout=0.0)
+        assert o.is_contiguous()
+    # contiguous() of what is contiguous does nothing
+    assert called == [torch.ops.aten.transpose] * 2
+
+
 def test_packed_documents_do_not_see_each_other() -> None:
     _, model = _llama()
     first, second = torch.randint(5, 64, (1, 13)), torch.randint(5, 64, (1, 9))
@@ -258,12 +277,6 @@ def test_a_mask_of_the_user_is_honoured(form: str) -> None:
     lowest = -torch.inf if form == "float" else torch.finfo(torch.float32).min
     mask = {"bool": seen, "BlockMask": pack(seen)}.get(form, torch.zeros(3, 1, 20, 20).masked_fill(~seen, lowest))
     torch.testing.assert_close(ours(ids, attention_mask=mask).logits, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_bias_of_the_user_is_refused() -> None:
-    _, model = _llama()
-    with pytest.raises(ValueError, match="adds values other than 0 and -inf"):
-        model(padded("none")["input_ids"], attention_mask=torch.randn(3, 1, 20, 20))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -344,32 +357,6 @@ def test_masks_inside_a_compiled_function(name: str) -> None:
     expected = masking.sdpa_mask(**made(12), attention_mask=keep)
     found = torch.compile(packed, backend="eager")(keep, 12)
     assert torch.equal(found.expand_as(expected), expected)
-
-
-def test_sinks_of_gpt_oss() -> None:
-    changes = {"num_local_experts": 2, "sliding_window": 7, "num_experts_per_tok": 1}
-    config = transformers.AutoConfig.for_model("gpt_oss", **{**SMALL, **changes})
-    models = []
-    for name in ("eager", "anymask"):
-        torch.manual_seed(0)
-        models.append(transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=name))
-    assert_twins_agree(models, padded("none"), train=False)
-
-
-def test_what_is_not_there_is_refused() -> None:
-    softcap = transformers.AutoConfig.for_model("gemma2", **{**SMALL, "attn_logit_softcapping": 20.0})
-    model = transformers.AutoModelForCausalLM.from_config(softcap, attn_implementation="anymask")
-    with pytest.raises(ValueError, match="softcap is asked for by Gemma2Attention"):
-        model(**padded("none"))
-    bert = transformers.AutoConfig.for_model("bert", **{**ENCODER, "attention_probs_dropout_prob": 0.1})
-    model = transformers.AutoModel.from_config(bert, attn_implementation="anymask")
-    model.eval()(**padded("none"))
-    with pytest.raises(ValueError, match="dropout is asked for by BertSelfAttention"):
-        model.train()(**padded("none"))
-    t5 = transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, dropout_rate=0.0)
-    model = transformers.T5EncoderModel._from_config(t5, attn_implementation="anymask")
-    with pytest.raises(ValueError, match="position_bias is asked for by T5Attention"):
-        model(**padded("none"))
 
 
 def test_without_transformers_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import anymask
-from anymask import attention_varlen, causal, forget, pack, packing
+from anymask import alibi, attention, attention_varlen, causal, document, forget, pack, packing
 from anymask.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
 from anymask.packing import cache
 
@@ -69,6 +69,19 @@ def test_documents_are_those_of_flash_attn(is_causal: bool, window: Any) -> None
 def _blocks(extra: Tensor) -> list[Tensor]:
     """The part of each document in a mask over all tokens."""
     return [rows.split(K_LENS, 1)[i] for i, rows in enumerate(extra.split(Q_LENS))]
+
+
+def test_scores_of_documents_are_those_of_each() -> None:
+    q, k, v = packed((145, 4, 8), (145, 2, 8), (145, 2, 6))
+    slopes, sinks = packed((4,), (4,))
+    given: Any = {"bias": alibi(slopes), "softcap": 2.0, "sinks": sinks, "return_lse": True}
+    o, lse = attention_varlen(q, k, v, bounds(Q_LENS), causal=True, **given)
+    parts = [
+        attention(*(t.transpose(0, 1)[None] for t in part), causal(), **given)
+        for part in zip(*(t.split(Q_LENS) for t in (q, k, v)), strict=True)
+    ]
+    torch.testing.assert_close(o, torch.cat([part[0][0].transpose(0, 1) for part in parts]))
+    torch.testing.assert_close(lse, torch.cat([part[1][0] for part in parts], 1))
 
 
 def test_one_cu_seqlens_is_for_queries_and_keys() -> None:
@@ -180,6 +193,17 @@ def test_fakes_and_meta() -> None:
         assert attention_varlen(q, q, q, torch.tensor([0, 3, 7])).shape == (7, 2, 8)
 
 
+def test_scores_are_those_of_attention() -> None:
+    q, cu = torch.randn(140, 2, 8), torch.tensor([0, 60, 140])
+    ids = (torch.arange(140) >= 60).long()
+    scores = {"bias": torch.randn(2, 140, 140), "softcap": 3.0, "sinks": torch.randn(2)}
+    o, lse = attention_varlen(q, q, q, cu, causal=True, return_lse=True, **scores)
+    rows = q.transpose(0, 1)[None]
+    want, its = attention(rows, rows, rows, causal() & document(ids), return_lse=True, **scores)
+    torch.testing.assert_close(o, want[0].transpose(0, 1))
+    torch.testing.assert_close(lse, its[0])
+
+
 ERRORS: list[Any] = [
     ({"q": torch.randn(1, 6, 2, 8)}, ValueError, r"q has shape \(1, 6, 2, 8\); allowed are 3 dimensions"),
     ({"cu_seqlens_q": [0, 6]}, TypeError, "cu_seqlens_q is a list; allowed is an int tensor"),
@@ -239,12 +263,63 @@ class TestFlashAttn:
             o, flash_attn_varlen_func(q, k, v, cu_q, cu_k, 130, 140, softmax_scale=0.2, causal=True, window_size=(9, 0))
         )
 
+    @pytest.mark.parametrize("what", ["softcap", "alibi_slopes"])
+    @pytest.mark.parametrize(("q_len", "kv_len"), [(140, 140), (20, 140)])
+    def test_scores(self, q_len: int, kv_len: int, what: str) -> None:
+        """By the words of flash-attn: `-slope |i + seqlen_k - seqlen_q - j|`, and `softcap tanh(s / softcap)`."""
+        q, k, v = packed((2, q_len, 4, 8), (2, kv_len, 2, 8), (2, kv_len, 2, 8))
+        slopes = torch.rand(4, requires_grad=True)
+        given = {"softcap": 0.3} if what == "softcap" else {"alibi_slopes": slopes}
+        i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 8**-0.5
+        if what == "softcap":
+            scores = 0.3 * (scores / 0.3).tanh()
+        else:
+            scores = scores - slopes[:, None, None] * (i + kv_len - q_len - j).abs()
+        scores = scores.masked_fill(j > i + kv_len - q_len, -torch.inf)
+        want = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v.repeat_interleave(2, 2))
+        leaves = (q, k, v) if what == "softcap" else (q, k, v, slopes)
+        calls = [flash_attn_func(q, k, v, causal=True, **given)]
+        if q_len == kv_len:
+            rows, cu = (t.flatten(0, 1) for t in (q, k, v)), torch.tensor([0, q_len, 2 * q_len])
+            o = flash_attn_varlen_func(*rows, cu, cu.clone(), q_len, q_len, causal=True, **given)
+            calls.append(o.unflatten(0, (2, q_len)))
+        for o in calls:
+            torch.testing.assert_close(o, want)
+            grads = (torch.autograd.grad(t.sin().sum(), leaves, retain_graph=True) for t in (o, want))
+            for a, b in zip(*grads, strict=True):
+                torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+    def test_slopes_count_within_documents_of_equal_bounds_alone(self) -> None:
+        q, k = torch.randn(6, 2, 8), torch.randn(9, 2, 8)
+        cu_q, cu_k = torch.tensor([0, 6]), torch.tensor([0, 9])
+        with pytest.raises(ValueError, match="cu_seqlens_q differs from cu_seqlens_k; allowed are equal ones"):
+            flash_attn_varlen_func(q, k, k, cu_q, cu_k, 6, 9, alibi_slopes=torch.ones(2))
+
+    def test_dropout(self) -> None:
+        q, cu = torch.randn(140, 2, 8), torch.tensor([0, 60, 140])
+        torch.manual_seed(1)
+        o = flash_attn_varlen_func(q, q, q, cu, cu, 80, 80, 0.4, causal=True)
+        torch.manual_seed(1)
+        assert torch.equal(o, attention_varlen(q, q, q, cu, causal=True, dropout_p=0.4))
+        again = flash_attn_varlen_func(q, q, q, cu, cu, 80, 80, 0.4, causal=True)
+        assert not torch.equal(o, again)
+        # the first query of a document has one key, whose weight is 0 or 1 / 0.6
+        first = torch.stack([flash_attn_func(q[None], q[None], q[None], 0.4, causal=True)[0, 0] for _ in range(99)])
+        assert set((first / q[0]).mean(2).flatten().mul(6).round().int().tolist()) == {0, 10}
+
     @pytest.mark.parametrize(
         ("changes", "kind", "message"),
         [
-            ({"dropout_p": 0.1}, ValueError, "dropout_p is 0.1; allowed is 0.0"),
-            ({"softcap": 20.0}, ValueError, "softcap is 20.0; allowed is 0.0"),
-            ({"alibi_slopes": torch.ones(2)}, ValueError, r"alibi_slopes is a tensor of shape \(2,\); allowed is None"),
+            ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0; allowed are numbers from 0 to below 1"),
+            ({"softcap": -2.0}, ValueError, "softcap is -2.0; allowed are None and finite numbers above 0"),
+            (
+                {"alibi_slopes": torch.ones(1, 2)},
+                ValueError,
+                r"alibi_slopes has shape \(1, 2\)",
+            ),
+            ({"alibi_slopes": torch.ones(2), "softcap": 9.0}, ValueError, "softcap and alibi_slopes are both given"),
+            ({"alibi_slopes": [1.0, 2.0]}, TypeError, "slopes is a list"),
             ({"window_size": 3}, TypeError, "window_size is 3"),
             ({"window_size": (3, -2)}, ValueError, "a bound of window_size is -2"),
             ({"causal": None}, TypeError, "causal is None"),

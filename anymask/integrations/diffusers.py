@@ -17,7 +17,7 @@ from torch import Tensor
 from anymask import validate
 from anymask.api import attention
 from anymask.block_mask import BlockMask
-from anymask.drop_in import additive_mask
+from anymask.drop_in import mask_and_bias
 from anymask.mask import Mask
 
 
@@ -38,9 +38,9 @@ def dispatched_attention(
     Args:
         query: `[batch, q_len, q_heads, head_dim]`.
         key, value: `[batch, kv_len, kv_heads, dim]`.
-        attn_mask: bool, True = attend, or floats of 0 and -inf or the least number of the dtype: `[batch, kv_len]`, or
-            broadcastable to `[batch, q_heads, q_len, kv_len]`; or a `Mask` or `BlockMask` by `attention_kwargs`.
-        dropout_p: 0.0.
+        attn_mask: bool, True = attend, or floats that are added to the scores: `[batch, kv_len]`, or broadcastable to
+            `[batch, q_heads, q_len, kv_len]`; or a `Mask` or `BlockMask` by `attention_kwargs`.
+        dropout_p: as in `attention`.
         is_causal: upper-left aligned; excludes `attn_mask`.
         scale: factor of the scores; default `1 / sqrt(head_dim)`.
         enable_gqa: allow fewer key and value heads than query heads.
@@ -51,7 +51,7 @@ def dispatched_attention(
         `o [batch, q_len, q_heads, v_dim]`, contiguous; with `return_lse` also lse.
 
     Raises:
-        ValueError: dropout, parallelism or head counts that differ without `enable_gqa`; or what `attention` raises.
+        ValueError: parallelism or head counts that differ without `enable_gqa`; or what `attention` raises.
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         validate.check_tensor(name, t)
@@ -59,20 +59,18 @@ def dispatched_attention(
             raise ValueError(
                 f"{name} has shape {tuple(t.shape)}; allowed are 4 dimensions, [batch, length, heads, dim]"
             )
-    if dropout_p != 0.0:
-        raise ValueError(f"dropout_p is {dropout_p}; allowed is 0.0")
     if _parallel_config is not None:
         raise ValueError(f"_parallel_config is a {type(_parallel_config).__name__}; allowed is None")
     if not enable_gqa and query.shape[2] != key.shape[2]:
         raise ValueError(
             f"query has {query.shape[2]} heads and key has {key.shape[2]}; allowed are equal counts, or enable_gqa=True"
         )
-    mask: Tensor | Mask | BlockMask | None = attn_mask
-    if isinstance(attn_mask, Tensor):
-        if attn_mask.shape == (query.shape[0], key.shape[1]):
-            attn_mask = attn_mask[:, None, None]
-        mask = additive_mask(attn_mask) if attn_mask.is_floating_point() else attn_mask
+    if isinstance(attn_mask, Tensor) and attn_mask.shape == (query.shape[0], key.shape[1]):
+        attn_mask = attn_mask[:, None, None]
+    if is_causal and attn_mask is not None:
+        raise ValueError("is_causal is True and attn_mask is given; allowed is one of them")
+    mask, bias = mask_and_bias(attn_mask)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    o, lse = attention(q, k, v, mask, is_causal=is_causal, scale=scale, return_lse=True)
+    o, lse = attention(q, k, v, mask, bias=bias, is_causal=is_causal, scale=scale, dropout_p=dropout_p, return_lse=True)
     o = o.transpose(1, 2).contiguous()
     return (o, lse) if return_lse else o

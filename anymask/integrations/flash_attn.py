@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anymask import validate
 from anymask.api import attention
 from anymask.mask import Mask, sliding_window
 from anymask.mask.arguments import check_flag
+from anymask.scores import alibi
 from anymask.varlen import attention_varlen, bounds_of_window
 
 OPEN = (-1, -1)
@@ -33,22 +35,23 @@ def flash_attn_func(
     Args:
         q: `[batch, q_len, q_heads, head_dim]`, dtypes as in `attention`.
         k, v: `[batch, kv_len, kv_heads, dim]`; `kv_heads` divides `q_heads`.
-        dropout_p: 0.0.
+        dropout_p: probability that a weight becomes 0, as in `attention`.
         softmax_scale: factor of the scores; default `1 / sqrt(head_dim)`.
         causal: query i attends to keys `j <= i + kv_len - q_len`.
         window_size: tokens before and after that place, -1 for all of them; `causal` makes the second 0.
-        softcap: 0.0.
-        alibi_slopes: None.
+        softcap: c of `c tanh(s / c)`, which scores become; 0.0 for none.
+        alibi_slopes: float `[q_heads]`: `-slope |i + kv_len - q_len - j|` is added to scores. Gradients reach them.
         deterministic: whether gradients must be bit-equal from run to run; False asks torch.
-        return_attn_probs: also return lse and an empty tensor, as flash-attn does without dropout.
+        return_attn_probs: also return lse and an empty tensor, as flash-attn does without dropout: no kernel has the
+            weights.
 
     Returns:
         `o [batch, q_len, q_heads, v_dim]`, contiguous; or `(o, lse [batch, q_heads, q_len], an empty tensor)`.
 
     Raises:
-        ValueError: dropout, a soft cap or slopes are asked for; or what `attention` raises. TypeError: as `attention`.
+        ValueError: a soft cap beside slopes, which flash-attn adds to what is capped already; slopes of each sample; or
+            what `attention` raises. TypeError: as `attention`.
     """
-    _refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
     for name, t in (("q", q), ("k", k), ("v", v)):
         validate.check_tensor(name, t)
         if t.dim() != 4:
@@ -59,9 +62,10 @@ def flash_attn_func(
     mask: Mask | None = None
     if (left, right) != (None, None):
         mask = sliding_window(left, right, offset=k.shape[1] - q.shape[1])
+    scores = _scores(dropout_p, softcap, alibi_slopes, k.shape[1] - q.shape[1])
     repeatable = check_flag("deterministic", deterministic) or None
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    o, lse = attention(q, k, v, mask, scale=softmax_scale, return_lse=True, deterministic=repeatable)
+    o, lse = attention(q, k, v, mask, scale=softmax_scale, return_lse=True, deterministic=repeatable, **scores)
     o = o.transpose(1, 2).contiguous()
     return (o, lse, q.new_empty(0)) if check_flag("return_attn_probs", return_attn_probs) else o
 
@@ -99,10 +103,13 @@ def flash_attn_varlen_func(
         `o [q_tokens, q_heads, v_dim]`, contiguous; or `(o, lse [q_heads, q_tokens], an empty tensor)`.
 
     Raises:
-        ValueError: dropout, a soft cap, slopes or a block table are asked for; or what `attention_varlen` raises.
-        TypeError: as `attention_varlen`.
+        ValueError: a block table, or slopes where documents have other numbers of keys than of queries; or what
+            `flash_attn_func` and `attention_varlen` raise. TypeError: as `attention_varlen`.
     """
-    _refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, block_table=block_table)
+    if block_table is not None:
+        raise ValueError("block_table is a tensor; allowed is None: keys lie in a row")
+    if alibi_slopes is not None and cu_seqlens_q is not cu_seqlens_k and not torch.equal(cu_seqlens_q, cu_seqlens_k):
+        raise ValueError("alibi_slopes are given and cu_seqlens_q differs from cu_seqlens_k; allowed are equal ones")
     bounds_of_window(check_flag("causal", causal), window_size, "window_size")
     o, lse = attention_varlen(
         q,
@@ -115,14 +122,22 @@ def flash_attn_varlen_func(
         scale=softmax_scale,
         return_lse=True,
         deterministic=check_flag("deterministic", deterministic) or None,
+        **_scores(dropout_p, softcap, alibi_slopes, 0),
     )
     return (o, lse, q.new_empty(0)) if check_flag("return_attn_probs", return_attn_probs) else o
 
 
-def _refuse(**asked: Any) -> None:
-    """Raise ValueError for the first argument, by name, that asks for what anymask has not."""
-    for name, value in asked.items():
-        if value is not None and (isinstance(value, Tensor) or value != 0.0):
-            allowed = "0.0" if name in ("dropout_p", "softcap") else "None"
-            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{name} is {shown}; allowed is {allowed}: anymask has masks alone")
+def _scores(dropout_p: float, softcap: float, slopes: Tensor | None, offset: int) -> dict[str, Any]:
+    """What `attention` calls them; `offset` is of the first query among the keys."""
+    if softcap and slopes is not None:
+        raise ValueError(
+            "softcap and alibi_slopes are both given; allowed is one of them: flash-attn adds slopes to capped scores, "
+            "and attention caps the sum"
+        )
+    if isinstance(slopes, Tensor) and slopes.dim() != 1:
+        raise ValueError(f"alibi_slopes has shape {tuple(slopes.shape)}; allowed is [q_heads]")
+    return {
+        "bias": None if slopes is None else alibi(slopes, offset),
+        "softcap": softcap or None,
+        "dropout_p": dropout_p,
+    }

@@ -11,13 +11,14 @@ from anymask.api import attention
 from anymask.block_mask import BlockMask
 from anymask.formats import from_flex
 from anymask.mask import Mask
+from anymask.scores import Bias, from_score_mod
 
 
 def flex_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    score_mod: Callable[..., Tensor] | None = None,
+    score_mod: Callable[..., Tensor] | Bias | None = None,
     block_mask: Any = None,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -31,7 +32,8 @@ def flex_attention(
     Args:
         query: `[batch, q_heads, q_len, head_dim]`.
         key, value: `[batch or 1, kv_heads, kv_len, dim]`.
-        score_mod: None.
+        score_mod: None, or a function that adds a bias: `from_score_mod(score_mod)`, or a `Bias` by name, which costs
+            less. A soft cap is `attention(..., softcap=c)`.
         block_mask: None, a `BlockMask` of torch or of anymask, or a `Mask`. One of torch is packed at each call: give
             `anymask.pack(anymask.formats.from_flex(block_mask), ...)` instead where it is used again.
         scale: factor of the scores; default `1 / sqrt(head_dim)`.
@@ -41,11 +43,9 @@ def flex_attention(
         return_aux: an `AuxRequest` of torch with `lse`; then an `AuxOutput` is returned beside o.
 
     Raises:
-        ValueError: a score_mod, head counts that differ without `enable_gqa`, `max_scores`, or what `attention` raises.
+        ValueError: head counts that differ without `enable_gqa`, `max_scores`, or what `attention` raises, also for a
+            score_mod that does more than add.
     """
-    if score_mod is not None:
-        name = getattr(score_mod, "__name__", type(score_mod).__name__)
-        raise ValueError(f"score_mod is {name}; allowed is None: anymask changes no scores, it takes masks")
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError(
             f"query has {query.shape[1]} heads and key has {key.shape[1]}; allowed are equal counts, or enable_gqa=True"
@@ -57,7 +57,8 @@ def flex_attention(
         block_mask = from_flex(block_mask)
     if key.shape[0] == 1 and query.shape[0] > 1:
         key, value = (t.expand(query.shape[0], -1, -1, -1) for t in (key, value))
-    o, lse = attention(query, key, value, block_mask, scale=scale, return_lse=True)
+    bias = from_score_mod(score_mod) if score_mod is not None and not isinstance(score_mod, Bias) else score_mod
+    o, lse = attention(query, key, value, block_mask, bias=bias, scale=scale, return_lse=True)
     if return_aux is not None:
         from torch.nn.attention.flex_attention import AuxOutput
 

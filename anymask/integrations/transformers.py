@@ -18,10 +18,11 @@ from torch import Tensor
 
 from anymask.api import attention
 from anymask.block_mask import BlockMask
-from anymask.drop_in import additive_mask
+from anymask.drop_in import mask_and_bias
 from anymask.mask import Mask, causal, document, from_dense, from_function, key_padding
 from anymask.mask.leaves import Band, Between
 from anymask.packing import pack
+from anymask.scores.bias import Bias, as_bias
 
 # farther than any position
 FAR = 2**40
@@ -69,44 +70,46 @@ def attention_forward(
         module: the layer, asked for `is_causal`.
         query: `[batch, q_heads, q_len, head_dim]`.
         key, value: `[batch or 1, kv_heads, kv_len, dim]`.
-        attention_mask: what `mask` returned; or the user's own, bool or 0 and -inf (or the dtype's minimum),
+        attention_mask: what `mask` returned; or the user's own, bool or floats that are added to the scores,
             broadcastable to `[batch, q_heads, q_len, kv_len]`.
-        dropout: 0.0.
+        dropout: probability that a weight becomes 0, as in `attention`.
         scaling: factor of the scores.
         is_causal: for a mask of None and more than one query: causal, upper-left; default what the layer says.
+        softcap: c of `c tanh(s / c)`, which scores become (Gemma 2).
         s_aux: float `[q_heads]`, a logit for each head that takes part in the softmax and has no value (GPT-OSS).
+        position_bias: float, broadcastable to `[batch, q_heads, q_len, kv_len]`, added to the scores (T5).
 
     Returns:
         `o [batch, q_len, q_heads, v_dim]`, contiguous, and None for the weights, which no kernel has.
 
     Raises:
-        ValueError: dropout, a soft cap, a position bias or the weights are asked for; or what `attention` raises.
+        ValueError: the weights are asked for, or a soft cap beside a bias, which transformers adds to what is capped
+            already; or what `attention` raises.
     """
-    for what, asked, cure in (
-        ("dropout", dropout != 0.0, "set attention_dropout (attention_probs_dropout_prob) to 0"),
-        ("softcap", softcap is not None, "set attn_logit_softcapping to None, or use eager"),
-        ("position_bias", position_bias is not None, "use sdpa or eager"),
-        ("output_attentions", bool(output_attentions), "use eager"),
-    ):
-        if asked:
-            raise ValueError(f"{what} is asked for by {type(module).__name__}; anymask has none: {cure}")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+    if output_attentions:
+        raise ValueError(f"{type(module).__name__} asks for output_attentions; anymask has no weights: use eager")
     found: Tensor | Mask | BlockMask | None = attention_mask
+    bias: Tensor | Bias | None = position_bias
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
-        found = additive_mask(attention_mask)
-    elif attention_mask is None and is_causal and query.shape[2] > 1:
+        found, added = mask_and_bias(attention_mask)
+        if added is not None:
+            bias = added if bias is None else as_bias(bias) + added
+    elif (
+        attention_mask is None
+        and query.shape[2] > 1
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    ):
         found = CAUSAL
+    if softcap is not None and bias is not None:
+        raise ValueError(
+            f"{type(module).__name__} has a softcap and a bias; allowed is one of them: transformers adds the bias to "
+            "capped scores, and attention caps the sum"
+        )
     if key.shape[0] != query.shape[0]:
         # learned queries, or keys, of one sample
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
-    if s_aux is None:
-        o = attention(query, key, value, found, scale=scaling)
-    else:
-        o, lse = attention(query, key, value, found, scale=scaling, return_lse=True)
-        # a sink adds exp(s_aux) to the sum of the softmax, whose log is lse
-        o = o * torch.sigmoid(lse - s_aux[:, None].to(lse.dtype))[..., None].to(o.dtype)
+    o = attention(query, key, value, found, bias=bias, scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout)
     return o.transpose(1, 2).contiguous(), None
 
 
@@ -232,7 +235,10 @@ class _Plane:
     def same(self, ids: Tensor) -> Mask | None:
         """Tokens with the same number, of `ids [batch, positions]`."""
         q, k = self._of_queries(ids), self._of_keys(ids)
-        return None if q is None or k is None else document(q, kv_ids=k)
+        if q is None or k is None:
+            return None
+        is_square = isinstance(self.q_offset, int) and (self.q_len, self.q_offset) == (self.kv_len, self.kv_offset)
+        return document(q) if is_square else document(q, kv_ids=k)
 
     def padding(self, keep: Tensor) -> Mask:
         """Keys of `keep [batch, positions]`; those beyond it are padding."""

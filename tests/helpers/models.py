@@ -56,6 +56,29 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
+T5 = {
+    "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "dropout_rate": 0.0,
+    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16,
+    "patch_size": 8, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0,
+    "use_shared_relative_position_bias": True,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 2, "sliding_window": 7, "num_experts_per_tok": 1}
+# a softcap that bends scores of this size
+CAPPED = {"attn_logit_softcapping": 0.5, "sliding_window": 8}
+# class -> its configuration, what takes part of its scores by name of the weight, and what it returns
+SCORED: dict[str, tuple[dict[str, Any], str, Callable[[Any], Tensor] | None]] = {
+    "Gemma2ForCausalLM": ({**SMALL, **CAPPED}, "", None),
+    "GptOssForCausalLM": ({**SMALL, **EXPERTS}, "sinks", None),
+    "T5ForConditionalGeneration": (T5, "relative_attention_bias", lambda o: o.logits),
+    "T5EncoderModel": (T5, "relative_attention_bias", None),
+    "UMT5ForConditionalGeneration": (T5, "relative_attention_bias", lambda o: o.logits),
+    "BeitModel": (VISION, "relative_position_bias_table", lambda o: o.last_hidden_state),
+}
+
+
 def twins(auto: Any, config: Any, device: str = "cpu", beside: str = "sdpa") -> list[torch.nn.Module]:
     """The same model by sdpa, or by what is beside it, and by anymask."""
     made = []

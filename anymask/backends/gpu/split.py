@@ -9,7 +9,7 @@ depend on its batch.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +21,12 @@ from anymask.backends.gpu.arguments import (
     TileConfig,
     has_pair,
     kernel_options,
-    launch_triton,
     mask_lists,
     padded_dim,
     plane_strides,
 )
 from anymask.block_mask import BlockMask
-from anymask.launch import device_guard
+from anymask.launch import args_key, device_guard, launch
 from anymask.layout import empty_as
 from anymask.tiles import TILE, tiles_over
 
@@ -35,8 +34,8 @@ from anymask.tiles import TILE, tiles_over
 MAX_SPLITS = 64
 # kv tiles of a split, at least: fewer take less time than joining them
 MIN_TILES = 2
-# columns of o that a program joins, and its warps
-JOINED_COLUMNS, JOIN_WARPS = 64, 4
+# columns of o that a program joins
+JOINED_COLUMNS = 64
 
 
 class _Line(NamedTuple):
@@ -131,7 +130,8 @@ def _launch_split(
     splits, v_dim, line = parts.o.shape[0], v.shape[3], _line(q, k, block_mask)
     config = choose(*current, q.element_size(), line.block, padded_dim(head_dim), padded_dim(v_dim), allow_tf32)
     constants, options = kernel_options(config, head_dim, v_dim, False)
-    launch_triton(
+    strides, used = (q.stride()[:3], k.stride()[:3], v.stride()[:3]), has_pair(block_mask, "cols")
+    launch(
         _split_kernel,
         (-(-line.rows // line.block) * splits, q_heads // line.packed, batch),
         (
@@ -140,10 +140,10 @@ def _launch_split(
             v,
             parts.o,
             parts.sums,
-            *(t.stride()[:3] for t in (q, k, v)),
+            *strides,
             *mask_lists(block_mask, "rows")[:5],
-            has_pair(block_mask, "cols"),
-            plane_strides(block_mask),
+            used,
+            *plane_strides(block_mask),
             q_heads,
             q_heads // k.shape[1],
             line.packed,
@@ -158,20 +158,27 @@ def _launch_split(
             "USE_ASM": current[0] == "cuda" and not target.interprets(),
             "USE_PDL": use_pdl,
         },
-        q.device,
-        options,
+        # what was allocated here is aligned
+        (q.device, *args_key((q, k, v, *strides)), block_mask is None, used is None),
+        **options,
     )
+
+
+_JOIN_OPTIONS: dict[bool, dict[str, Any]] = {
+    False: {"num_warps": 4, "enable_fp_fusion": True},
+    True: {"num_warps": 4, "enable_fp_fusion": True, "launch_pdl": True},
+}
 
 
 def _launch_join(parts: _Parts, o: Tensor, lse: Tensor, use_pdl: bool) -> None:
     from anymask.backends.gpu.kernels.split import _join_kernel
 
     splits, rows, v_dim = parts.o.shape
-    columns = min(JOINED_COLUMNS, padded_dim(v_dim))
-    launch_triton(
+    columns, strides = min(JOINED_COLUMNS, padded_dim(v_dim)), o.stride()[:3]
+    launch(
         _join_kernel,
         (rows, -(-v_dim // columns), 1),
-        (parts.o, parts.sums, o, lse, o.stride()[:3], splits, o.shape[1], o.shape[2]),
+        (parts.o, parts.sums, o, lse, strides, splits, o.shape[1], o.shape[2]),
         {
             "V_DIM": v_dim,
             "BLOCK_DV": columns,
@@ -179,8 +186,8 @@ def _launch_join(parts: _Parts, o: Tensor, lse: Tensor, use_pdl: bool) -> None:
             "MAX_SPLITS": max(16, padded_dim(splits)),
             "USE_PDL": use_pdl,
         },
-        o.device,
-        {"num_warps": JOIN_WARPS, "enable_fp_fusion": True, **({"launch_pdl": True} if use_pdl else {})},
+        (o.device, o.dtype, *args_key((strides,))),
+        **_JOIN_OPTIONS[use_pdl],
     )
 
 

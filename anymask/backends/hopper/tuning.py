@@ -65,8 +65,8 @@ WIDE_DQ = {
     (192, 192): DQConfig(64, 3, 2),
     (256, 256): DQConfig(256, 2, 1),
 }
-# queries of a step of the backward pass
-BLOCK_M = {64: 128, 128: 64}
+# up to 128: whether a step issues the scores of the next one, and starts its sums of dp at -delta; an H100, 2026-11-28
+SCORES_AHEAD = {64: True, 128: False}
 # the dq pass of the deterministic variant: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)
 # up to so many tiles a column, on average, dq from its own kernel is faster than as a sum in memory; timed with so many
