@@ -16,6 +16,7 @@ from anymask import launch as module
 from anymask.backends import hopper
 from anymask.backends import triton as triton_backend
 from anymask.launch import args_key, int_key, launch, tensor_key
+from tests.helpers import scored
 
 pytest.importorskip("triton")
 
@@ -230,6 +231,31 @@ def test_keys_of_the_triton_kernels_are_complete(keys: Keys) -> None:
             draw.choice([0.1, -0.1]),
         )
     assert len(keys) > 500
+
+
+def test_keys_of_scores_are_complete(keys: Keys) -> None:
+    draw = random.Random(0)
+    for _ in range(150):
+        dtype = draw.choice([torch.float16, torch.bfloat16, torch.float32])
+        call = scored.make_call(
+            draw.choice(["none", "causal", "empty_columns"]),
+            tuple(draw.sample(list(scored.DENSE), draw.choice([0, 1, 1, 2]))),
+            tuple(draw.sample(["relative", "relative_shared", "window", "window_shared"], draw.choice([0, 0, 1, 2]))),
+            shape=(draw.choice([1, 2]), 4, draw.choice([2, 4]), draw.choice([1, 129]), draw.choice([16, 43, 144])),
+            dims=draw.choice([(64, 64), (40, 128)]),
+            dtype=dtype,
+            bias_dtype=draw.choice([dtype, torch.float32]),
+            softcap=draw.choice([0.0, 0.0, 2.0]),
+            sinks=draw.choice([False, True]),
+            dropout_p=draw.choice([0.0, 0.0, 0.1]),
+        )
+        moved = tuple(_shifted(t, draw.choice([0, 0, 1])) for t in call.scores.dense)
+        call = scored.without(call, dense=moved)
+        arguments = call.q, call.k, call.v
+        o, lse = triton_backend.forward(*arguments, call.mask, call.scale, call.scores)
+        rest = call.mask, call.scale, True, call.scores, call.needs
+        triton_backend.backward_scores(*arguments, o, lse, call.do, call.dlse, *rest)
+    assert len(keys) > 300
 
 
 def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
