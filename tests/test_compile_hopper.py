@@ -22,8 +22,11 @@ pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"),
 ]
 KERNELS = ["_fwd_kernel", "_bwd_delta_kernel", "_bwd_kernel", "_dq_kernel"]
+WIDE_KERNELS = ["_fwd_kernel", "_bwd_delta_kernel", "_wide_dkdv_kernel", "_wide_dq_kernel"]
 # scalars of the walk over work tiles and heads, kept outside the loops
 FEW_BYTES = 96
+# the same above 128, where accumulators fill the registers
+FEW_WIDE_BYTES = 160
 # innermost loops with products: one for each consumer partition
 LOOPS = {("_fwd_kernel", 64): 4, ("_fwd_kernel", 128): 2, ("_bwd_kernel", 64): 2, ("_bwd_kernel", 128): 2}
 # loop constants read back from there, of some 750 instructions: in one loop of dk, dv at head_dim 64 on Triton 3.9
@@ -45,6 +48,7 @@ def compile_both(
     o, lse = hopper.forward(q, k, v, mask, scale)
     hopper.backward(q, k, v, o, lse, o, None, mask, scale, deterministic)
     names = [*KERNELS[:3], "_bwd_dq_kernel"] if deterministic else KERNELS
+    names = WIDE_KERNELS if max(dim, v_dim or dim) > 128 else names
     assert [x.metadata.name for x in kernels] == names
     return dict(zip(names, kernels, strict=True))
 
@@ -102,6 +106,23 @@ def test_keeps_its_registers(hopper_kernels, dim, group, masked, deterministic):
     mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
     kernels = compile_both(hopper_kernels, dim, mask, group=group, deterministic=deterministic)
     assert_keeps_its_registers(kernels, dim, masked)
+
+
+@pytest.mark.parametrize(("dim", "v_dim", "masked"), [(192, 128, True), (136, 192, False), (256, 256, True)])
+def test_wide_dims_keep_their_registers(hopper_kernels, dim, v_dim, masked):
+    mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
+    kernels = compile_both(hopper_kernels, dim, mask, torch.bfloat16, v_dim=v_dim, group=2)
+    for name in ("_fwd_kernel", "_wide_dkdv_kernel", "_wide_dq_kernel"):
+        kernel = kernels[name]
+        assert kernel.metadata.shared <= TARGETS["sm_90"][1], name
+        assert spilled_bytes(kernel) <= FEW_WIDE_BYTES, name
+        loops = loops_with_products(kernel)
+        assert len(loops) == 2, name
+        for body in loops:
+            assert not [op for op in body if op.startswith(("STL", "LDL"))], name
+            products = sum(op.startswith("HGMMA") for op in body)
+            # in pairs: for the products of one operand and for the sums that were issued with them
+            assert sum(op.startswith("WARPGROUP.DEPBAR") for op in body) <= products // 4, name
 
 
 @pytest.mark.parametrize("dim", [64, 128])
