@@ -15,6 +15,7 @@ import triton
 
 from anymask import pack
 from anymask.backends import hopper
+from anymask.backends.hopper.kernels.backward import DS_FULL
 from tests.helpers.compile_only import TARGETS, causal_mask, sass, spilled_bytes
 
 pytestmark = [
@@ -31,6 +32,10 @@ FEW_WIDE_BYTES = 160
 LOOPS = {("_fwd_kernel", 64): 4, ("_fwd_kernel", 128): 2, ("_bwd_kernel", 64): 2, ("_bwd_kernel", 128): 2}
 # loop constants read back from there, of some 750 instructions: in one loop of dk, dv at head_dim 64 on Triton 3.9
 FEW_LOADS = 8
+# one number kept there for a step: bf16 with a tail at head_dim 64 on Triton 3.9
+FEW_STORES = 1
+# of SASS, a barrier of both consumer warpgroups
+MEETING = re.compile(r"BAR\.SYNC\S* \S+, 0x100\b")
 
 
 @pytest.fixture
@@ -85,11 +90,20 @@ def assert_keeps_its_registers(kernels, dim, masked):
         partial_apart = masked and (name, dim) == ("_fwd_kernel", 128)
         assert len(loops) == LOOPS[name, dim] * (2 if partial_apart else 1), name
         for body in loops:
-            assert not [op for op in body if op.startswith("STL")], name
+            assert sum(op.startswith("STL") for op in body) <= FEW_STORES, name
             assert sum(op.startswith("LDL") for op in body) <= FEW_LOADS, name
             # products that ptxas serialised are each followed by a wait
             products = sum(op.startswith("HGMMA") for op in body)
             assert sum(op.startswith("WARPGROUP.DEPBAR") for op in body) <= products // 4, name
+        if name == "_bwd_kernel":
+            # the hardware barriers that Triton takes by number, as ours are in registers
+            of_triton = {int(n) for n in re.findall(r"\bbar(?:rier)?\.sync\s+(\d+)", kernel.asm["ptx"])}
+            assert of_triton
+            assert max(of_triton) < DS_FULL.value
+            for body in loops:
+                # the warpgroups meet once a step, for dq, and descriptors stay in uniform registers
+                assert len([op for op in body if MEETING.match(op)]) == ("_dq_kernel" in kernels)
+                assert not _has(body, "R2UR")
         if name == "_fwd_kernel":
             for body in loops:
                 # exponentials run beside the product with v, not after it
