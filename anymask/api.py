@@ -146,8 +146,7 @@ def attention(
     q, k, v = validate.autocast(q, k, v)
     scale = validate.check_call(q, k, v, scale, is_causal, mask, return_lse, deterministic)
     backends.check_name(backend)
-    lazy = validate.fitting_mask(q, k, _CAUSAL if is_causal else mask)
-    block_mask = mask_ops.pack_for(q, lazy, k.shape[2])
+    block_mask = mask_ops.mask_of_call(q, k, _CAUSAL if is_causal else mask)
     scores = None
     if bias is not None or softcap is not None or sinks is not None or dropout_p != 0.0:
         q, k, scores = resolve(q, k, scale, bias, softcap, sinks, dropout_p)
@@ -221,7 +220,7 @@ def explain(
         validate.refuse_keywords(unknown)
     q, k, v = validate.autocast(q, k, v)
     scale = validate.check_call(q, k, v, scale, is_causal, mask, False, None)
-    block_mask = mask_ops.pack_for(q, validate.fitting_mask(q, k, _CAUSAL if is_causal else mask), k.shape[2])
+    block_mask = mask_ops.mask_of_call(q, k, _CAUSAL if is_causal else mask)
     # a seed of dropout that no call takes
     with torch.random.fork_rng([q.device] if q.is_cuda else []):
         q, k, scores = resolve(q, k, scale, bias, softcap, sinks, dropout_p)

@@ -60,6 +60,26 @@ def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any =
     return cache.masks.pack(mask, q.shape[2], kv_len, q.device, check)
 
 
+def mask_of_call(q: Tensor, k: Tensor, mask: Any) -> BlockMask | None:
+    """What `attention` takes as a mask, for `ops.dispatch`: checked and packed, now or by an earlier call.
+
+    Raises:
+        ValueError: it does not fit. TypeError: it is no mask.
+    """
+    call: cache.CallKey | None = None
+    # the cache knows tensors that are dense in memory, for calls that have values
+    plain = type(mask) is Tensor and type(q) in _PLAIN and mask.layout is torch.strided and not mask.is_nested
+    if plain and not is_traced():
+        call, found = cache.masks.recall(mask, q, k.shape[2])
+        if found is not None:
+            return found
+    lazy = validate.fitting_mask(q, k, mask)
+    block_mask = pack_for(q, lazy, k.shape[2])
+    if call is not None and isinstance(lazy, Mask) and block_mask is not None:
+        cache.masks.learn(call, lazy)
+    return block_mask
+
+
 def is_traced() -> bool:
     """Whether operations are written down to be run again, with other values.
 

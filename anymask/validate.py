@@ -183,7 +183,7 @@ def fitting_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Ma
         _check_device(mask.device, q)
         # of the tensor as it came: `dense` narrows dimensions that are expanded
         planes = (1, 1, *mask.shape)[-4:-2]
-    lazy.check(q_len, kv_len)
+    lazy.check_once(q_len, kv_len)
     _check_planes(planes, q)
     return lazy
 

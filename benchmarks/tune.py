@@ -56,7 +56,7 @@ def use_hopper(which: str, head_dim: int, options: Options | None) -> None:
     if options is not None and which == "fwd":
         tuning.FORWARD[head_dim] = tuning.ForwardConfig(*options)
     elif options is not None:
-        tuning.BLOCK_M[head_dim] = options[0]
+        tuning.SCORES_AHEAD[head_dim] = options[0]
 
 
 def triton_candidates(which: str) -> Iterator[Options]:
@@ -68,10 +68,9 @@ def triton_candidates(which: str) -> Iterator[Options]:
 
 
 def hopper_candidates(which: str, head_dim: int) -> Iterator[Options]:
-    """What fits: keys of a step, pairs of groups, stages of k and v, and of q, persistence; or queries of a step."""
+    """What fits: keys of a step, pairs of groups, stages of k and v, and of q, persistence; or scores ahead."""
     if which != "fwd":
-        # 128 queries of 128 dimensions do not fit the registers
-        yield from ((m,) for m in ((64, 128) if head_dim == 64 else (64,)))
+        yield from ((False,), (True,))
         return
     # two pairs have registers for 64 keys a step and 64 columns of o
     shapes = ((64, 2), (128, 1)) if head_dim == 64 else ((64, 1), (128, 1))

@@ -65,7 +65,7 @@ CASES = (*(("hopper", case) for case in HOPPER), *(("triton", case) for case in 
 
 def use_few_programs() -> None:
     """Make the launchers believe in a GPU of few multiprocessors."""
-    backends.load("hopper")._multiprocessors = lambda device: PROGRAMS  # type: ignore[attr-defined]
+    backends.load("hopper").multiprocessors = lambda device: PROGRAMS  # type: ignore[attr-defined]
 
 
 def handshake() -> Iterator[str]:

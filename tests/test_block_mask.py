@@ -149,6 +149,24 @@ def test_a_tile_is_full_or_partial() -> None:
     assert BlockMask.of_views(400, 400, rows, cols).contradiction() == "rows.partial_tiles"
 
 
+def test_tensors_are_those_of_one_that_is_there() -> None:
+    mask = pack((torch.rand(300, 300) < 0.5) & (torch.arange(300) < 290))
+    lists, words, q_has_pair, kv_has_pair = mask.tensors()
+    assert BlockMask.from_tensors([lists, words, q_has_pair.clone(), kv_has_pair], 300, 300) is mask
+    for tensors, lengths in (
+        ((lists, words.clone(), q_has_pair, kv_has_pair), (300, 300)),
+        ((lists.clone(), words, q_has_pair, kv_has_pair), (300, 300)),
+        ((lists, words, q_has_pair, kv_has_pair.clone()), (300, 300)),
+        ((lists, words, q_has_pair, kv_has_pair), (300, 299)),
+    ):
+        other = BlockMask.from_tensors(list(tensors), *lengths)
+        assert other is not mask
+        assert all(a is b for a, b in zip(other.tensors(), tensors, strict=True))
+    # which does not hide the first one
+    del other
+    assert BlockMask.from_tensors(mask.tensors(), 300, 300) is mask
+
+
 @pytest.mark.parametrize(
     ("start", "stop"), [(0, 300), (0, 128), (128, 256), (128, 300), (5, 6), (299, 300), (100, 290), (37, 165), (7, 7)]
 )

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import anymask
-from anymask import attention, causal, document, explain, flash_attention_custom_mask, from_dense, from_function, pack
+from anymask import (
+    attention,
+    causal,
+    document,
+    explain,
+    flash_attention_custom_mask,
+    from_dense,
+    from_function,
+    mask_ops,
+    pack,
+)
 from anymask.packing import cache
 from anymask.testing import make_qkv
 
@@ -416,3 +426,25 @@ class TestOnGpu:
         graph.replay()
         assert torch.equal(o, expected)
         assert len(garbage) == 64
+
+
+def test_a_tensor_that_fitted_one_call_is_checked_for_another(
+    packs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, fitting = [], mask_ops.validate.fitting_mask
+    monkeypatch.setattr(mask_ops.validate, "fitting_mask", lambda *args: looked.append(1) or fitting(*args))
+    mask, one = _random(2, 4, 1, 20), _random(1, 20)
+    for m in (mask, one, mask, one):
+        assert torch.equal(attention(Q, K, V, m), _expected(m))
+    # both, and the copies of `_expected`
+    assert len(looked) == 6
+    for sizes, name in (((3, 4, 2, 10, 20), "batch"), ((2, 2, 2, 10, 20), "q_heads"), ((2, 4, 2, 10, 21), "kv_len")):
+        with pytest.raises(ValueError, match=name):
+            attention(*make_qkv(*sizes, 8, 6), mask)
+    more = make_qkv(2, 4, 2, 11, 20, 8, 6)
+    assert attention(*more, one).shape[2] == 11
+    assert len(packs) == 7
+    one.logical_not_()
+    assert torch.equal(attention(Q, K, V, one), _expected(one))
+    with pytest.raises(ValueError, match="dtype"):
+        attention(Q, K, V, one.view(torch.uint8))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-FILES = [f"tests/test_{name}.py" for name in ("interpreter", "interpreter_split", "interpreter_packing", "fp32")]
+NAMES = ("interpreter", "interpreter_split", "interpreter_scores", "interpreter_packing", "fp32")
+FILES = [f"tests/test_{name}.py" for name in NAMES]
 MINIMUM = 400
 
 

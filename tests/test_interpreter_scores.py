@@ -15,6 +15,7 @@ import triton.language as tl
 
 from anymask.backends import triton as backend
 from anymask.backends.gpu.kernels.dropout import keep_pairs
+from anymask.backends.triton import scores as kernel_terms
 from anymask.scores import dropout
 from tests.helpers import scored
 from tests.helpers.grid import BF16, F32
@@ -53,6 +54,30 @@ def test_kinds(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["by_head", "relative", "everything"])
 def test_masks(kind: str, mask: str) -> None:
     scored.check(backend, scored.make_call(mask, shape=SHAPE, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("mask", ["none", "causal"])
+@pytest.mark.parametrize(
+    "kind",
+    [{"dense": ("full",)}, {"dense": ("shared", "by_head"), "hidden": 0.3}, {"tables": ("relative",), "softcap": 2.0}],
+    ids=["full", "shared and by_head", "relative"],
+)
+def test_terms_that_the_copy_engine_reads(kind: dict[str, Any], mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # q, k and v come through pointers as ever here
+    monkeypatch.setattr("anymask.backends.triton.has_tma", lambda target: True)
+    read = []
+    descriptor = kernel_terms._descriptor
+    monkeypatch.setattr(kernel_terms, "_descriptor", lambda t, *block: read.append(t.shape) or descriptor(t, *block))
+    call = scored.make_call(mask, shape=(2, 2, 1, 150, 144), **kind)
+    scored.check(backend, call)
+    # forward, dq, dk and dv, and the gradient of each term
+    assert len(read) == 3 + len(call.scores.dense) + len(call.scores.lookups)
+
+
+def test_a_term_that_the_copy_engine_cannot_read_goes_through_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anymask.backends.triton.has_tma", lambda target: True)
+    monkeypatch.setattr(kernel_terms, "_descriptor", lambda *_: pytest.fail("it has rows of 286 bytes"))
+    scored.check(backend, scored.make_call(shape=(1, 2, 1, 40, 143), dense=("full",)))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)

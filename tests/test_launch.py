@@ -16,6 +16,7 @@ from anymask import launch as module
 from anymask.backends import hopper
 from anymask.backends import triton as triton_backend
 from anymask.launch import args_key, int_key, launch, tensor_key
+from tests.helpers import scored
 
 pytest.importorskip("triton")
 
@@ -159,7 +160,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(module, "_kernels", found)
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: target))
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
     triton_backend._options.cache_clear()
     yield found
     triton_backend._options.cache_clear()
@@ -232,15 +233,44 @@ def test_keys_of_the_triton_kernels_are_complete(keys: Keys) -> None:
     assert len(keys) > 500
 
 
+def test_keys_of_scores_are_complete(keys: Keys) -> None:
+    draw = random.Random(0)
+    for _ in range(150):
+        dtype = draw.choice([torch.float16, torch.bfloat16, torch.float32])
+        call = scored.make_call(
+            draw.choice(["none", "causal", "empty_columns"]),
+            tuple(draw.sample(list(scored.DENSE), draw.choice([0, 1, 1, 2]))),
+            tuple(draw.sample(["relative", "relative_shared", "window", "window_shared"], draw.choice([0, 0, 1, 2]))),
+            shape=(draw.choice([1, 2]), 4, draw.choice([2, 4]), draw.choice([1, 129]), draw.choice([16, 43, 144])),
+            dims=draw.choice([(64, 64), (40, 128)]),
+            dtype=dtype,
+            bias_dtype=draw.choice([dtype, torch.float32]),
+            softcap=draw.choice([0.0, 0.0, 2.0]),
+            sinks=draw.choice([False, True]),
+            dropout_p=draw.choice([0.0, 0.0, 0.1]),
+        )
+        moved = tuple(_shifted(t, draw.choice([0, 0, 1])) for t in call.scores.dense)
+        call = scored.without(call, dense=moved)
+        arguments = call.q, call.k, call.v
+        o, lse = triton_backend.forward(*arguments, call.mask, call.scale, call.scores)
+        rest = call.mask, call.scale, True, call.scores, call.needs
+        triton_backend.backward_scores(*arguments, o, lse, call.do, call.dlse, *rest)
+    assert len(keys) > 300
+
+
+HOPPER_DIMS = [(64, 64), (128, 128), (40, 64), (128, 72), (192, 128), (136, 192), (256, 256)]
+
+
 def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.tune import hopper_candidates
 
     draw = random.Random(0)
     for _ in range(300):
-        (length, heads), dims = draw.choice(SHAPES), draw.choice([(64, 64), (128, 128), (40, 64), (128, 72)])
+        (length, heads), dims = draw.choice(SHAPES), draw.choice(HOPPER_DIMS)
         block_d = hopper._block_d(*dims)
         options = draw.choice(list(hopper_candidates("fwd", block_d)))
-        monkeypatch.setitem(hopper.tuning.FORWARD, block_d, hopper.tuning.ForwardConfig(*options))
+        if max(dims) <= 128:
+            monkeypatch.setitem(hopper.tuning.FORWARD, block_d, hopper.tuning.ForwardConfig(*options))
         monkeypatch.setattr(hopper.tuning, "MANY_COLUMNS", draw.choice([1, 1000]))
         _run(
             hopper,

@@ -30,6 +30,6 @@ def test_what_a_sanitizer_says(output: str, code: int, expected: str) -> None:
 def test_kernels_run_on_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     hopper = backends.load("hopper")
-    monkeypatch.setattr(hopper, "_multiprocessors", hopper._multiprocessors)
+    monkeypatch.setattr(hopper, "multiprocessors", hopper.multiprocessors)
     sanitize.use_few_programs()
-    assert hopper._multiprocessors(torch.device("cpu")) == sanitize.PROGRAMS
+    assert hopper.multiprocessors(torch.device("cpu")) == sanitize.PROGRAMS

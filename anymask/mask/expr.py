@@ -23,6 +23,8 @@ from anymask.tiles import FULL, TILE, tiles_over
 
 # values of a list that a `repr` and errors show
 FEW = 8
+# what a mask keeps of itself, as attributes: its lowered form, which `mask.program` makes, and lengths that it fits
+PROGRAM, FITS = "_program", "_fits"
 T = TypeVar("T")
 
 
@@ -102,6 +104,17 @@ class Mask(ABC):
         if all(moved[id(x)] is x for x in tensors.values()):
             return self
         return cast(Mask, replace(cast(Any, self), **{name: moved[id(x)] for name, x in tensors.items()}))
+
+    def check_once(self, q_len: int, kv_len: int) -> None:
+        """`check`, unless it was asked for these lengths the last time; packing checks the mask again."""
+        if not (type(q_len) is type(kv_len) is int) or torch.compiler.is_compiling():
+            self.check(q_len, kv_len)
+        elif vars(self).get(FITS) != (q_len, kv_len):
+            self.check(q_len, kv_len)
+            vars(self)[FITS] = q_len, kv_len
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in (PROGRAM, FITS)}
 
     def __repr__(self) -> str:
         if self.label is not None:
@@ -316,7 +329,7 @@ def fold(mask: Mask, leaf: Callable[[Mask], T], operator: Callable[..., T]) -> T
 
 
 def _leaves(mask: Mask) -> list[Mask]:
-    return [node for node in postfix(mask) if not isinstance(node, Operator)]
+    return [node for node in postfix(mask) if type(node) is not Binary and type(node) is not Not]
 
 
 def _signature(mask: Mask, as_written: bool = False) -> tuple[Mask | str, ...]:

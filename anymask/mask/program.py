@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from anymask.mask.expr import Binary, Mask, Not, from_postfix, postfix
+from anymask.mask.expr import PROGRAM, Binary, Mask, Not, from_postfix, postfix
 
 # farther than any two positions are, and a sum of two such fits int64
 FAR = 2**61
@@ -87,6 +87,18 @@ def program_of(mask: Mask) -> Program | None:
     Raises:
         ValueError: the same inside `torch.compile`, where nothing but a program can be packed.
     """
+    if torch.compiler.is_compiling():
+        return _lowered(mask)
+    # a mask never changes, though what its tensors hold may
+    found: Program | None = vars(mask).get(PROGRAM)
+    if found is None:
+        found = _lowered(mask)
+        if found is not None:
+            vars(mask)[PROGRAM] = found
+    return found
+
+
+def _lowered(mask: Mask) -> Program | None:
     nodes: list[int] = []
     numbers: list[int] = []
     tensors: list[Tensor] = []

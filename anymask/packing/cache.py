@@ -56,6 +56,17 @@ class MaskKey(NamedTuple):
     device: torch.device
 
 
+class CallKey(NamedTuple):
+    """What the mask of a call that was given a tensor depends on."""
+
+    mask: TensorKey
+    batch: int
+    heads: int
+    q_len: int
+    kv_len: int
+    device: torch.device
+
+
 class BuiltKey(NamedTuple):
     """What a mask that was built of given tensors depends on."""
 
@@ -112,6 +123,8 @@ class MaskCache:
         self._lock = threading.RLock()
         self._entries: OrderedDict[MaskKey, _Entry] = OrderedDict()
         self._built: OrderedDict[BuiltKey, _Built] = OrderedDict()
+        # of tensors that fitted a call, where to find what was packed of them
+        self._calls: OrderedDict[CallKey, MaskKey] = OrderedDict()
         self._captured: list[BlockMask] = []
 
     def __len__(self) -> int:
@@ -128,6 +141,38 @@ class MaskCache:
         with self._lock:
             self._entries.clear()
             self._built.clear()
+            self._calls.clear()
+
+    def recall(self, mask: Tensor, q: Tensor, kv_len: int) -> tuple[CallKey | None, BlockMask | None]:
+        """The key of a call with this mask, and what an earlier call with that key packed; each None if there is none.
+
+        It spares checks that an equal call has passed, and a mask of the tensor.
+        """
+        device = q.device
+        on_cuda = device.type == "cuda"
+        if torch._C._are_functorch_transforms_active() or (on_cuda and torch.cuda.is_current_stream_capturing()):
+            return None, None
+        of_mask = _tensor_key(mask)
+        if of_mask is None:
+            return None, None
+        batch, heads, q_len, _ = q.shape
+        call = CallKey(of_mask, batch, heads, q_len, kv_len, device)
+        with self._lock:
+            key = self._calls.get(call)
+            entry = None if key is None else self._entry(key)
+        return call, None if entry is None else self._on_stream(entry, device)
+
+    def learn(self, call: CallKey, mask: Mask) -> None:
+        """An equal call has this mask, which was packed."""
+        program = program_of(mask)
+        assert program is not None
+        keys = [key for key in map(_tensor_key, program.tensors) if key is not None]
+        if len(keys) == len(program.tensors):
+            with self._lock:
+                key = MaskKey(program.nodes, program.numbers, tuple(keys), call.q_len, call.kv_len, call.device)
+                self._calls[call] = key
+                while len(self._calls) > self._max_entries:
+                    self._calls.popitem(last=False)
 
     def build(self, what: tuple[Hashable, ...], tensors: tuple[Tensor, ...], make: Callable[[], Built]) -> Built:
         """`make()`, called now or before: a mask of what `tensors` hold, and of `what` says all the rest.
@@ -184,24 +229,32 @@ class MaskCache:
         if program is None or len(keys) < len(leaves) or (capturing and keys):
             return _pack(mask, q_len, kv_len, device, capturing, check)
         key = MaskKey(program.nodes, program.numbers, tuple(keys), q_len, kv_len, device)
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if on_cuda else 0
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
+            entry = self._entry(key)
         if entry is None:
             packed = _pack(mask, q_len, kv_len, device, capturing, check)
             if on_cuda:
                 # later calls may run on other streams
                 torch.cuda.current_stream(device).synchronize()
             storages = tuple(weakref.ref(t.untyped_storage(), partial(self._drop, key)) for t in leaves)
-            entry = _Entry(packed, storages, stream)
+            entry = _Entry(packed, storages, torch._C._cuda_getCurrentRawStream(device.index) if on_cuda else 0)
             self._add(key, entry)
-        elif entry.stream != stream:
-            for t in entry.packed.tensors():
-                t.record_stream(torch.cuda.current_stream(device))
         if capturing:
             self._captured.append(entry.packed)
+        return self._on_stream(entry, device)
+
+    def _entry(self, key: MaskKey) -> _Entry | None:
+        """The entry of a key, now the last to go."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
+
+    def _on_stream(self, entry: _Entry, device: torch.device) -> BlockMask:
+        """What is packed, for the current stream."""
+        if device.type == "cuda" and entry.stream != torch._C._cuda_getCurrentRawStream(device.index):
+            for t in entry.packed.tensors():
+                t.record_stream(torch.cuda.current_stream(device))
         return entry.packed
 
     def _add(self, key: MaskKey, entry: _Entry) -> None:

@@ -89,7 +89,7 @@ def compiling(target: str, known: dict[Any, Any] | None = None) -> Iterator[list
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(launch, "_kernels", Forgetful() if known is None else known)
         patch.setattr(driver, "_active", TargetOnly(TARGETS[target][0]))
-        patch.setattr(hopper, "_multiprocessors", lambda device: 132)
+        patch.setattr(hopper, "multiprocessors", lambda device: 132)
         yield kernels
     triton_backend._options.cache_clear()
     for function in ran:

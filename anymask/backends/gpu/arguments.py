@@ -78,10 +78,14 @@ def padded_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def has_tma(target: tuple[str, int | str]) -> bool:
+    """Whether a target has a copy engine: Hopper on."""
+    return target[0] == "cuda" and int(target[1]) >= 90
+
+
 def can_use_tma(target: tuple[str, int | str], tensors: tuple[Tensor, ...], *has_pair: Tensor | None) -> bool:
-    """Whether the copy engine can read all tensors: Hopper on, 16-byte aligned strides, every row used."""
-    backend, arch = target
-    if backend != "cuda" or int(arch) < 90 or any(x is not None for x in has_pair):
+    """Whether the copy engine can read all tensors: 16-byte aligned strides, every row used."""
+    if not has_tma(target) or any(x is not None for x in has_pair):
         return False
     for t in tensors:
         b, h, m, _ = t.stride()

@@ -1,5 +1,6 @@
 """Passes of the backward kernels that both GPU backends launch: delta, and gradients summed over tile lists."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,7 +15,8 @@ DELTA_ROWS = 64
 class BackwardCall(NamedTuple):
     """Inputs of a gradient: `lse2` and `delta` as `launch_delta` gives them, and which rows have a pair (None: all).
 
-    `terms`: kernels' `Terms` of the scores, and what q k is scaled by for them; None and 0.0 without any.
+    `terms`: from queries and keys of a step to the kernels' `Terms` and descriptor of the scores, None without any;
+    `qk_scale`: what q k is scaled by for them.
     """
 
     q: Tensor
@@ -27,7 +29,7 @@ class BackwardCall(NamedTuple):
     kv_has_pair: Tensor | None
     block_mask: BlockMask | None
     sm_scale: float
-    terms: Any = None
+    terms: Callable[[int, int], tuple[Any, Any]] | None = None
     qk_scale: float = 0.0
 
 
@@ -113,7 +115,7 @@ def launch_gradient(
             k.shape[2],
             call.sm_scale,
             call.sm_scale * LOG2_E if call.terms is None else call.qk_scale,
-            call.terms,
+            *((None, None) if call.terms is None else call.terms(rows, keys)),
             sums,
         ),
         constants,

@@ -9,7 +9,7 @@ depend on its batch.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,22 +21,22 @@ from anymask.backends.gpu.arguments import (
     TileConfig,
     has_pair,
     kernel_options,
-    launch_triton,
     mask_lists,
     padded_dim,
     plane_strides,
 )
 from anymask.block_mask import BlockMask
-from anymask.launch import device_guard
+from anymask.launch import args_key, device_guard, launch
 from anymask.layout import empty_as
 from anymask.tiles import TILE, tiles_over
 
 # partial outputs are up to so many fp32 numbers for each number of the output
 MAX_SPLITS = 64
-# kv tiles of a split, at least: fewer take less time than joining them
-MIN_TILES = 2
-# columns of o that a program joins, and its warps
-JOINED_COLUMNS, JOIN_WARPS = 64, 4
+# kv tiles from which on keys are split, up to SHORT queries and for more of them, whose own tiles are worth more
+SHORT = 64
+FEWEST_TILES, FEWEST_TILES_OF_MANY = 4, 64
+# columns of o that a program joins
+JOINED_COLUMNS = 64
 
 
 class _Line(NamedTuple):
@@ -62,22 +62,25 @@ def count(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:
     # Triton's interpreter runs programs one after the other
     if not q.is_cuda:
         return 1
-    line = _line(q, k, block_mask)
-    lines = q.shape[0] * q.shape[1] // line.packed
     tiles = tiles_over(k.shape[2])
     if block_mask is not None:
+        # of the mean row of tiles
         found = block_mask.rows.full_tiles.numel() + block_mask.rows.partial_tiles.numel()
-        tiles = -(-found // block_mask.rows.order.numel())
+        tiles = -(-found // max(1, block_mask.rows.order.numel()))
+    if tiles < (FEWEST_TILES if q.shape[2] <= SHORT else FEWEST_TILES_OF_MANY):
+        return 1
+    line = _line(q, k, block_mask)
+    lines = q.shape[0] * q.shape[1] // line.packed
     return splits_of(lines, line.rows, line.block, tiles, target.multiprocessors(q.device))
 
 
 def splits_of(lines: int, rows: int, block: int, tiles: int, multiprocessors: int) -> int:
     """Splits for `lines` of `rows` each, `block` rows a program, that have `tiles` kv tiles to walk."""
-    # what kernels without splits make of them, with as many multiprocessors idle as a quarter
-    if 4 * lines * tiles_over(rows) > 3 * multiprocessors:
-        return 1
     programs = lines * -(-rows // block)
-    return max(1, min(multiprocessors // programs, tiles // MIN_TILES, MAX_SPLITS))
+    # kernels without splits leave a quarter of the multiprocessors idle at most
+    if programs == 0 or 4 * lines * tiles_over(rows) > 3 * multiprocessors:
+        return 1
+    return max(1, min(multiprocessors // programs, tiles, MAX_SPLITS))
 
 
 def forward(
@@ -131,7 +134,8 @@ def _launch_split(
     splits, v_dim, line = parts.o.shape[0], v.shape[3], _line(q, k, block_mask)
     config = choose(*current, q.element_size(), line.block, padded_dim(head_dim), padded_dim(v_dim), allow_tf32)
     constants, options = kernel_options(config, head_dim, v_dim, False)
-    launch_triton(
+    strides, used = (q.stride()[:3], k.stride()[:3], v.stride()[:3]), has_pair(block_mask, "cols")
+    launch(
         _split_kernel,
         (-(-line.rows // line.block) * splits, q_heads // line.packed, batch),
         (
@@ -140,10 +144,10 @@ def _launch_split(
             v,
             parts.o,
             parts.sums,
-            *(t.stride()[:3] for t in (q, k, v)),
+            *strides,
             *mask_lists(block_mask, "rows")[:5],
-            has_pair(block_mask, "cols"),
-            plane_strides(block_mask),
+            used,
+            *plane_strides(block_mask),
             q_heads,
             q_heads // k.shape[1],
             line.packed,
@@ -158,20 +162,27 @@ def _launch_split(
             "USE_ASM": current[0] == "cuda" and not target.interprets(),
             "USE_PDL": use_pdl,
         },
-        q.device,
-        options,
+        # what was allocated here is aligned
+        (q.device, *args_key((q, k, v, *strides)), block_mask is None, used is None),
+        **options,
     )
+
+
+_JOIN_OPTIONS: dict[bool, dict[str, Any]] = {
+    False: {"num_warps": 4, "enable_fp_fusion": True},
+    True: {"num_warps": 4, "enable_fp_fusion": True, "launch_pdl": True},
+}
 
 
 def _launch_join(parts: _Parts, o: Tensor, lse: Tensor, use_pdl: bool) -> None:
     from anymask.backends.gpu.kernels.split import _join_kernel
 
     splits, rows, v_dim = parts.o.shape
-    columns = min(JOINED_COLUMNS, padded_dim(v_dim))
-    launch_triton(
+    columns, strides = min(JOINED_COLUMNS, padded_dim(v_dim)), o.stride()[:3]
+    launch(
         _join_kernel,
         (rows, -(-v_dim // columns), 1),
-        (parts.o, parts.sums, o, lse, o.stride()[:3], splits, o.shape[1], o.shape[2]),
+        (parts.o, parts.sums, o, lse, strides, splits, o.shape[1], o.shape[2]),
         {
             "V_DIM": v_dim,
             "BLOCK_DV": columns,
@@ -179,8 +190,8 @@ def _launch_join(parts: _Parts, o: Tensor, lse: Tensor, use_pdl: bool) -> None:
             "MAX_SPLITS": max(16, padded_dim(splits)),
             "USE_PDL": use_pdl,
         },
-        o.device,
-        {"num_warps": JOIN_WARPS, "enable_fp_fusion": True, **({"launch_pdl": True} if use_pdl else {})},
+        (o.device, o.dtype, *args_key((strides,))),
+        **_JOIN_OPTIONS[use_pdl],
     )
 
 

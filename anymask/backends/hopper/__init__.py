@@ -239,15 +239,17 @@ def _launch_backward(
     batch, q_heads, q_len, head_dim = q_shape
     kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
     block_d = _block_d(head_dim, v_dim)
-    block_m = tuning.BLOCK_M[block_d]
+    # each consumer warpgroup has 64 x 64 of dq
+    block_m = 2 * WARPGROUP_ROWS * 64 // block_d
     block_q = block_of((1, 1, block_m, block_d), q.dtype)
     block_kv = block_of((1, 1, TILE, block_d), q.dtype)
+    block_out = block_of((1, 1, WARPGROUP_ROWS, block_d), q.dtype)
     block_rows = block_of((block_m,), torch.float32)
     padded = batch * q_heads * tiles_over(q_len) * TILE
     dq_tiles = None
     if dq_acc is not None:
         dq_shape = padded * block_d // 32, 32
-        dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 32, 32), torch.float32))
+        dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 64, 32), torch.float32))
     launch(
         _bwd_kernel,
         (programs, 1, 1),
@@ -259,8 +261,8 @@ def _launch_backward(
             descriptor(call.lse2, (padded,), (1,), block_rows),
             descriptor(call.delta, (padded,), (1,), block_rows),
             dq_tiles,
-            tile_descriptor(dk, k_shape, block_kv),
-            tile_descriptor(dv, v_shape, block_kv),
+            tile_descriptor(dk, k_shape, block_out),
+            tile_descriptor(dv, v_shape, block_out),
             *mask_lists(block_mask, "cols"),
             *plane_strides(block_mask),
             tiles_over(q_len),
@@ -272,9 +274,15 @@ def _launch_backward(
             call.sm_scale,
             call.sm_scale * LOG2_E,
         ),
-        {"HEAD_DIM": block_d, "BLOCK_M": block_m, "STAGES": 2, "HAS_TAIL": block_mask is None and kv_len % TILE != 0},
+        {
+            "HEAD_DIM": block_d,
+            "BLOCK_M": block_m,
+            "STAGES": 2,
+            "SCORES_AHEAD": tuning.SCORES_AHEAD[block_d],
+            "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
+        },
         (q.device, q.dtype, do.dtype, q_heads // kv_heads, dq_acc is not None, block_mask is None),
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=True,
     )
 

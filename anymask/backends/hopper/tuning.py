@@ -50,9 +50,9 @@ DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
     64: ForwardConfig(64, 2, 4, 2, (False, True)),
     128: ForwardConfig(128, 1, 2, 2, (True, True)),
-    (192, 128): ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 128)),
+    (192, 128): ForwardConfig(128, 1, 2, 1, (True, True), widths=(64, 64)),
     192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
-    256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(256, 128)),
+    256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
 }
 # of the backward pass above 128
 WIDE_DKDV = {
@@ -65,8 +65,8 @@ WIDE_DQ = {
     (192, 192): DQConfig(64, 3, 2),
     (256, 256): DQConfig(256, 2, 1),
 }
-# queries of a step of the backward pass
-BLOCK_M = {64: 128, 128: 64}
+# up to 128: whether a step issues the scores of the next one, and starts its sums of dp at -delta; an H100, 2026-11-28
+SCORES_AHEAD = {64: True, 128: False}
 # the dq pass of the deterministic variant: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)
 # up to so many tiles a column, on average, dq from its own kernel is faster than as a sum in memory; timed with so many

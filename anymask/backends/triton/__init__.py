@@ -19,6 +19,7 @@ from anymask.backends.gpu.arguments import (
     TINY_SCALE,
     can_use_tma,
     has_pair,
+    has_tma,
     kernel_options,
     launch_triton,
     mask_lists,
@@ -28,8 +29,8 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq, launch_gradient
-from anymask.backends.triton import scores as terms_of
 from anymask.backends.triton import tuning
+from anymask.backends.triton.scores import KernelTerms, gradients, why_not_scores
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
 from anymask.layout import empty_as
@@ -50,7 +51,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, score
         return f"head_dim is {q.shape[3]} and v_dim {v.shape[3]}, the kernels take up to {MAX_HEAD_DIM}"
     if max(q.shape[:2]) > MAX_GRID:
         return f"q has {q.shape[0]} samples and {q.shape[1]} heads, the kernels take up to {MAX_GRID} of each"
-    if reason := terms_of.why_not(scores):
+    if reason := why_not_scores(scores):
         return reason
     if not q.is_cuda:
         return None if target.interprets() else f"the tensors are on {q.device}, the kernels run on a GPU"
@@ -71,11 +72,12 @@ def forward(
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     kv_has_pair = _used(q, block_mask, "cols")
     terms, qk_scale = None, (abs(sm_scale) or TINY_SCALE) * LOG2_E
-    if scores is not None:
-        terms, qk_scale = terms_of.kernel_terms(scores, sm_scale)
     with device_guard(q.device):
         current = target.current_target()
         use_tma = can_use_tma(current, (q, k, v), kv_has_pair)
+        if scores is not None:
+            terms = KernelTerms(scores, sm_scale, q_len, k.shape[2], has_tma(current))
+            qk_scale = terms.qk_scale
         what = head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q), terms is not None
         constants, options = _options("fwd", *what)
         block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
@@ -97,7 +99,7 @@ def forward(
                 q_len,
                 k.shape[2],
                 qk_scale,
-                terms,
+                *((None, None) if terms is None else terms(block_m, block_n)),
             ),
             {
                 **constants,
@@ -150,9 +152,9 @@ def backward_scores(
         do = zero_unused_rows(do, block_mask, "rows")
     with device_guard(q.device):
         lse2, delta = launch_delta(o, do, lse, dlse)
-        terms, qk_scale = terms_of.kernel_terms(scores, sm_scale)
-        call = BackwardCall(q, k, v, do, lse2, delta, *used, block_mask, sm_scale, terms, qk_scale)
-        return terms_of.gradients(call, scores, needs, lse, dlse, _gradients, _options("bias", *_what(call)))
+        terms = KernelTerms(scores, sm_scale, q.shape[2], k.shape[2], has_tma(target.current_target()))
+        call = BackwardCall(q, k, v, do, lse2, delta, *used, block_mask, sm_scale, terms, terms.qk_scale)
+        return gradients(call, scores, needs, lse, dlse, _gradients, _options("bias", *_what(call)))
 
 
 def _gradients(

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from anymask.backends.gpu.arguments import LOG2_E, launch_triton, plane_strides, source
 from anymask.backends.gpu.passes import BackwardCall
+from anymask.backends.gpu.sinks import sink_gradient, sink_weights
 from anymask.block_mask import BlockMask
 from anymask.scores import Lookup, Needs, ScoreGrads, Scores, dropout
-from anymask.tiles import tiles_over
+from anymask.tiles import TILE, tiles_over
 
 # of a table's codes, pairs whose gradients exist at a time: 64 MiB
 CHUNK = 2**24
@@ -32,10 +34,13 @@ PROGRAMS = 264
 # most parts of a sum, and the pairs that all of them may hold
 MAX_PARTS, MAX_PAIRS = 64, 2**24
 
+# most numbers of the tiles of a table's diagonals: 1 GiB
+MAX_STRIPS = 2**28
+
 DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def why_not(scores: Scores | None) -> str | None:
+def why_not_scores(scores: Scores | None) -> str | None:
     """Why the kernels cannot take the scores, or None."""
     for term in () if scores is None else scores.dense:
         if term.dtype not in DENSE_DTYPES:
@@ -43,23 +48,80 @@ def why_not(scores: Scores | None) -> str | None:
     return None
 
 
-def kernel_terms(scores: Scores, sm_scale: float) -> tuple[Any, float]:
-    """`Terms`, and what q k is scaled by for them."""
-    from anymask.backends.gpu.kernels.scores import Bias, Dropout, Table, Terms
+class KernelTerms:
+    """The scores of a call as kernels take them, for any block of queries and keys."""
 
-    dense = []
-    for t in scores.dense:
-        b, h, q, k = (() if size == 1 else (step,) for size, step in zip(t.shape, t.stride(), strict=True))
-        dense.append(Bias(t, sum(b), sum(h), q, k))
-    tables = [
-        Table(x.table, x.table.shape[1] if x.table.shape[0] > 1 else 0, () if x.is_diagonal else (x.q_code, x.k_code))
-        for x in scores.lookups
-    ]
-    factor, p = (2 * LOG2_E / scores.softcap if scores.softcap else LOG2_E), scores.dropout_p
-    cap = (scores.softcap * LOG2_E,) if scores.softcap else ()
-    sinks = () if scores.sinks is None else (scores.sinks,)
-    drop = () if scores.seed is None else Dropout(scores.seed, float(dropout.threshold(p)), dropout.keep_scale(p))
-    return Terms(tuple(dense), tuple(tables), factor, cap, sinks, drop), sm_scale * factor
+    def __init__(self, scores: Scores, sm_scale: float, q_len: int, kv_len: int, use_tma: bool) -> None:
+        """`use_tma`: whether the target has a copy engine."""
+        self._factor = 2 * LOG2_E / scores.softcap if scores.softcap else LOG2_E
+        self._scores, self.qk_scale = scores, sm_scale * self._factor
+        self._dense, self._tables = list(scores.dense), list(scores.lookups)
+        # the term that the copy engine reads, and its query tiles if it is one of strips
+        self._tiled: tuple[Tensor, tuple[int, ...]] | None = None
+        if use_tma:
+            self._choose_tiled(q_len, kv_len)
+
+    def _choose_tiled(self, q_len: int, kv_len: int) -> None:
+        """One term, since a kernel takes no descriptor inside a tuple: a dense one, or else a table of diagonals."""
+        for i, t in enumerate(self._dense):
+            if _loadable(t):
+                self._tiled = self._dense.pop(i), ()
+                return
+        tiles = tiles_over(q_len), tiles_over(kv_len)
+        for i, x in enumerate(self._tables):
+            if x.is_diagonal and x.table.shape[0] * sum(tiles) * TILE * TILE <= MAX_STRIPS:
+                self._tables.pop(i)
+                self._tiled = _strips(x.table, q_len, kv_len), tiles[:1]
+                return
+
+    def __call__(self, rows: int, keys: int) -> tuple[Any, Any]:
+        """`Terms` and descriptor of a kernel whose steps have so many queries and keys."""
+        from anymask.backends.gpu.kernels.scores import Bias, Dropout, Table, Terms, Tiled
+
+        scores, p = self._scores, self._scores.dropout_p
+        dense = []
+        for t in self._dense:
+            b, h, q, k = (() if size == 1 else (step,) for size, step in zip(t.shape, t.stride(), strict=True))
+            dense.append(Bias(t, sum(b), sum(h), q, k))
+        tables = [
+            Table(x.table, x.table.shape[1] * (x.table.shape[0] > 1), () if x.is_diagonal else (x.q_code, x.k_code))
+            for x in self._tables
+        ]
+        tiled: tuple[Any, ...] = ()
+        blocks = None
+        if self._tiled is not None:
+            t, strips = self._tiled
+            tiled, blocks = (Tiled(int(t.shape[0] > 1), int(t.shape[1] > 1), strips),), _descriptor(t, rows, keys)
+        cap = (scores.softcap * LOG2_E,) if scores.softcap else ()
+        sinks = () if scores.sinks is None else (scores.sinks,)
+        drop = () if scores.seed is None else Dropout(scores.seed, float(dropout.threshold(p)), dropout.keep_scale(p))
+        return Terms(tuple(dense), tuple(tables), tiled, self._factor, cap, sinks, drop), blocks
+
+
+def _loadable(t: Tensor) -> bool:
+    """Whether the copy engine can read a term of pairs: rows of aligned, neighbouring keys."""
+    size = t.element_size()
+    steps = [step * size for n, step in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
+    aligned = t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    return min(t.shape[2:]) > 1 and t.stride(3) == 1 and size <= 4 and aligned
+
+
+def _descriptor(t: Tensor, rows: int, keys: int) -> Any:
+    # the stride of a dimension of 1 is never taken, but has to be a multiple of 16 bytes
+    steps = [step if n > 1 else t.stride(2) for n, step in zip(t.shape[:2], t.stride()[:2], strict=True)]
+    return source(t.as_strided(t.shape, (*steps, t.stride(2), 1)), True, rows, keys)
+
+
+def _strips(table: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """`[1, heads, diagonals * 128, 128]`: the tiles of a table of diagonals, of which all on one diagonal are equal.
+
+    Diagonal `kv tile - q tile + q_tiles - 1`. In the reversed table a row of a tile is a run of entries, and the row
+    above it is the run that starts one entry later.
+    """
+    before, after = -q_len % TILE, -kv_len % TILE
+    runs = pad(table.flip(1), (before, after)).unfold(1, TILE, 1)
+    strips: Tensor = runs.unflatten(1, (-1, TILE)).flip(2).flatten(1, 2)[None]
+    return strips
 
 
 def gradients(
@@ -104,21 +166,11 @@ def gradients(
     )
 
 
-def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """fp32 `[q_heads]`: a sink is a key whose value is 0; `delta` `[batch, q_heads, q_len]`."""
-    return -(_sink_weights(sinks, lse) * delta).sum((0, 2))
-
-
-def _sink_weights(sinks: Tensor, lse: Tensor) -> Tensor:
-    """The share of each row that its sink has; 0 where nothing, not even a sink, is in the denominator."""
-    return torch.exp(sinks[:, None] - lse.masked_fill(lse == -math.inf, math.inf))
-
-
 def row_gradient(scores: Scores, lse: Tensor, delta: Tensor, dlse: Tensor | None) -> Tensor:
     """Sums of ds over keys without a soft cap: exactly dlse, and what the sinks leave; `[batch, q_heads, q_len]`."""
     rows = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -math.inf, 0.0)
     if scores.sinks is not None:
-        rows = rows + _sink_weights(scores.sinks, lse) * delta
+        rows = rows + sink_weights(scores.sinks, lse) * delta
     return rows
 
 
@@ -179,6 +231,7 @@ class PairSums:
         from anymask.backends.triton.kernels.bias import _bwd_bias_kernel
 
         call, constants, size = self._call, self._constants, math.prod(shape)
+        assert call.terms is not None
         batch, heads = outputs
         samples, each = self._batch // batch, self._heads // heads
         parts = min(MAX_PARTS, samples * each, max(1, PROGRAMS // (places * batch * heads)), max(1, MAX_PAIRS // size))
@@ -210,7 +263,7 @@ class PairSums:
                 first // self._block,
                 0 if diagonal else shape[2],
                 call.qk_scale,
-                call.terms,
+                *call.terms(rows, keys),
             ),
             {**constants, "IS_DIAGONAL": diagonal},
             q.device,

@@ -149,9 +149,9 @@ FP32: dict[str, Rows] = {
 # the same where scores are more than products: they need registers, and a bias memory
 SCORED: dict[str, Rows] = {
     family: {
-        "fwd": {64: TileConfig(64, 128, 4, 2), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 1)},
-        "dq": {64: TileConfig(128, 64, 8, 2), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(128, 32, 8, 1)},
-        "dkdv": {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 128, 8, 2), 256: TileConfig(64, 64, 8, 1)},
+        "fwd": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 1)},
+        "dq": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(128, 32, 8, 1)},
+        "dkdv": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 64, 8, 1)},
     }
     for family in ("hopper", "hopper-pointers")
 }

@@ -122,8 +122,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "api: is_causal without effect",
         "anymask/api.py",
-        "lazy = validate.fitting_mask(q, k, _CAUSAL if is_causal else mask)",
-        "lazy = validate.fitting_mask(q, k, mask)",
+        "mask_of_call(q, k, _CAUSAL if is_causal else mask)\n    scores",
+        "mask_of_call(q, k, mask)\n    scores",
         seen_by("test_api", "sdpa_is_torchs"),
     ),
     Mutant(
@@ -192,8 +192,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "ops: packed inside a graph with shared memory",
         "anymask/mask_ops.py",
-        "is packed.cols.words else t.clone()",
-        "is packed.cols.words else t",
+        "[t if t.numel() else t.clone() for t in packed.tensors()]",
+        "packed.tensors()",
         seen_by("test_ops", "shares_no_memory"),
     ),
     Mutant(

@@ -17,8 +17,8 @@ GPU: tuple[Mutant, ...] = (
     _bug(
         "backward: a tail by half tiles",
         HOPPER,
-        "kv_len % TILE != 0}",
-        "kv_len % 64 != 0}",
+        '"HAS_TAIL": block_mask is None and kv_len % TILE != 0,',
+        '"HAS_TAIL": block_mask is None and kv_len % 64 != 0,',
         "far_from_zero and hopper-none and kv192",
     ),
     _bug(
@@ -130,7 +130,7 @@ GPU: tuple[Mutant, ...] = (
     ),
     _bug(
         "backward: mask of a group's first head",
-        BACKWARD,
+        SCHEDULER,
         "plane = sample * strides.sample + head * strides.head",
         "plane = sample * strides.sample + first_head * strides.head",
         "test_heads and hopper-per_head and h4over2",
@@ -162,6 +162,20 @@ GPU: tuple[Mutant, ...] = (
         "head_tile = (sample * kv_heads * group + head) * q_tiles",
         "head_tile = (sample * kv_heads * group) * q_tiles",
         "test_masks and hopper-none-q513 and bf16",
+    ),
+    _bug(
+        "backward: both halves of dq added to the first",
+        BACKWARD,
+        "row += HALF",
+        "row += g * 2 * HALF",
+        "test_masks and hopper-none-q513 and bf16",
+    ),
+    _bug(
+        "backward: words of the first 64 keys for both warpgroups",
+        BACKWARD,
+        "rows = G * ROWS + gl.arange",
+        "rows = 0 * G * ROWS + gl.arange",
+        "test_masks and hopper-random-q513 and bf16",
     ),
     _bug(
         "backward: unused queries read",

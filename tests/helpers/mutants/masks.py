@@ -219,7 +219,7 @@ MASKS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "subtrees ended before their children",
-        PARTS,
+        "anymask/mask/traced.py",
         "for token in reversed(walk):",
         "for token in walk:",
         seen_by("test_builders", "is_its_definition and tree"),

@@ -85,8 +85,8 @@ PACKING: tuple[Mutant, ...] = (
     Mutant(
         "columns of the length of rows",
         DEFINITION,
-        "words.clone(), grid.kv_len)",
-        "words.clone(), grid.q_len)",
+        "_lists(swapped, both[1], grid.kv_len)",
+        "_lists(swapped, both[1], grid.q_len)",
         seen_by("test_pack", "test_every_field and empty_columns"),
     ),
     Mutant(
@@ -106,8 +106,8 @@ PACKING: tuple[Mutant, ...] = (
     Mutant(
         "words of columns as they are in rows",
         DEFINITION,
-        "[transpose_bits(words[n]) for n in",
-        "[words[n] for n in",
+        "found.copy_(transpose_bits(words[n]))",
+        "found.copy_(words[n])",
         seen_by("test_pack", "test_every_field and causal"),
     ),
     Mutant(
@@ -200,6 +200,36 @@ PACKING: tuple[Mutant, ...] = (
         "self._entries.move_to_end(key)",
         "self._entries.move_to_end(key, last=False)",
         seen_by("test_cache", "TestBounds"),
+    ),
+    *(
+        Mutant(
+            f"a tensor is found for a call of another {field}",
+            CACHE,
+            "call = CallKey(of_mask, batch, heads, q_len, kv_len, device)",
+            f"call = CallKey(of_mask, batch, heads, q_len, kv_len, device)._replace({field}={value})",
+            seen_by("test_cache", "fitted_a_call"),
+        )
+        for field, value in (
+            ("batch", 0),
+            ("heads", 0),
+            ("q_len", 0),
+            ("kv_len", 0),
+            ("mask", "of_mask._replace(version=0)"),
+        )
+    ),
+    Mutant(
+        "a mask of other words is taken for one that is there",
+        BLOCK_MASK,
+        "known.lists is tensors[0] and known.words is tensors[1]",
+        "known.lists is tensors[0]",
+        seen_by("test_block_mask", "one_that_is_there"),
+    ),
+    Mutant(
+        "a mask of other used positions is taken for one that is there",
+        BLOCK_MASK,
+        "if same and (known.q_len",
+        "if (known.q_len",
+        seen_by("test_block_mask", "one_that_is_there"),
     ),
     Mutant(
         "a storage that others write to is remembered",

@@ -43,9 +43,8 @@ def _bwd_dq_loop(
         if terms is None:
             p = tl.math.exp2(s * scoring.qk_scale - lse2[:, None])
         else:
-            q_index = (scoring.start + tl.arange(0, cfg.BLOCK_M))[:, None]
-            k_index = (start_n + tl.arange(0, BLOCK_N))[None, :]
-            s, slope = score_pairs(s, scoring, q_index, k_index, q_tile.dtype == tl.float32)
+            EXACT: tl.constexpr = q_tile.dtype == tl.float32
+            s, slope = score_pairs(s, scoring, scoring.start, start_n, cfg.BLOCK_M, BLOCK_N, False, EXACT)
             p = tl.math.exp2(s - lse2[:, None])
         if IS_PARTIAL:
             if entries.words is None:
@@ -94,6 +93,7 @@ def _bwd_dq_kernel(
     sm_scale,
     qk_scale,
     terms,
+    blocks,
     sums_ptr,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -107,8 +107,8 @@ def _bwd_dq_kernel(
 ):
     """Writes `dq` of BLOCK_M queries of one head. Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). Equation (7).
 
-    `terms`: `Terms` of the scores, or None. `sums_ptr`, if not None, with a soft cap: fp32 `[batch, q_heads, q_len]`,
-    the gradient of a bias of the queries.
+    `terms`, `blocks`: of the scores, see `Scoring`. `sums_ptr`, if not None, with a soft cap: fp32 `[batch, q_heads,
+    q_len]`, the gradient of a bias of the queries.
     """
     pid_m = tl.program_id(0)
     off_h = tl.program_id(1)
@@ -147,7 +147,7 @@ def _bwd_dq_kernel(
     values = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_has_pair)
     full = Entries(full_tiles, words, full_begin, full_end, first_row)
     partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
-    scoring = Scoring(qk_scale, terms, off_b, off_h, q_len, kv_len, start_m)
+    scoring = Scoring(qk_scale, terms, blocks, off_b, off_h, q_len, kv_len, start_m)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     dq, row_sum = _bwd_dq_loop(dq, row_sum, q_tile, do_tile, lse2, delta, keys, values, full, scoring, cfg, False)
     dq, row_sum = _bwd_dq_loop(dq, row_sum, q_tile, do_tile, lse2, delta, keys, values, partial, scoring, cfg, True)

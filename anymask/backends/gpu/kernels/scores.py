@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 
 from anymask.backends.gpu.kernels.dropout import keep_pairs
+from anymask.tiles import TILE
+
+STRIP = tl.constexpr(TILE)
 
 
 class Bias(NamedTuple):
@@ -35,6 +38,18 @@ class Table(NamedTuple):
     codes: Any
 
 
+class Tiled(NamedTuple):
+    """The term that the copy engine reads, if any: through a descriptor that a kernel has beside its `Terms`.
+
+    `batch` and `head` are 1, or 0 where it is shared. `strips`: () of a dense term; of a table `(query tiles,)`, whose
+    diagonals of tiles lie one below the other, 128 x 128 each, from the last query tile and first kv tile on.
+    """
+
+    batch: Any
+    head: Any
+    strips: Any
+
+
 class Terms(NamedTuple):
     """All that is done to scores; () where something is not asked for, as Triton compares no tuple with a None in it.
 
@@ -44,6 +59,8 @@ class Terms(NamedTuple):
 
     dense: Any
     tables: Any
+    # (Tiled,)
+    tiled: Any
     bias_scale: Any
     # (cap,)
     cap: Any
@@ -64,11 +81,13 @@ class Dropout(NamedTuple):
 class Scoring(NamedTuple):
     """How a program makes scores: `qk_scale` alone, or `Terms` of a sample and head. Tiles start at `start`.
 
+    `blocks`: a descriptor of blocks of a step's size, of the term that is `Tiled`, or None.
     `start` is the first query of a program that holds queries, the first key of one that holds keys.
     """
 
     qk_scale: Any
     terms: Any
+    blocks: Any
     off_b: Any
     off_h: Any
     q_len: Any
@@ -100,6 +119,20 @@ def _load_bias(term, x, q_index, k_index):
     else:
         # a block, since the interpreter cannot spread a scalar
         value = tl.load(ptrs + 0 * q_index)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _load_tiled(term, x, start_q, start_k, QUERIES: tl.constexpr, KEYS: tl.constexpr, BY_KEY: tl.constexpr):
+    """A block of a term that the copy engine reads, fp32; 0 beyond its edges."""
+    row, column = start_q, start_k
+    if len(term.strips) == 1:
+        row = (start_k // STRIP - start_q // STRIP + term.strips[0] - 1) * STRIP + start_q % STRIP
+        column = start_k % STRIP
+    block = x.blocks.load([x.off_b * term.batch, x.off_h * term.head, row, column])
+    value = tl.reshape(block, [QUERIES, KEYS])
+    if BY_KEY:
+        value = value.T
     return value.to(tl.float32)
 
 
@@ -146,20 +179,34 @@ def soft_cap(z, cap, EXACT: tl.constexpr):
 
 
 @triton.jit
-def score_pairs(s, x, q_index, k_index, EXACT: tl.constexpr):
-    """Scores in base 2 of products `s`, and the derivative of the soft cap, 1.0 without one."""
+def score_pairs(
+    s, x, start_q, start_k, QUERIES: tl.constexpr, KEYS: tl.constexpr, BY_KEY: tl.constexpr, EXACT: tl.constexpr
+):
+    """Scores in base 2 of products `s [QUERIES, KEYS]`, and the derivative of the soft cap, 1.0 without one.
+
+    With `BY_KEY` all are transposed.
+    """
     terms = x.terms
     z = s * x.qk_scale
     DENSE: tl.constexpr = len(terms.dense)
     TABLES: tl.constexpr = len(terms.tables)
-    if DENSE + TABLES > 0:
-        if DENSE > 0:
+    if BY_KEY:
+        q_index = (start_q + tl.arange(0, QUERIES))[None, :]
+        k_index = (start_k + tl.arange(0, KEYS))[:, None]
+    else:
+        q_index = (start_q + tl.arange(0, QUERIES))[:, None]
+        k_index = (start_k + tl.arange(0, KEYS))[None, :]
+    if DENSE + TABLES + len(terms.tiled) > 0:
+        # sums start with what every other term is added to
+        if len(terms.tiled) == 1:
+            bias = _load_tiled(terms.tiled[0], x, start_q, start_k, QUERIES, KEYS, BY_KEY)
+        elif DENSE > 0:
             bias = _load_bias(terms.dense[0], x, q_index, k_index)
         else:
             bias = _look_up(terms.tables[0], x, q_index, k_index)
-        for i in tl.static_range(1, DENSE):
+        for i in tl.static_range(1 - len(terms.tiled), DENSE):
             bias = _add(bias, _load_bias(terms.dense[i], x, q_index, k_index))
-        for i in tl.static_range(0 if DENSE > 0 else 1, TABLES):
+        for i in tl.static_range(0 if DENSE + len(terms.tiled) > 0 else 1, TABLES):
             bias = _add(bias, _look_up(terms.tables[i], x, q_index, k_index))
         z += bias * terms.bias_scale
     slope = 1.0

@@ -66,7 +66,12 @@ def _share(n, part, parts):
     return part * (n // parts) + tl.minimum(part, n % parts)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "q_heads", "group", "packed", "splits"])
+@triton.jit(
+    do_not_specialize=["sample_planes", "head_planes", "q_heads", "group", "packed", "q_len", "kv_len", "splits"],
+    do_not_specialize_on_alignment=[
+        "full_offsets", "full_tiles", "partial_offsets", "partial_tiles", "words", "kv_has_pair",
+    ],
+)  # fmt: skip
 def _split_kernel(
     q,
     k,
@@ -82,7 +87,8 @@ def _split_kernel(
     partial_tiles,
     words,
     kv_has_pair,
-    plane_strides,
+    sample_planes,
+    head_planes,
     q_heads,
     group,
     packed,
@@ -123,7 +129,7 @@ def _split_kernel(
     # [BLOCK_M, BLOCK_D]
     q_tile = tl.load(q_rows[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
     STEPS: tl.constexpr = TILE // BLOCK_N
-    plane = off_b * plane_strides[0] + first_head * plane_strides[1]
+    plane = off_b * sample_planes + first_head * head_planes
     if words is not None:
         q_tiles = (q_len + TILE - 1) // TILE
         line = plane * q_tiles + tl.minimum(start // TILE, q_tiles - 1)

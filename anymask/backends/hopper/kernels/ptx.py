@@ -7,6 +7,7 @@ Where it works on `n` elements at once, element `i` is of its first row if `i & 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+MOVE = gl.constexpr("mov.b32 $0, $1;")
 LANE_ID = gl.constexpr("mov.u32 $0, %laneid;")
 EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
 UNPACK_HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")
@@ -25,6 +26,12 @@ TINY = "21800000"  # 2**-60
 def shuffle(lane: int):
     """PTX that gives every thread of a warp the word of one lane."""
     return f"shfl.sync.idx.b32 $0, $1, {lane}, 31, 0xffffffff;"
+
+
+@gluon.constexpr_function
+def barrier(op: str, warps: int):
+    """PTX that arrives at the hardware barrier $1 of so many warps, and with `sync` waits there."""
+    return f"bar.{op} $1, {32 * warps}; mov.b32 $0, $1;"
 
 
 @gluon.constexpr_function

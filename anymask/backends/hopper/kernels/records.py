@@ -154,6 +154,7 @@ class BackwardConfig(NamedTuple):
     HEAD_DIM: Any
     BLOCK_M: Any
     STAGES: Any
+    SCORES_AHEAD: Any
     HAS_MASK: Any
     HAS_TAIL: Any
     HAS_DQ: Any
@@ -196,24 +197,18 @@ class DOStages(NamedTuple):
     full: Any
 
 
-class DQBuffer(NamedTuple):
-    """The dq of a step on its way to global memory: one stage with a full and an empty barrier."""
-
-    buf: Any
-    full: Any
-    empty: Any
-
-
 class BackwardPipelines(NamedTuple):
-    """Shared memory of a program. `empty`: the barriers of the stages of q, lse2, do and delta together."""
+    """Shared memory of a program: two stages of ds for both consumers, and buffers of dq, and of dk and dv, of each.
+
+    Without dq, `ds_bufs` and `dq_bufs` are None.
+    """
 
     kv: KVBuffers
     q: QStages
     do: DOStages
-    empty: Any
     ds_bufs: Any
-    dq: DQBuffer | None
-    out_buf: Any
+    dq_bufs: Any
+    out_bufs: Any
 
 
 class Ring(NamedTuple):

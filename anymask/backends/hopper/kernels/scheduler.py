@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.pipeline import TILE
-from anymask.backends.hopper.kernels.records import TileRange, WorkTile
+from anymask.backends.hopper.kernels.records import Column, TileRange, WorkTile
 
 
 @gluon.jit
@@ -110,3 +110,39 @@ def first_two_tiles(worker, schedule, HAS_MASK: gl.constexpr):
     pending = prefetch_tile_range(tile, next_tile, schedule, HAS_MASK)
     tile_range, next_tile = read_tile_range(pending, next_tile, schedule, HAS_MASK)
     return tile_range, tile, next_tile
+
+
+@gluon.jit
+def column_at(index, schedule, HAS_MASK: gl.constexpr):
+    """The worker's column at `index`: one for each query head of the group of a work tile, then the next work tile's.
+
+    It is read while the column before it is at work, as that takes two indirections.
+    """
+    lists, strides, sizes = schedule.lists, schedule.plane_strides, schedule.sizes
+    group, kv_tiles, n_work_tiles = sizes.group, sizes.kv_tiles, schedule.n_work_tiles
+    work = gl.minimum(work_index(index // group, schedule.worker), n_work_tiles - 1)
+    work_tile = decode_work_tile(work, kv_tiles, sizes.kv_heads, n_work_tiles, schedule.swizzle_heads)
+    tile, sample = work_tile.tile, work_tile.sample
+    first_head = work_tile.head * group
+    head = first_head + index % group
+    plane = sample * strides.sample + head * strides.head
+    if HAS_MASK:
+        # heads of a group may have planes of their own: any order is right, the first head's is as good as another
+        first_plane = sample * strides.sample + first_head * strides.head
+        tile = gl.load(lists.order + first_plane * kv_tiles + tile)
+    r = load_tile_range(lists, plane * kv_tiles + tile, sizes.q_tiles, HAS_MASK)
+    return Column(sample, head, tile, r.full_begin, r.n_full, r.partial_begin, r.n_partial)
+
+
+@gluon.jit
+def load_q_tile(column, lists, j, HAS_MASK: gl.constexpr):
+    """The j-th query tile of a column, partial ones first; 0 past the end."""
+    n_partial, n_full = column.n_partial, column.n_full
+    tile = j
+    if HAS_MASK:
+        if j < n_partial:
+            entry = lists.partial_tiles + (column.partial_begin + j)
+        else:
+            entry = lists.full_tiles + (column.full_begin + j - n_partial)
+        tile = gl.load(entry, mask=j < n_partial + n_full, other=0)
+    return tile

@@ -54,8 +54,8 @@ def _bwd_dkdv_loop(
         if terms is None:
             p = tl.math.exp2(s * scoring.qk_scale - lse2[None, :])
         else:
-            k_index = (scoring.start + tl.arange(0, cfg.BLOCK_N))[:, None]
-            s, slope = score_pairs(s, scoring, offs_m[None, :], k_index, q_tile.dtype == tl.float32)
+            EXACT: tl.constexpr = q_tile.dtype == tl.float32
+            s, slope = score_pairs(s, scoring, start_m, scoring.start, BLOCK_M, cfg.BLOCK_N, True, EXACT)
             p = tl.math.exp2(s - lse2[None, :])
         if IS_PARTIAL:
             p = mask_pairs(p, 0.0, w, first_col, cfg.BLOCK_N, BLOCK_M, False)
@@ -109,6 +109,7 @@ def _bwd_dkdv_kernel(
     sm_scale,
     qk_scale,
     terms,
+    blocks,
     sums_ptr,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -122,8 +123,9 @@ def _bwd_dkdv_kernel(
 ):
     """Writes `dk`, `dv` of BLOCK_N keys of one kv head, summed over its group of query heads.
 
-    Grid: (kv tiles * TILE // BLOCK_N, kv_heads, batch). Equations (8) and (9). `terms`: `Terms` of the scores, or None.
-    `sums_ptr`, if not None: fp32 `[batch, q_heads, kv_len]`, the gradient of a bias of the keys.
+    Grid: (kv tiles * TILE // BLOCK_N, kv_heads, batch). Equations (8) and (9).
+    `terms`, `blocks`: of the scores, see `Scoring`. `sums_ptr`, if not None: fp32 `[batch, q_heads, kv_len]`, the
+    gradient of a bias of the keys.
     """
     pid_n = tl.program_id(0)
     off_kvh = tl.program_id(1)
@@ -165,7 +167,7 @@ def _bwd_dkdv_kernel(
         q_rows = Operand(q, q_strides, off_b, off_h, q_len, q_used)
         do_rows = Operand(do, do_strides, off_b, off_h, q_len, q_used)
         stats = Stats(lse2_ptr + padded, delta_ptr + padded)
-        scoring = Scoring(qk_scale, terms, off_b, off_h, q_len, kv_len, start_n)
+        scoring = Scoring(qk_scale, terms, blocks, off_b, off_h, q_len, kv_len, start_n)
         col_sum = tl.zeros([BLOCK_N], tl.float32)
         full = Entries(full_tiles, words, full_begin, full_end, first_row)
         dk, dv, col_sum = _bwd_dkdv_loop(

@@ -33,8 +33,7 @@ def _bwd_bias_step(acc, q, k, v, do, stats, words, entry, scoring, start_n, cfg:
     dp = tl.dot(do_tile, v_tile.T, input_precision=cfg.PRECISION)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     lse2, delta = tl.load(stats.lse2 + offs_m), tl.load(stats.delta + offs_m)
-    k_index = (start_n + tl.arange(0, BLOCK_N))[None, :]
-    s, slope = score_pairs(s, scoring, offs_m[:, None], k_index, q_tile.dtype == tl.float32)
+    s, slope = score_pairs(s, scoring, start_m, start_n, BLOCK_M, BLOCK_N, False, q_tile.dtype == tl.float32)
     p = tl.math.exp2(s - lse2[:, None])
     if words is None:
         p = mask_tail(p, 0.0, start_n, scoring.kv_len, BLOCK_N)
@@ -80,6 +79,7 @@ def _bwd_bias_kernel(
     rows,
     qk_scale,
     terms,
+    blocks,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -122,7 +122,7 @@ def _bwd_bias_kernel(
         keys = Operand(k, k_strides, off_b, off_h // group, kv_len, None)
         values = Operand(v, v_strides, off_b, off_h // group, kv_len, None)
         stats = Stats(lse2_ptr + padded, delta_ptr + padded)
-        scoring = Scoring(qk_scale, terms, off_b, off_h, q_len, kv_len, start_m)
+        scoring = Scoring(qk_scale, terms, blocks, off_b, off_h, q_len, kv_len, start_m)
         if words is None:
             acc = _bwd_bias_step(acc, q_rows, keys, values, do_rows, stats, words, 0, scoring, start_n, cfg)
         else:

@@ -50,9 +50,8 @@ def _fwd_loop(
         s = tl.dot(q_tile, k_tile.T, input_precision=cfg.PRECISION)
         qk_scale = scoring.qk_scale
         if scoring.terms is not None:
-            q_index = (scoring.start + tl.arange(0, cfg.BLOCK_M))[:, None]
-            k_index = (start_n + tl.arange(0, BLOCK_N))[None, :]
-            s, _ = score_pairs(s, scoring, q_index, k_index, q_tile.dtype == tl.float32)
+            EXACT: tl.constexpr = q_tile.dtype == tl.float32
+            s, _ = score_pairs(s, scoring, scoring.start, start_n, cfg.BLOCK_M, BLOCK_N, False, EXACT)
             qk_scale = 1.0
         elif IS_NEGATIVE:
             s = -s
@@ -96,6 +95,7 @@ def _fwd_kernel(
     kv_len,
     qk_scale,
     terms,
+    blocks,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -111,7 +111,7 @@ def _fwd_kernel(
     """Writes `o` and `lse` of BLOCK_M queries; equations (1) to (4) of docs/kernels.md.
 
     Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). `IS_NEGATIVE`: qk_scale is the magnitude of a negative scale.
-    `terms`: `Terms` of the scores, or None.
+    `terms`, `blocks`: of the scores, see `Scoring`.
     """
     pid_m = tl.program_id(0)
     off_h = tl.program_id(1)
@@ -150,7 +150,7 @@ def _fwd_kernel(
     values = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_has_pair)
     full = Entries(full_tiles, words, full_begin, full_end, first_row)
     partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
-    scoring = Scoring(qk_scale, terms, off_b, off_h, q_len, kv_len, start_m)
+    scoring = Scoring(qk_scale, terms, blocks, off_b, off_h, q_len, kv_len, start_m)
     acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, full, scoring, cfg, False, IS_NEGATIVE, USE_ASM)
     acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, partial, scoring, cfg, True, IS_NEGATIVE, USE_ASM)
     if terms is not None and len(terms.dropout) > 0:
