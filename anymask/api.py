@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from anymask import backends, mask_ops, ops, score_ops, validate
@@ -213,15 +214,16 @@ def explain(
 ) -> Explanation:
     """Which backend `attention` would run with these arguments, why not the others, and what the mask costs.
 
-    Packs the mask and reads it back, so it synchronises with the host. Raises what `attention` raises. Of dropout it
-    draws a seed, as the call would.
+    Packs the mask and reads it back, so it synchronises with the host. Raises what `attention` raises.
     """
     if unknown:
         validate.refuse_keywords(unknown)
     q, k, v = validate.autocast(q, k, v)
     scale = validate.check_call(q, k, v, scale, is_causal, mask, False, None)
     block_mask = mask_ops.mask_of_call(q, k, _CAUSAL if is_causal else mask)
-    q, k, scores = resolve(q, k, scale, bias, softcap, sinks, dropout_p)
+    # a seed of dropout that no call takes
+    with torch.random.fork_rng([q.device] if q.is_cuda else []):
+        q, k, scores = resolve(q, k, scale, bias, softcap, sinks, dropout_p)
     name = backends.choose(q, k, v, block_mask, backend, scores).__name__.rpartition(".")[2]
     reasons = backends.reasons(q, k, v, block_mask, scores)
     in_words = None if scores is None else scores.in_words()

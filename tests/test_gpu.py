@@ -264,7 +264,11 @@ def test_a_sample_alone_is_a_sample_in_a_batch(device: str) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(("q_len", "group"), [(1, 8), (7, 4), (16, 8), (20, 6), (32, 4), (33, 4)])
-def test_short_queries_of_grouped_heads(device: str, q_len: int, group: int, dim: int) -> None:
+def test_short_queries_of_grouped_heads(
+    device: str, q_len: int, group: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the packed rows of the Hopper kernel, which has calls of more samples than these
+    monkeypatch.setattr("anymask.backends.gpu.split.count", lambda q, k, block_mask: 1)
     q, k, v = make_qkv(2, 2 * group, 2, q_len, 1000, dim, dtype=F16, device=device)
     generator = torch.Generator(device).manual_seed(1)
     bits = torch.rand(2, 1, q_len, 1000, device=device, generator=generator) < 0.5

@@ -91,8 +91,10 @@ FITS = {"dtype": torch.float16, "q": (2, 8, 64, 128), "v_dim": 128, "k_strides":
         ({"dtype": torch.float32}, "dtype is torch.float32"),
         ({"q": (2, 8, 64, 100)}, "head_dim is 100 and v_dim 128, the copy engine"),
         ({"v_dim": 36}, "head_dim is 128 and v_dim 36, the copy engine"),
-        ({"q": (2, 8, 64, 256), "v_dim": 256}, "head_dim is 256"),
-        ({"q": (2, 8, 64, 32), "v_dim": 32}, "a larger one of 33 to 128"),
+        ({"q": (2, 8, 64, 192)}, None),
+        ({"q": (2, 8, 64, 256), "v_dim": 256}, None),
+        ({"q": (2, 8, 64, 264), "v_dim": 256}, "head_dim is 264"),
+        ({"q": (2, 8, 64, 32), "v_dim": 32}, "a larger one of 33 to 256"),
         ({"q": (70000, 8, 64, 128)}, "70000 samples"),
         ({"k_strides": (2**16, 2**13, 130, 1)}, "k has strides"),
         ({"k_strides": (0, 2**13, 128, 1)}, "k has strides"),
@@ -109,11 +111,28 @@ def test_takes_what_the_copy_engine_can_move(monkeypatch, change, reason):
     hopper._why_not.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("dims", "padded"),
+    [
+        ((40, 64), (64, 64)),
+        ((72, 8), (128, 128)),
+        ((128, 128), (128, 128)),
+        ((136, 128), (192, 128)),
+        ((192, 128), (192, 128)),
+        ((64, 136), (192, 192)),
+        ((192, 192), (192, 192)),
+        ((200, 64), (256, 256)),
+    ],
+)
+def test_what_dims_are_padded_to(dims, padded):
+    assert hopper._padded_dims(*dims) == padded
+
+
 @pytest.mark.gpu
 @pytest.mark.hopper
 @pytest.mark.parametrize("scale", [None, -0.3, 3.0])
 @pytest.mark.parametrize("mask", ["none", "random", "causal", "empty_rows", "causal_lower_right"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 def test_both_row_maxima_give_the_same_bits(device, monkeypatch, dim, mask, scale):
     """The PTX of `update_row_max` and its plain twin: each right against fp64, and o and lse bit-equal."""
     config, results = hopper.tuning.FORWARD[dim], []

@@ -314,6 +314,12 @@ class TestDropout:
         assert not torch.equal(outputs[0], outputs[1])
         assert not torch.equal(outputs[0], outputs[4])
 
+    def test_explain_draws_nothing(self) -> None:
+        q = torch.randn(1, 1, 4, 8)
+        state = torch.get_rng_state()
+        assert explain(q, q, q, dropout_p=0.25).scores == "dropout 0.25"
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_backends_and_splits_of_work_agree(self, monkeypatch: pytest.MonkeyPatch) -> None:
         q = torch.randn(2, 3, 300, 8, dtype=F64, requires_grad=True)
         results = []

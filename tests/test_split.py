@@ -30,11 +30,11 @@ KERNELS = ["_split_kernel", "_join_kernel"]
         (8, 4, 16, 64, 16),
         (8, 4, 16, 1024, 16),
         (32, 4, 16, 1024, 4),
-        # too few tiles to share
-        (8, 4, 16, 9, 4),
-        (8, 4, 16, 3, 1),
-        (8, 4, 16, 0, 1),
+        # a split has a tile at least
+        (8, 4, 16, 9, 9),
+        (8, 4, 16, 1, 1),
         # work tiles enough: of a quarter of the multiprocessors at most nothing is made
+        (66, 4, 16, 1024, 2),
         (99, 4, 16, 1024, 1),
         (100, 4, 16, 1024, 1),
         # one line never has more than the partial outputs may take
@@ -42,6 +42,9 @@ KERNELS = ["_split_kernel", "_join_kernel"]
         # several programs for the rows of a line share its splits
         (8, 256, 64, 1024, 4),
         (8, 2048, 64, 1024, 1),
+        # nothing to do
+        (0, 4, 16, 64, 1),
+        (8, 0, 16, 64, 1),
     ],
 )
 def test_the_number_of_splits(lines: int, rows: int, block: int, tiles: int, expected: int) -> None:
@@ -71,12 +74,19 @@ def test_splits_of_calls() -> None:
     q, k = _qk(1, 32, 8, 1, 8192)
     assert split.count(q, k, None) == split.count(q, k, LAST) == 16
     # tiles that the mask leaves out are not shared
-    assert split.count(q, k, WINDOW) == 4
+    assert split.count(q, k, WINDOW) == 8
     # heads with masks of their own are not packed
     assert split.count(q, k, EACH_HEAD) == 4
     assert split.count(*_qk(16, 32, 8, 1, 8192), None) == 1
     assert split.count(*_qk(1, 32, 8, 4096, 4096), None) == 1
-    assert split.count(*_qk(1, 4, 4, 512, 65536), None) == 4
+
+
+@pytest.mark.usefixtures("gpu_of_132")
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "expected"), [(64, 384, 1), (64, 385, 4), (65, 8064, 1), (65, 8065, 16), (512, 65536, 4)]
+)
+def test_short_calls_are_not_split(q_len: int, kv_len: int, expected: int) -> None:
+    assert split.count(*_qk(1, 4, 4, q_len, kv_len), None) == expected
 
 
 def test_a_cpu_has_no_splits() -> None:
@@ -147,3 +157,10 @@ class TestCompile:
         assert {name: len({id(k) for k in kernels if k.metadata.name == name}) for name in KERNELS} == dict.fromkeys(
             KERNELS, 1
         )
+
+    def test_dead_keys_are_another_kernel(self, compiled):
+        kernels = compiled("sm_90")
+        q, k = torch.zeros(1, 8, 1, 128, dtype=F16), torch.zeros(1, 2, 1024, 128, dtype=F16)
+        for mask in (pack(causal_lower_right(), q_len=1, kv_len=1024), pack((torch.arange(1024) > 3)[None])):
+            split.forward(q, k, k, mask, 0.1, 17)
+        assert len({id(k) for k in kernels if k.metadata.name == KERNELS[0]}) == 2

@@ -83,9 +83,10 @@ class Bias(ABC):
         self, q_len: int, kv_len: int, *, batch: int = 1, q_heads: int = 1, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The bias of a call of these sizes, fp32 `[batch or 1, q_heads or 1, q_len, kv_len]`, differentiable."""
-        found = Found((batch, q_heads, q_len, kv_len), q_heads, torch.float32, torch.device(device), 1.0)
-        self.add_to(found)
         total = torch.zeros(1, 1, q_len, kv_len, device=device)
+        # by `total`, whose device has a number
+        found = Found((batch, q_heads, q_len, kv_len), q_heads, torch.float32, total.device, 1.0)
+        self.add_to(found)
         for term in found.dense:
             total = total + term
         i, j = (torch.arange(n, device=device) for n in (q_len, kv_len))

@@ -103,7 +103,7 @@ def _fits_hopper(case: Case) -> bool:
     # keys without a query in one head of a group and with some in another
     if case.mask in ("tiles", "empty_columns", "empty_head") and case.q_heads != case.kv_heads:
         return False
-    return aligned and 33 <= dim <= 128 and case.dtype in (F16, BF16) and case.layout != "expanded"
+    return aligned and 33 <= dim <= 256 and case.dtype in (F16, BF16) and case.layout != "expanded"
 
 
 def check_a_mask_does_not_outlive_its_call(backend: str, device: str, dtype: torch.dtype = F32) -> None:

@@ -32,8 +32,9 @@ from anymask.tiles import TILE, tiles_over
 
 # partial outputs are up to so many fp32 numbers for each number of the output
 MAX_SPLITS = 64
-# kv tiles of a split, at least: fewer take less time than joining them
-MIN_TILES = 2
+# kv tiles from which on keys are split, up to SHORT queries and for more of them, whose own tiles are worth more
+SHORT = 64
+FEWEST_TILES, FEWEST_TILES_OF_MANY = 4, 64
 # columns of o that a program joins
 JOINED_COLUMNS = 64
 
@@ -58,25 +59,28 @@ def _line(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> _Line:
 
 def count(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:
     """Splits of the keys of each row, 1 if the call has work tiles enough. Reads sizes only, and waits for nothing."""
+    tiles, fewest = tiles_over(k.shape[2]), FEWEST_TILES if q.shape[2] <= SHORT else FEWEST_TILES_OF_MANY
     # Triton's interpreter runs programs one after the other
-    if not q.is_cuda:
+    if tiles < fewest or not q.is_cuda:
         return 1
+    if block_mask is not None:
+        # of the mean row of tiles
+        found = block_mask.rows.full_tiles.numel() + block_mask.rows.partial_tiles.numel()
+        tiles = -(-found // max(1, block_mask.rows.order.numel()))
+        if tiles < fewest:
+            return 1
     line = _line(q, k, block_mask)
     lines = q.shape[0] * q.shape[1] // line.packed
-    tiles = tiles_over(k.shape[2])
-    if block_mask is not None:
-        found = block_mask.rows.full_tiles.numel() + block_mask.rows.partial_tiles.numel()
-        tiles = -(-found // block_mask.rows.order.numel())
     return splits_of(lines, line.rows, line.block, tiles, target.multiprocessors(q.device))
 
 
 def splits_of(lines: int, rows: int, block: int, tiles: int, multiprocessors: int) -> int:
     """Splits for `lines` of `rows` each, `block` rows a program, that have `tiles` kv tiles to walk."""
-    # what kernels without splits make of them, with as many multiprocessors idle as a quarter
-    if 4 * lines * tiles_over(rows) > 3 * multiprocessors:
-        return 1
     programs = lines * -(-rows // block)
-    return max(1, min(multiprocessors // programs, tiles // MIN_TILES, MAX_SPLITS))
+    # kernels without splits leave a quarter of the multiprocessors idle at most
+    if programs == 0 or 4 * lines * tiles_over(rows) > 3 * multiprocessors:
+        return 1
+    return max(1, min(multiprocessors // programs, tiles, MAX_SPLITS))
 
 
 def forward(

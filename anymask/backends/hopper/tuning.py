@@ -50,9 +50,9 @@ DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
     64: ForwardConfig(64, 2, 4, 2, (False, True)),
     128: ForwardConfig(128, 1, 2, 2, (True, True)),
-    (192, 128): ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 128)),
+    (192, 128): ForwardConfig(128, 1, 2, 1, (True, True), widths=(64, 64)),
     192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
-    256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(256, 128)),
+    256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
 }
 # of the backward pass above 128
 WIDE_DKDV = {

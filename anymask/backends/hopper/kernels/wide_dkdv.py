@@ -25,7 +25,13 @@ from anymask.backends.hopper.kernels.records import (
     Ring,
     Worker,
 )
-from anymask.backends.hopper.kernels.scheduler import decode_work_tile, load_tile_range, num_work_tiles, work_index
+from anymask.backends.hopper.kernels.scheduler import (
+    decode_work_tile,
+    load_q_tile,
+    load_tile_range,
+    num_work_tiles,
+    work_index,
+)
 from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2, pack_halves, unpack_halves
 from anymask.backends.hopper.kernels.words import ROWS, load_words, zero_words
 
@@ -35,7 +41,7 @@ HALVES = gl.constexpr(2)
 
 @gluon.jit
 def _half_column_at(index, schedule, HAS_MASK: gl.constexpr):
-    """The worker's column at `index`, as `_column_at` of `backward.py`, and the first of its keys in the work tile."""
+    """The worker's column at `index`, as `column_at`, and the first of its keys in the work tile."""
     lists, strides, sizes = schedule.lists, schedule.plane_strides, schedule.sizes
     group, n_work_tiles = sizes.group, schedule.n_work_tiles
     work = gl.minimum(work_index(index // group, schedule.worker), n_work_tiles - 1)
@@ -53,20 +59,6 @@ def _half_column_at(index, schedule, HAS_MASK: gl.constexpr):
 
 
 @gluon.jit
-def _load_q_tile(column, lists, j, HAS_MASK: gl.constexpr):
-    """The j-th query tile of a column, partial ones first; 0 past the end."""
-    n_partial, n_full = column.n_partial, column.n_full
-    tile = j
-    if HAS_MASK:
-        if j < n_partial:
-            entry = lists.partial_tiles + (column.partial_begin + j)
-        else:
-            entry = lists.full_tiles + (column.full_begin + j - n_partial)
-        tile = gl.load(entry, mask=j < n_partial + n_full, other=0)
-    return tile
-
-
-@gluon.jit
 def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, pipes, schedule, cfg: gl.constexpr):
     """The producer warp: loads k and v of every work tile, then q, lse2, do and delta of the steps through it."""
     q, do, lists = pipes.q, pipes.do, schedule.lists
@@ -76,7 +68,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, pipes, sched
     DO_BYTES: gl.constexpr = cfg.V_BLOCKS * do_desc.block_type.nbytes + delta_desc.block_type.nbytes
     pos = 0
     next_column, next_first_key = _half_column_at(0, schedule, cfg.HAS_MASK)
-    q_tile = _load_q_tile(next_column, lists, 0, cfg.HAS_MASK)
+    q_tile = load_q_tile(next_column, lists, 0, cfg.HAS_MASK)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
         sample, kv_head = next_column.sample, next_column.head // group
         key = next_column.tile * TILE + next_first_key
@@ -91,7 +83,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, pipes, sched
             row = (sample * kv_heads * group + head) * q_tiles * TILE
             for j in range(column.n_full + column.n_partial):
                 start = q_tile * TILE
-                q_tile = _load_q_tile(column, lists, j + 1, cfg.HAS_MASK)
+                q_tile = load_q_tile(column, lists, j + 1, cfg.HAS_MASK)
                 for _ in gl.static_range(HALVES):
                     stage, phase = stage_and_phase(pos, cfg.STAGES)
                     q_full, do_full = q.full.index(stage), do.full.index(stage)
@@ -105,7 +97,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, pipes, sched
                     tma_load(delta_desc, [row + start], do_full, do.row_bufs.index(stage))
                     start += ROWS
                     pos += 1
-            q_tile = _load_q_tile(next_column, lists, 0, cfg.HAS_MASK)
+            q_tile = load_q_tile(next_column, lists, 0, cfg.HAS_MASK)
 
 
 @gluon.jit

@@ -1,0 +1,149 @@
+"""The host's part of small calls, on any machine: `python -m benchmarks.host`.
+
+Calls of the Hopper backend on CPU tensors, whose launches end where the driver would begin. Times are given in
+microseconds and in loops of Python, `LOOP` additions each, so that machines compare and a test can hold calls to it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import anymask
+from anymask import attention, causal, document, pack
+
+LOOP = 1000
+# calls of a block, and blocks
+CALLS, BLOCKS = 25, 30
+LENGTH = 512
+
+
+def loop() -> int:
+    """What calls are compared with: it has never anything to do with torch."""
+    total = 0
+    for i in range(LOOP):
+        total += i * i
+    return total
+
+
+@contextmanager
+def stubbed() -> Iterator[None]:
+    """The Hopper backend takes CPU tensors, and compiles and launches nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from anymask import launch
+    from anymask.backends import hopper
+    from anymask.backends.gpu import split, target
+
+    sm90 = GPUTarget("cuda", 90, 32)
+    metadata = SimpleNamespace(target=sm90)
+    compiled = SimpleNamespace(metadata=metadata, function=0, packed_metadata=0, run=lambda *args: None)
+    active = SimpleNamespace(
+        get_current_target=lambda: sm90, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    )
+
+    def why_not(q: Any, k: Any, v: Any, *rest: Any) -> str | None:
+        # what the real one does for tensors on a GPU
+        layout = tuple((t.stride(), t.data_ptr() % 16) for t in (q, k, v))
+        return hopper._why_not(q.device, q.dtype, q.shape, v.shape[3], layout)
+
+    with ExitStack() as stack:
+        for where, name, stub in (
+            (JITFunction, "run", lambda self, *args, **named: compiled),
+            (driver, "_active", active),
+            (launch, "_kernels", {}),
+            (hopper, "why_not", why_not),
+            (hopper, "_unusable", lambda device: None),
+            (target, "is_installed", lambda: True),
+            *((module, "multiprocessors", lambda device: 132) for module in (hopper, target)),
+        ):
+            stack.enter_context(patch.object(where, name, stub))
+        assert split.target is target
+        hopper._why_not.cache_clear()
+        anymask.forget()
+        yield
+        hopper._why_not.cache_clear()
+        anymask.forget()
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """What a call takes of the host."""
+
+    # of the fastest block, and in loops of Python, the median of blocks beside each of which loops ran
+    us: float
+    loops: float
+
+
+def measure(compiled: bool) -> dict[str, HostTime]:
+    """All calls in turns, each block beside one of loops, so that a slow spell of the machine meets both."""
+    with stubbed():
+        found: dict[str, list[tuple[float, float]]] = {}
+        functions = calls(compiled)
+        for call in functions.values():
+            _seconds(call)
+        for _ in range(BLOCKS):
+            for name, call in functions.items():
+                found.setdefault(name, []).append((_seconds(call), _seconds(loop)))
+    return {
+        name: HostTime(min(own for own, _ in blocks) * 1e6, statistics.median(own / of_loop for own, of_loop in blocks))
+        for name, blocks in found.items()
+    }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Of one call, by the thread's clock, which stops while others have the core."""
+    start = time.thread_time()
+    for _ in range(CALLS):
+        call()
+    return (time.thread_time() - start) / CALLS
+
+
+def calls(compiled: bool) -> dict[str, Callable[[], object]]:
+    """The calls by name, B1 H8 L512 D128, bf16; `compiled`: those of compiled functions too."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, 8, LENGTH, 128, generator=generator).to(torch.bfloat16) for _ in range(4))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    packed, dense = pack(causal(), q_len=LENGTH, kv_len=LENGTH), torch.rand(LENGTH, LENGTH, generator=generator) < 0.5
+    lazy, three = causal(), causal() & document(torch.arange(LENGTH) // 100) & anymask.key_padding(dense[0] | True)
+
+    def both(attend: Callable[..., Any]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(attend(*leaves, packed), leaves, do)
+
+    found: dict[str, Callable[[], object]] = {
+        "forward": lambda: attention(q, k, v, packed),
+        "forward, gradients recorded": lambda: attention(*leaves, packed),
+        "forward and backward": both(attention),
+        "a mask of one leaf": lambda: attention(q, k, v, lazy),
+        "a mask of three leaves": lambda: attention(q, k, v, three),
+        "a tensor seen before": lambda: attention(q, k, v, dense),
+        "a view made anew": lambda: attention(q, k, v, dense[None, None]),
+    }
+    if compiled:
+        attend = torch.compile(lambda q, k, v, mask: attention(q, k, v, mask), fullgraph=True)
+        found["compiled forward"] = lambda: attend(q, k, v, packed)
+        found["compiled forward and backward"] = both(attend)
+    return found
+
+
+def main() -> int:
+    """Print the table; `--eager` leaves compiled functions out."""
+    print(f"{'host time of':32}{'us':>8}{'loops':>8}")
+    for name, found in measure(compiled="--eager" not in sys.argv[1:]).items():
+        print(f"{name:32}{found.us:8.1f}{found.loops:8.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
