@@ -227,7 +227,7 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "launcher: sign of the scale lost",
         TRITON,
-        '"IS_NEGATIVE": sm_scale < 0',
+        '"IS_NEGATIVE": terms is None and sm_scale < 0',
         '"IS_NEGATIVE": False',
         seen_by("test_interpreter", "test_scales and none and scale-0.3"),
     ),
@@ -241,8 +241,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "launcher: used rows and columns swapped",
         TRITON,
-        'used = _used(q, block_mask, "rows"), _used(q, block_mask, "cols")',
-        'used = _used(q, block_mask, "cols"), _used(q, block_mask, "rows")',
+        'used = _used(q, block_mask, "rows"), _used(q, block_mask, "cols")\n    with',
+        'used = _used(q, block_mask, "cols"), _used(q, block_mask, "rows")\n    with',
         seen_by("test_interpreter", "unused_rows_that_differ"),
     ),
     Mutant(

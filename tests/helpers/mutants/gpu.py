@@ -73,8 +73,8 @@ GPU: tuple[Mutant, ...] = (
     _bug(
         "forward: missed tile",
         FORWARD,
-        "kv_tile = _load_kv_tile((t + 1) // STEPS, lists",
-        "kv_tile = _load_kv_tile(t // STEPS, lists",
+        "kv_tile = load_kv_tile((t + 1) // STEPS, lists",
+        "kv_tile = load_kv_tile(t // STEPS, lists",
         "test_masks and hopper-random-q513 and bf16",
     ),
     _bug(

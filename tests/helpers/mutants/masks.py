@@ -347,8 +347,8 @@ MASKS: tuple[Mutant, ...] = (
     Mutant(
         "sinks of a model with the other sign",
         TRANSFORMERS,
-        "torch.sigmoid(lse - s_aux[:, None].to(lse.dtype))",
-        "torch.sigmoid(s_aux[:, None].to(lse.dtype) - lse)",
+        "sinks=s_aux,",
+        "sinks=None if s_aux is None else -s_aux,",
         seen_by("test_planted_bugs", "sinks"),
     ),
 )
