@@ -428,9 +428,7 @@ class TestOnGpu:
         assert len(garbage) == 64
 
 
-def test_a_tensor_that_fitted_one_call_is_checked_for_another(
-    packs: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_that_fitted_a_call_is_checked_for_another(packs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     looked, fitting = [], mask_ops.validate.fitting_mask
     monkeypatch.setattr(mask_ops.validate, "fitting_mask", lambda *args: looked.append(1) or fitting(*args))
     mask, one = _random(2, 4, 1, 20), _random(1, 20)
