@@ -86,5 +86,5 @@ def test_folders_of_kernels_hold_jit_functions_alone() -> None:
 
 def test_benchmarks_stay_small() -> None:
     lines = sum(_lines(path) for path in FILES if path.is_relative_to(ROOT / "benchmarks"))
-    assert lines <= 2450
+    assert lines <= 2600
     assert _lines(ROOT / "tests/test_benchmarks.py") <= 400
