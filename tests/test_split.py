@@ -157,3 +157,10 @@ class TestCompile:
         assert {name: len({id(k) for k in kernels if k.metadata.name == name}) for name in KERNELS} == dict.fromkeys(
             KERNELS, 1
         )
+
+    def test_dead_keys_are_another_kernel(self, compiled):
+        kernels = compiled("sm_90")
+        q, k = torch.zeros(1, 8, 1, 128, dtype=F16), torch.zeros(1, 2, 1024, 128, dtype=F16)
+        for mask in (pack(causal_lower_right(), q_len=1, kv_len=1024), pack((torch.arange(1024) > 3)[None])):
+            split.forward(q, k, k, mask, 0.1, 17)
+        assert len({id(k) for k in kernels if k.metadata.name == KERNELS[0]}) == 2

@@ -294,6 +294,21 @@ def test_torch_load_reads_it_with_weights_only(tmp_path: Path) -> None:
     assert int(done.stdout) == int(mask.to_dense().sum())
 
 
+def test_what_was_pickled_as_fourteen_tensors_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, mask = planes(2, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            BlockMask,
+            "__getstate__",
+            lambda m: {"q_len": m.q_len, "kv_len": m.kv_len, "rows": m.rows, "cols": m.cols},
+        )
+        torch.save(mask, tmp_path / "mask.pt")
+    found = torch.load(tmp_path / "mask.pt")
+    assert found.contradiction() is None
+    assert_same_block_mask(found, mask)
+    assert len(pytree.tree_leaves(found)) == 4
+
+
 def test_a_mask_moves_with_its_module() -> None:
     _, mask = planes(2, 2)
 

@@ -59,16 +59,16 @@ def _line(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> _Line:
 
 def count(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:
     """Splits of the keys of each row, 1 if the call has work tiles enough. Reads sizes only, and waits for nothing."""
+    tiles, fewest = tiles_over(k.shape[2]), FEWEST_TILES if q.shape[2] <= SHORT else FEWEST_TILES_OF_MANY
     # Triton's interpreter runs programs one after the other
-    if not q.is_cuda:
+    if tiles < fewest or not q.is_cuda:
         return 1
-    tiles = tiles_over(k.shape[2])
     if block_mask is not None:
         # of the mean row of tiles
         found = block_mask.rows.full_tiles.numel() + block_mask.rows.partial_tiles.numel()
         tiles = -(-found // max(1, block_mask.rows.order.numel()))
-    if tiles < (FEWEST_TILES if q.shape[2] <= SHORT else FEWEST_TILES_OF_MANY):
-        return 1
+        if tiles < fewest:
+            return 1
     line = _line(q, k, block_mask)
     lines = q.shape[0] * q.shape[1] // line.packed
     return splits_of(lines, line.rows, line.block, tiles, target.multiprocessors(q.device))

@@ -10,5 +10,6 @@ from tests.helpers.mutants.masks import MASKS
 from tests.helpers.mutants.packing import PACKING
 from tests.helpers.mutants.record import Mutant as Mutant
 from tests.helpers.mutants.scores import SCORES
+from tests.helpers.mutants.split import SPLIT
 
-MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *ATTENTION, *SCORES, *GPU)
+MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *ATTENTION, *SCORES, *SPLIT, *GPU)

@@ -275,7 +275,7 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "forward: row without a key subtracts minus infinity",
-        FORWARD,
+        TILES,
         'tl.where(m_new == -float("inf"), 0.0, m_new)',
         "m_new",
         seen_by("test_interpreter", "test_masks_and_dtypes and empty_rows and bf16"),

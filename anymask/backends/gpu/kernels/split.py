@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from anymask.backends.gpu.kernels.softmax import softmax_step
 from anymask.backends.gpu.kernels.tiles import (
     LOG2_E,
     Config,
@@ -13,6 +12,7 @@ from anymask.backends.gpu.kernels.tiles import (
     load_tile_index,
     mask_pairs,
     mask_tail,
+    softmax_step,
 )
 
 

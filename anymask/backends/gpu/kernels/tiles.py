@@ -1,4 +1,4 @@
-"""What every Triton kernel shares: reading and writing tiles, reading the mask's bits, and masking.
+"""What every Triton kernel shares: reading and writing tiles, reading the mask's bits, masking, and the softmax's step.
 
 Triton flattens a record to its fields: records cost nothing. A record of constants is assigned and passed as
 `tl.constexpr`, or Triton takes them for tensors. A field must not be called `index` or `count`, which are methods of
@@ -160,3 +160,14 @@ def mask_pairs(x, fill, w, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, US
 def mask_tail(x, fill, start, length, COLS: tl.constexpr):
     """`x [.., COLS]` where column `start + c` exists, else `fill`: the mask of a call without one."""
     return tl.where(((start + tl.arange(0, COLS)) < length)[None, :], x, fill)
+
+
+@triton.jit
+def softmax_step(s, m_i, l_i, acc, qk_scale):
+    """Equation (3) of docs/kernels.md: fold scores `s` into the running maximum, sum and output; returns p too."""
+    m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
+    # a row with no key yet has m = -inf, and -inf - -inf would be NaN
+    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+    p = tl.math.exp2(s * qk_scale - m_safe[:, None])
+    alpha = tl.math.exp2(m_i - m_safe)
+    return p, m_new, l_i * alpha + tl.sum(p, 1), acc * alpha[:, None]

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from anymask.backends.gpu.kernels.scores import Scoring, keep, score_pairs
-from anymask.backends.gpu.kernels.softmax import softmax_step
 from anymask.backends.gpu.kernels.tiles import (
     LOG2_E,
     Config,
@@ -15,6 +14,7 @@ from anymask.backends.gpu.kernels.tiles import (
     load_tile_words,
     mask_pairs,
     mask_tail,
+    softmax_step,
     store_tile,
 )
 
