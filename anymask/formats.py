@@ -29,7 +29,7 @@ from anymask.mask.arguments import (
     shared_once,
     values,
 )
-from anymask.mask.expr import Not, brief
+from anymask.mask.expr import brief
 from anymask.mask.leaves import Between, Blocks
 from anymask.mask.parts import for_lengths, union
 from anymask.tiles import FULL, PARTIAL, TILE, tiles_over
@@ -162,8 +162,7 @@ def from_startend_row_indices(indices: Tensor, causal: bool, *, q_heads: int | N
         Between(None, start, end, of_query=True, name="from_startend_row_indices: indices")
         for start, end in zip(bounds[::2], bounds[1::2], strict=True)
     ]
-    # torch before 2.14 cannot trace ~ of an object
-    seen = Not(reduce(or_, hidden))
+    seen = ~reduce(or_, hidden)
     return causal_lower_right() & seen if causal else seen
 
 

@@ -25,7 +25,7 @@ from anymask.mask.arguments import (
     shared_once,
     values,
 )
-from anymask.mask.expr import Mask, Not, brief
+from anymask.mask.expr import Mask, brief
 from anymask.mask.leaves import Band, Between, Blocks, Function, Positions, Stride
 from anymask.mask.parts import (
     PADDING,
@@ -132,9 +132,7 @@ def block_diffusion(block: int, length: int | None = None) -> Mask:
     noisy_query, noisy_key = Positions(0, length, of_query=True), Positions(0, length, of_query=False)
     before = Band(None, length // block - 1, block=block)
     own_noisy = noisy_query & noisy_key & Band(0, 0, block=block)
-    # torch before 2.14 cannot trace ~ of an object
-    clean_key, clean_query = Not(noisy_key), Not(noisy_query)
-    return own_noisy | (clean_key & ((noisy_query & before) | (clean_query & Band(None, 0, block=block))))
+    return own_noisy | (~noisy_key & ((noisy_query & before) | (~noisy_query & Band(None, 0, block=block))))
 
 
 @builder
