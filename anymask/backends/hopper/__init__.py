@@ -258,7 +258,7 @@ def _launch_backward(
     block_out = block_of((1, 1, WARPGROUP_ROWS, block_d), q.dtype)
     block_rows = block_of((block_m,), torch.float32)
     padded = batch * q_heads * tiles_over(q_len) * TILE
-    dq_tiles = None
+    dq_tiles, maps = None, (call.q_has_pair, call.kv_has_pair)
     if dq_acc is not None:
         dq_shape = padded * block_d // 32, 32
         dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 64, 32), torch.float32))
@@ -276,8 +276,7 @@ def _launch_backward(
             tile_descriptor(dk, k_shape, block_out),
             tile_descriptor(dv, v_shape, block_out),
             *mask_lists(block_mask, "cols"),
-            call.q_has_pair,
-            call.kv_has_pair,
+            *maps,
             *plane_strides(block_mask),
             tiles_over(q_len),
             kv_heads,
@@ -296,13 +295,7 @@ def _launch_backward(
             "SCORES_AHEAD": tuning.SCORES_AHEAD[block_d],
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
-        (
-            q.device,
-            q.dtype,
-            do.dtype,
-            q_heads // kv_heads,
-            *[x is None for x in (dq_acc, block_mask, call.q_has_pair, call.kv_has_pair)],
-        ),
+        (q.device, q.dtype, do.dtype, q_heads // kv_heads, *[x is None for x in (dq_acc, block_mask, *maps)]),
         num_warps=4,
         enable_fp_fusion=True,
     )
