@@ -105,16 +105,18 @@ def test_bf16_fits(compiled, target, dim):
 
 
 @pytest.mark.parametrize("mask", [padded_mask, lambda *_: None], ids=["padded", "none"])
-@pytest.mark.parametrize(("length", "dim"), [(49, 32), (64, 64), (128, 64)])
+@pytest.mark.parametrize(("length", "dim"), [(49, 32), (64, 64), (128, 32), (128, 64)])
 @pytest.mark.parametrize("target", TARGETS)
 def test_windows_fit(compiled, target, length, dim, mask):
     """What a program keeps of 128 queries, 128 keys and 64 dimensions in backward is more than its registers."""
+    if length * dim > 64 * 64 and target not in ("sm_90", "sm_100"):
+        pytest.skip("they take the kernels over lists")
     kernels = compiled(target)
     compile_passes(torch.bfloat16, dim, mask(length), shape=(2, 2, length), group=2)
     assert_fits(kernels, target, ["_window_fwd_kernel", "_window_bwd_kernel"])
     forward, backward = map(spilled_bytes, kernels)
     assert forward == 0
-    # one pass over it: none of that is in a loop; sm_80 and sm_89 have no products with operands in shared memory
+    # read back once: none of that is in a loop over tiles
     assert backward <= (1280 if target in ("sm_80", "sm_89") else 512)
 
 

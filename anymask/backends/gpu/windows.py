@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from anymask.backends.gpu import target
-from anymask.backends.gpu.arguments import LOG2_E, TileConfig, has_pair, kernel_options, launch_triton, plane_strides
+from anymask.backends.gpu.arguments import (
+    LOG2_E,
+    TileConfig,
+    has_pair,
+    has_tma,
+    kernel_options,
+    launch_triton,
+    plane_strides,
+)
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
 from anymask.layout import empty_as
@@ -26,7 +34,11 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these kernels take the call."""
     _, _, q_len, head_dim = q.shape
     _, _, kv_len, v_dim = v.shape
-    return q.dtype in DTYPES and max(q_len, kv_len) <= MAX_LENGTH and max(head_dim, v_dim) <= MAX_DIM
+    length, dim = max(q_len, kv_len), max(head_dim, v_dim)
+    if q.dtype not in DTYPES or length > MAX_LENGTH or dim > MAX_DIM:
+        return False
+    # before Hopper, operands of products are in registers, which hold half as much
+    return length * dim <= MAX_LENGTH * MAX_DIM // 2 or has_tma(target.current_target())
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
