@@ -104,6 +104,22 @@ def test_bf16_fits(compiled, target, dim):
     assert_fits(kernels, target, PASSES)
 
 
+@pytest.mark.parametrize("mask", [padded_mask, lambda *_: None], ids=["padded", "none"])
+@pytest.mark.parametrize(("length", "dim"), [(49, 32), (64, 64), (128, 32), (128, 64)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_windows_fit(compiled, target, length, dim, mask):
+    """What a program keeps of 128 queries, 128 keys and 64 dimensions in backward is more than its registers."""
+    if length * dim > 64 * 64 and target not in ("sm_90", "sm_100"):
+        pytest.skip("they take the kernels over lists")
+    kernels = compiled(target)
+    compile_passes(torch.bfloat16, dim, mask(length), shape=(2, 2, length), group=2)
+    assert_fits(kernels, target, ["_window_fwd_kernel", "_window_bwd_kernel"])
+    forward, backward = map(spilled_bytes, kernels)
+    assert forward == 0
+    # read back once: none of that is in a loop over tiles
+    assert backward <= (1280 if target in ("sm_80", "sm_89") else 512)
+
+
 @pytest.mark.parametrize(("dim", "v_dim"), [(31, 72), (96, 64), (192, 128)])
 def test_uneven_dims_compile(compiled, dim, v_dim):
     kernels = compiled("sm_90")

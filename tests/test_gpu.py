@@ -61,6 +61,18 @@ def test_lengths(backend: str, case: Case, device: str) -> None:
 
 
 @cases(
+    BACKENDS,
+    [
+        Case(m, q, kv, 64, BF16, 32, q_heads=4)
+        for m in MASKS
+        for q, kv in ((64, 64), (49, 49), (5, 33), (128, 100), (100, 128))
+    ],
+)
+def test_windows(backend: str, case: Case, device: str) -> None:
+    check(case, backend, device)
+
+
+@cases(
     ("hopper",), [Case(m, q, kv, d, F16) for q, kv in grid.LENGTHS for m in grid.LENGTH_MASKS[1:] for d in (64, 128)]
 )
 def test_short_lines_without_a_sum_of_dq(
@@ -119,17 +131,29 @@ def test_long(backend: str, case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
-@cases(BACKENDS, [Case(m, 300, 600, 64, t) for m in grid.UNUSED_MASKS for t in (F16, F32)])
+@cases(
+    BACKENDS,
+    [Case(m, 300, 600, 64, t) for m in grid.UNUSED_MASKS for t in (F16, F32)]
+    + [
+        Case(m, q, kv, d, F16) for q, kv, d in ((300, 600, 128), (60, 40, 64)) for m in ("empty_columns", "key_padding")
+    ],
+)
 def test_unused_keys_reach_nothing(backend: str, case: Case, value: float, device: str) -> None:
     grid.check_unused_keys_reach_nothing(case, backend, device, value)
+    if backend == "hopper":
+        grid.check_unused_keys_reach_nothing(case, backend, device, value, deterministic=True)
 
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
 @cases(
-    BACKENDS, [Case(m, 600, 300, 64, F16) for m in ("empty_rows", "column", "all_empty", "one_pair", "causal_behind")]
+    BACKENDS,
+    [Case(m, 600, 300, 64, F16) for m in ("empty_rows", "column", "all_empty", "one_pair", "causal_behind")]
+    + [Case(m, *size, F16) for size in ((300, 600, 128), (60, 40, 64)) for m in ("empty_rows", "column")],
 )
 def test_unused_queries_reach_nothing(backend: str, case: Case, value: float, device: str) -> None:
     grid.check_unused_queries_reach_nothing(case, backend, device, value)
+    if backend == "hopper":
+        grid.check_unused_queries_reach_nothing(case, backend, device, value, deterministic=True)
 
 
 @cases(BACKENDS, [Case("random", 500, 700, 64, t) for t in (F16, BF16, F32)])

@@ -35,6 +35,14 @@ def test_every_other_mask(backend: str, case: Case) -> None:
 
 @cases(
     BACKENDS,
+    [Case(m, q, kv, 16, F16, 24, q_heads=4) for m in MASK_NAMES for q, kv in ((49, 49), (5, 33), (100, 128))],
+)
+def test_windows(backend: str, case: Case) -> None:
+    check(case, backend)
+
+
+@cases(
+    BACKENDS,
     [
         Case(m, q, kv, 16, F16, batch=1)
         for q, kv in grid.LENGTHS
@@ -76,18 +84,33 @@ def test_scales(backend: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
-@cases(BACKENDS, [Case(m, 140, 300, 16, F16, batch=1) for m in ("empty_columns", "empty_head", "tiles", "all_empty")])
+@cases(
+    BACKENDS,
+    [Case(m, 140, 300, 16, F16, batch=1) for m in ("empty_columns", "empty_head", "tiles", "all_empty")]
+    + [Case(m, 40, 60, 16, F16, batch=1) for m in ("empty_columns", "empty_head", "all_empty")],
+)
 def test_unused_keys_reach_nothing(backend: str, case: Case, value: float) -> None:
     grid.check_unused_keys_reach_nothing(case, backend, "cpu", value)
 
 
 @pytest.mark.parametrize("value", grid.SPECIAL_VALUES, ids=str)
-@cases(BACKENDS, [Case(m, 140, 40, 16, F16, batch=1) for m in ("empty_rows", "column", "all_empty")])
+@cases(BACKENDS, [Case(m, n, 40, 16, F16, batch=1) for n in (140, 60) for m in ("empty_rows", "column", "all_empty")])
 def test_unused_queries_reach_nothing(backend: str, case: Case, value: float) -> None:
     grid.check_unused_queries_reach_nothing(case, backend, "cpu", value)
 
 
-@cases(BACKENDS, [Case("random", 40, 140, 16, F16, batch=1, q_heads=4)])
+@cases(BACKENDS, [Case(m, 140, 300, 16, F16, batch=1) for m in ("none", "random", "empty_columns", "empty_rows")])
+def test_tiles_that_descriptors_read(backend: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of the copy engine, which the interpreter has too."""
+    monkeypatch.setattr("anymask.backends.triton.can_use_tma", lambda *_: True)
+    check(case, backend)
+    if case.mask == "empty_columns":
+        grid.check_unused_keys_reach_nothing(case, backend, "cpu", float("nan"))
+    elif case.mask == "empty_rows":
+        grid.check_unused_queries_reach_nothing(case, backend, "cpu", float("nan"))
+
+
+@cases(BACKENDS, [Case("random", 40, kv, 16, F16, batch=1, q_heads=4) for kv in (140, 60)])
 def test_unused_rows_that_differ_by_head(backend: str, case: Case) -> None:
     grid.check_unused_rows_that_differ_by_head(case, backend, "cpu", float("nan"))
 

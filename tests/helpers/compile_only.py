@@ -141,9 +141,10 @@ def causal_mask() -> BlockMask:
     return pack(causal(), q_len=300, kv_len=300)
 
 
-def padded_mask() -> BlockMask:
-    """Keys no query attends to, so that tiles come through pointers with a predicate."""
-    return pack(torch.arange(300).expand(300, 300) < 200)
+def padded_mask(length: int = 300) -> BlockMask:
+    """Keys no query attends to, and a query without a key."""
+    at = torch.arange(length)
+    return pack((at < length * 2 // 3) & (at[:, None] > 0))
 
 
 def assert_fits(kernels: list[Any], target: str, names: list[str]) -> None:

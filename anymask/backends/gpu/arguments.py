@@ -83,9 +83,9 @@ def has_tma(target: tuple[str, int | str]) -> bool:
     return target[0] == "cuda" and int(target[1]) >= 90
 
 
-def can_use_tma(target: tuple[str, int | str], tensors: tuple[Tensor, ...], *has_pair: Tensor | None) -> bool:
-    """Whether the copy engine can read all tensors: 16-byte aligned strides, every row used."""
-    if not has_tma(target) or any(x is not None for x in has_pair):
+def can_use_tma(target: tuple[str, int | str], tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the copy engine can read all tensors: 16-byte aligned strides."""
+    if not has_tma(target):
         return False
     for t in tensors:
         b, h, m, _ = t.stride()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.backends.gpu import split, target
+from anymask.backends.gpu import split, target, windows
 from anymask.backends.gpu.arguments import (
     LOG2_E,
     MAX_GRID,
@@ -53,7 +53,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, score
     if reason is not None:
         return reason
     has_own_planes = block_mask is not None and block_mask.heads > 1 and q.shape[1] > k.shape[1]
-    if has_own_planes and has_pair(block_mask, "cols") is not None:
+    if has_own_planes and has_pair(block_mask, "cols") is not None and not windows.fits(q, k, v):
         return "the query heads of a group have different masks, some with keys that no query attends to"
     return None
 
@@ -105,6 +105,8 @@ class _Forward(NamedTuple):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
     """`(o, lse)`."""
+    if windows.fits(q, k, v):
+        return windows.forward(q, k, v, block_mask, sm_scale)
     splits = split.count(q, k, block_mask)
     if splits > 1:
         return split.forward(q, k, v, block_mask, sm_scale, splits)
@@ -112,7 +114,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     kv_heads, v_dim = k.shape[1], v.shape[3]
     o = empty_as(q, v_dim)
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
-    v = zero_unused_rows(v, block_mask, "cols")
     group = q_heads // kv_heads
     # the heads of a group have the same keys, values and mask: their queries are rows of one tile, the PackGQA of
     # FlashAttention-3 (Shah et al., 2024)
@@ -155,6 +156,7 @@ def _launch_forward(call: _Forward) -> None:
             tile_descriptor(o, o_shape, block_of((1, 1, WARPGROUP_ROWS, v_width), q.dtype)),
             call.lse,
             *mask_lists(block_mask, "rows"),
+            has_pair(block_mask, "cols"),
             *plane_strides(block_mask),
             q_tiles,
             q_heads,
@@ -175,7 +177,14 @@ def _launch_forward(call: _Forward) -> None:
             "PACK_GQA": call.pack_gqa and block_mask is not None,
             "PLAIN_SOFTMAX": config.PLAIN_SOFTMAX,
         },
-        (q.device, q.dtype, config.BLOCK_N, d_width, v_width, block_mask is None),
+        (
+            q.device,
+            q.dtype,
+            config.BLOCK_N,
+            d_width,
+            v_width,
+            *[x is None for x in (block_mask, has_pair(block_mask, "cols"))],
+        ),
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -198,14 +207,16 @@ def backward(
     The deterministic variant leaves dq to the Triton kernel, which computes the scores again and adds in order. It is
     also the faster one for many columns of few tiles.
     """
+    if windows.fits(q, k, v):
+        return windows.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
     batch, q_heads, q_len, head_dim = q.shape
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     if not _loadable(do.stride(), do.data_ptr()):
         do = do.contiguous()
-    q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
-    k, v = (zero_unused_rows(t, block_mask, "cols") for t in (k, v))
     v_dim = v.shape[3]
     if max(head_dim, v_dim) > NARROW:
+        q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
+        k, v = (zero_unused_rows(t, block_mask, "cols") for t in (k, v))
         with device_guard(q.device):
             call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
             _launch_wide(call, dq, dk, dv)
@@ -219,7 +230,8 @@ def backward(
         dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
     with device_guard(q.device):
         rows = launch_delta(o, do, lse, dlse, dq_acc)
-        call = BackwardCall(q, k, v, do, *rows, None, None, block_mask, sm_scale)
+        used = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
+        call = BackwardCall(q, k, v, do, *rows, *used, block_mask, sm_scale)
         _launch_backward(call, dk, dv, dq_acc, n_work_tiles, programs)
         if dq_acc is None:
             launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
@@ -246,7 +258,7 @@ def _launch_backward(
     block_out = block_of((1, 1, WARPGROUP_ROWS, block_d), q.dtype)
     block_rows = block_of((block_m,), torch.float32)
     padded = batch * q_heads * tiles_over(q_len) * TILE
-    dq_tiles = None
+    dq_tiles, maps = None, (call.q_has_pair, call.kv_has_pair)
     if dq_acc is not None:
         dq_shape = padded * block_d // 32, 32
         dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 64, 32), torch.float32))
@@ -264,10 +276,12 @@ def _launch_backward(
             tile_descriptor(dk, k_shape, block_out),
             tile_descriptor(dv, v_shape, block_out),
             *mask_lists(block_mask, "cols"),
+            *maps,
             *plane_strides(block_mask),
             tiles_over(q_len),
             kv_heads,
             q_heads // kv_heads,
+            q_len,
             kv_len,
             n_work_tiles,
             _swizzle_heads(block_mask is not None, tiles_over(kv_len), batch * kv_heads, programs),
@@ -281,7 +295,7 @@ def _launch_backward(
             "SCORES_AHEAD": tuning.SCORES_AHEAD[block_d],
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
-        (q.device, q.dtype, do.dtype, q_heads // kv_heads, dq_acc is not None, block_mask is None),
+        (q.device, q.dtype, do.dtype, q_heads // kv_heads, *[x is None for x in (dq_acc, block_mask, *maps)]),
         num_warps=4,
         enable_fp_fusion=True,
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask.backends.gpu import split, target
+from anymask.backends.gpu import split, target, windows
 from anymask.backends.gpu.arguments import (
     LOG2_E,
     MAX_GRID,
@@ -62,6 +62,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float, scores: Scores | None = None
 ) -> tuple[Tensor, Tensor]:
     """`(o, lse)`."""
+    if scores is None and windows.fits(q, k, v):
+        return windows.forward(q, k, v, block_mask, sm_scale)
     splits = split.count(q, k, block_mask) if scores is None else 1
     if splits > 1:
         return split.forward(q, k, v, block_mask, sm_scale, splits, _allow_tf32(q))
@@ -74,7 +76,7 @@ def forward(
     terms, qk_scale = None, (abs(sm_scale) or TINY_SCALE) * LOG2_E
     with device_guard(q.device):
         current = target.current_target()
-        use_tma = can_use_tma(current, (q, k, v), kv_has_pair)
+        use_tma = can_use_tma(current, (q, k, v))
         if scores is not None:
             terms = KernelTerms(scores, sm_scale, q_len, k.shape[2], has_tma(current))
             qk_scale = terms.qk_scale
@@ -125,6 +127,8 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)`, bit-equal from run to run."""
+    if windows.fits(q, k, v):
+        return windows.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
     used = _used(q, block_mask, "rows"), _used(q, block_mask, "cols")
     with device_guard(q.device):
         call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), *used, block_mask, sm_scale)
@@ -176,7 +180,7 @@ def _gradients(
 def _what(call: BackwardCall) -> tuple[Any, ...]:
     """What the options of a backward pass depend on."""
     current = target.current_target()
-    use_tma = can_use_tma(current, (call.q, call.k, call.v, call.do), call.q_has_pair, call.kv_has_pair)
+    use_tma = can_use_tma(current, (call.q, call.k, call.v, call.do))
     dims, is_scored = (call.q.shape[3], call.v.shape[3]), call.terms is not None
     return *dims, call.q.element_size(), use_tma, current, _allow_tf32(call.q), is_scored
 

@@ -143,14 +143,19 @@ def _bwd_dq_kernel(
     # [BLOCK_M, BLOCK_D]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     cfg: tl.constexpr = Config(HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, USE_TMA, PRECISION, TILE)
-    keys = Operand(k, k_strides, off_b, off_kvh, kv_len, kv_has_pair)
-    values = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_has_pair)
+    keys = Operand(k, k_strides, off_b, off_kvh, kv_len, None)
+    values = Operand(v, v_strides, off_b, off_kvh, kv_len, None)
+    # rows without a pair are in partial tiles only
+    used_keys = Operand(k, k_strides, off_b, off_kvh, kv_len, kv_has_pair)
+    used_values = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_has_pair)
     full = Entries(full_tiles, words, full_begin, full_end, first_row)
     partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
     scoring = Scoring(qk_scale, terms, blocks, off_b, off_h, q_len, kv_len, start_m)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     dq, row_sum = _bwd_dq_loop(dq, row_sum, q_tile, do_tile, lse2, delta, keys, values, full, scoring, cfg, False)
-    dq, row_sum = _bwd_dq_loop(dq, row_sum, q_tile, do_tile, lse2, delta, keys, values, partial, scoring, cfg, True)
+    dq, row_sum = _bwd_dq_loop(
+        dq, row_sum, q_tile, do_tile, lse2, delta, used_keys, used_values, partial, scoring, cfg, True
+    )
     dq_rows = Operand(dq_ptr, dq_strides, off_b, off_h, q_len, None)
     store_tile(dq_rows, start_m, dq * sm_scale, HEAD_DIM, BLOCK_M, BLOCK_D)
     if sums_ptr is not None:

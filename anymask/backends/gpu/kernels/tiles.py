@@ -70,12 +70,15 @@ def load_tile(
 
     `IS_INSIDE` promises that all rows exist.
     """
+    offs = start + tl.arange(0, ROWS)
     if USE_TMA:
         # [1, 1, ROWS, BLOCK_D]
         block = x.source.load([x.off_b, x.off_h, start, 0])
         tile = tl.reshape(block, [ROWS, BLOCK_D])
+        if x.has_pair is not None:
+            wanted = tl.load(x.has_pair + offs, mask=offs < x.length, other=0) != 0
+            tile = tl.where(wanted[:, None], tile, 0.0)
     else:
-        offs = start + tl.arange(0, ROWS)
         offs_d = tl.arange(0, BLOCK_D)
         base = x.source + x.off_b.to(tl.int64) * x.strides[0] + x.off_h.to(tl.int64) * x.strides[1]
         # [ROWS, BLOCK_D]

@@ -32,6 +32,7 @@ from anymask.backends.hopper.kernels.scheduler import (
     read_tile_range,
     work_tile_at,
 )
+from anymask.backends.hopper.kernels.unused import has_unused, used_rows, zero_unused
 from anymask.backends.hopper.kernels.words import ROWS, load_words, zero_words
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -46,7 +47,7 @@ def _words_of(tile_range, lists):
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, pair, schedule, group, cfg: gl.constexpr):
+def _produce(q_desc, k_desc, v_desc, kv_has_pair, pair, schedule, group, cfg: gl.constexpr):
     """The producer warp: loads q of every work tile, then k and v of the steps through its kv tiles.
 
     v runs one step behind k, which is the order that the consumers want them in.
@@ -57,10 +58,13 @@ def _produce(q_desc, k_desc, v_desc, pair, schedule, group, cfg: gl.constexpr):
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     STEPS: gl.constexpr = TILE // BLOCK_N
     step_base = 0
+    n_zeroed = 0
+    kv_len = schedule.sizes.kv_len
     tile_range, tile, next_tile = first_two_tiles(pair.worker, schedule, HAS_MASK)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, pair.worker)):
         head, sample = tile.head, tile.sample
         kv_head = head // group
+        used = used_rows(kv_has_pair, schedule.plane_strides, sample, head, kv_len)
         n = (tile_range.n_partial + tile_range.n_full) * STEPS
         q_stage, q_phase = stage_and_phase(iteration, cfg.Q_STAGES)
         mbarrier.wait(q.empty.index(q_stage), q_phase ^ 1)
@@ -83,21 +87,39 @@ def _produce(q_desc, k_desc, v_desc, pair, schedule, group, cfg: gl.constexpr):
             mbarrier.expect(kv.k_full.index(stage), cfg.D_BLOCKS * k_desc.block_type.nbytes)
             load_blocks(k_desc, sample, kv_head, row, kv.k_full.index(stage), kv.k_bufs, stage, cfg.D_BLOCKS)
             if t > 0:
-                _load_v(v_desc, sample, kv_head, last_row, kv, stage_and_phase(step_base + t - 1, STAGES)[0], cfg)
+                last = stage_and_phase(step_base + t - 1, STAGES)[0]
+                is_partial = t <= tile_range.n_partial * STEPS
+                n_zeroed = _load_v(v_desc, sample, kv_head, last_row, kv, last, used, kv_len, is_partial, n_zeroed, cfg)
             last_row = row
         step_base += n
         if n > 0:
             stage, phase = stage_and_phase(step_base, STAGES)
             mbarrier.wait(kv.empty.index(stage), phase ^ 1)
-            _load_v(v_desc, sample, kv_head, last_row, kv, stage_and_phase(step_base - 1, STAGES)[0], cfg)
+            last = stage_and_phase(step_base - 1, STAGES)[0]
+            is_partial = tile_range.n_full == 0
+            n_zeroed = _load_v(v_desc, sample, kv_head, last_row, kv, last, used, kv_len, is_partial, n_zeroed, cfg)
         tile = next_tile
         tile_range, next_tile = read_tile_range(pending, next_next, schedule, HAS_MASK)
 
 
 @gluon.jit
-def _load_v(v_desc, sample, kv_head, row, kv, stage, cfg: gl.constexpr):
-    mbarrier.expect(kv.v_full.index(stage), cfg.V_BLOCKS * v_desc.block_type.nbytes)
-    load_blocks(v_desc, sample, kv_head, row, kv.v_full.index(stage), kv.v_bufs, stage, cfg.V_BLOCKS)
+def _load_v(v_desc, sample, kv_head, row, kv, stage, used, kv_len, is_partial, n_zeroed, cfg: gl.constexpr):
+    """Load a tile of v, and zero what no query attends to. `n_zeroed`: how many tiles the worker has zeroed rows of."""
+    STAGES: gl.constexpr = cfg.STAGES
+    lands_at = stage
+    if used is not None:  # noqa: SIM102
+        if is_partial:
+            lands_at = gl.where(has_unused(used, row, kv_len, v_desc.block_type.shape[2]), STAGES, stage)
+    mbarrier.expect(kv.v_full.index(lands_at), cfg.V_BLOCKS * v_desc.block_type.nbytes)
+    load_blocks(v_desc, sample, kv_head, row, kv.v_full.index(lands_at), kv.v_bufs, stage, cfg.V_BLOCKS)
+    if used is not None:  # noqa: SIM102
+        if lands_at == STAGES:
+            mbarrier.wait(kv.v_full.index(STAGES), n_zeroed & 1)
+            for c in gl.static_range(cfg.V_BLOCKS):
+                zero_unused(kv.v_bufs.index(stage * cfg.V_BLOCKS + c), used, row, kv_len)
+            mbarrier.arrive(kv.v_full.index(stage))
+            n_zeroed += 1
+    return n_zeroed
 
 
 @gluon.jit
@@ -196,7 +218,7 @@ def _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg: gl.constexpr, PAIR: gl.c
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.V_BLOCKS] + v_desc.block_type.shape, v_desc.layout)
     o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
-    k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 1)
+    k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES + 1, 1)
     kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS))
     worker = Worker(gl.program_id(0) * CONSUMER_PAIRS + PAIR, gl.num_programs(0) * CONSUMER_PAIRS)
     return ConsumerPair(q, kv, o_bufs, worker)
@@ -223,6 +245,7 @@ def _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg: gl.constexpr, PAIR: gl.c
         "partial_tiles",
         "words",
         "order",
+        "kv_has_pair",
     ],
 )
 def _fwd_kernel(
@@ -237,6 +260,7 @@ def _fwd_kernel(
     partial_tiles,
     words,
     order,
+    kv_has_pair,
     sample_planes,
     head_planes,
     q_tiles,
@@ -285,7 +309,7 @@ def _fwd_kernel(
             [
                 (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(0))),
                 (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(1))),
-                (_produce, (q_desc, k_desc, v_desc, a, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
             ],
             [4, 1],
             [240, 24],
@@ -298,8 +322,8 @@ def _fwd_kernel(
                 (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(1))),
                 (_consume, (o_desc, lse, b, schedule, qk_scale, cfg, gl.constexpr(0))),
                 (_consume, (o_desc, lse, b, schedule, qk_scale, cfg, gl.constexpr(1))),
-                (_produce, (q_desc, k_desc, v_desc, a, schedule, group, cfg)),
-                (_produce, (q_desc, k_desc, v_desc, b, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, kv_has_pair, b, schedule, group, cfg)),
             ],
             [4, 4, 4, 1, 1],
             [112, 112, 112, 24, 24],

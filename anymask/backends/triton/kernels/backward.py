@@ -142,18 +142,18 @@ def _bwd_dkdv_kernel(
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    # [BLOCK_N], whether a query of any head attends to the key
+    used = tl.zeros([BLOCK_N], tl.int8)
     cfg: tl.constexpr = Config(HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, USE_TMA, PRECISION, TILE)
     for i in tl.range(group):
         off_h = off_kvh * group + i
         plane = off_b * plane_strides[0] + off_h * plane_strides[1]
         q_used = q_has_pair
-        kv_used = kv_has_pair
         if q_has_pair is not None:
             q_used = q_has_pair + plane.to(tl.int64) * q_len
-        if kv_has_pair is not None:
-            kv_used = kv_has_pair + plane.to(tl.int64) * kv_len
-        keys = Operand(k, k_strides, off_b, off_kvh, kv_len, kv_used)
-        values = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_used)
+        keys = Operand(k, k_strides, off_b, off_kvh, kv_len, None)
+        values = Operand(v, v_strides, off_b, off_kvh, kv_len, None)
         k_tile = load_tile(keys, start_n, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, False)
         v_tile = load_tile(values, start_n, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA, False)
         if words is not None:
@@ -164,8 +164,8 @@ def _bwd_dkdv_kernel(
             full_begin, full_end = 0, (q_len + TILE - 1) // TILE
             partial_begin, partial_end = full_end, full_end
         padded = (off_b * q_heads + off_h).to(tl.int64) * (((q_len + TILE - 1) // TILE) * TILE)
-        q_rows = Operand(q, q_strides, off_b, off_h, q_len, q_used)
-        do_rows = Operand(do, do_strides, off_b, off_h, q_len, q_used)
+        q_rows = Operand(q, q_strides, off_b, off_h, q_len, None)
+        do_rows = Operand(do, do_strides, off_b, off_h, q_len, None)
         stats = Stats(lse2_ptr + padded, delta_ptr + padded)
         scoring = Scoring(qk_scale, terms, blocks, off_b, off_h, q_len, kv_len, start_n)
         col_sum = tl.zeros([BLOCK_N], tl.float32)
@@ -176,13 +176,23 @@ def _bwd_dkdv_kernel(
         # without a mask every listed tile is full: rows beyond q_len have lse2 = inf
         if words is not None:
             partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
+            # rows without a pair are in partial tiles only
+            used_q = Operand(q, q_strides, off_b, off_h, q_len, q_used)
+            used_do = Operand(do, do_strides, off_b, off_h, q_len, q_used)
             dk, dv, col_sum = _bwd_dkdv_loop(
-                dk, dv, col_sum, k_tile, v_tile, q_rows, do_rows, stats, partial, scoring, cfg, True
+                dk, dv, col_sum, k_tile, v_tile, used_q, used_do, stats, partial, scoring, cfg, True
             )
+        if kv_has_pair is not None:
+            # p of a key without a query is 0 by a select, and ds = p * dp is NaN if its v is
+            kv_used = kv_has_pair + plane.to(tl.int64) * kv_len
+            here = tl.load(kv_used + offs_n, mask=offs_n < kv_len, other=0).to(tl.int8)
+            used |= here
+            col_sum = tl.where(here != 0, col_sum, 0.0)
         if sums_ptr is not None:
-            offs_n = start_n + tl.arange(0, BLOCK_N)
             sums = sums_ptr + (off_b * q_heads + off_h).to(tl.int64) * kv_len
             tl.store(sums + offs_n, col_sum, mask=offs_n < kv_len)
+    if kv_has_pair is not None:
+        dk = tl.where((used != 0)[:, None], dk, 0.0)
     if terms is not None and len(terms.dropout) > 0:
         dv *= terms.dropout.scale
     dk_rows = Operand(dk_ptr, dk_strides, off_b, off_kvh, kv_len, None)

@@ -146,13 +146,17 @@ def _fwd_kernel(
     if kv_has_pair is not None:
         kv_has_pair += plane.to(tl.int64) * kv_len
     cfg: tl.constexpr = Config(HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, USE_TMA, PRECISION, TILE)
-    keys = Operand(k, k_strides, off_b, off_kvh, kv_len, kv_has_pair)
-    values = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_has_pair)
+    keys = Operand(k, k_strides, off_b, off_kvh, kv_len, None)
+    values = Operand(v, v_strides, off_b, off_kvh, kv_len, None)
+    # rows without a pair are in partial tiles only, and a select drops their scores
+    used_values = Operand(v, v_strides, off_b, off_kvh, kv_len, kv_has_pair)
     full = Entries(full_tiles, words, full_begin, full_end, first_row)
     partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
     scoring = Scoring(qk_scale, terms, blocks, off_b, off_h, q_len, kv_len, start_m)
     acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, full, scoring, cfg, False, IS_NEGATIVE, USE_ASM)
-    acc, m_i, l_i = _fwd_loop(acc, m_i, l_i, q_tile, keys, values, partial, scoring, cfg, True, IS_NEGATIVE, USE_ASM)
+    acc, m_i, l_i = _fwd_loop(
+        acc, m_i, l_i, q_tile, keys, used_values, partial, scoring, cfg, True, IS_NEGATIVE, USE_ASM
+    )
     if terms is not None and len(terms.dropout) > 0:
         acc *= terms.dropout.scale
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
