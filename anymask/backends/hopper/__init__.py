@@ -114,6 +114,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
     kv_heads, v_dim = k.shape[1], v.shape[3]
     o = empty_as(q, v_dim)
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
+    if max(head_dim, v_dim) > NARROW:
+        v = zero_unused_rows(v, block_mask, "cols")
     group = q_heads // kv_heads
     # the heads of a group have the same keys, values and mask: their queries are rows of one tile, the PackGQA of
     # FlashAttention-3 (Shah et al., 2024)
@@ -141,6 +143,8 @@ def _launch_forward(call: _Forward) -> None:
     dims = _padded_dims(head_dim, v_shape[3])
     config = tuning.FORWARD[dims if dims[0] != dims[1] else dims[0]]
     d_width, v_width = config.widths or dims
+    # the producer zeroes rows of v of these dims, and finds them zeroed above
+    kv_has_pair = has_pair(block_mask, "cols") if max(dims) <= NARROW else None
     q_tiles = tiles_over(q_len)
     n_work_tiles = q_tiles * q_heads * batch
     programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
@@ -156,7 +160,7 @@ def _launch_forward(call: _Forward) -> None:
             tile_descriptor(o, o_shape, block_of((1, 1, WARPGROUP_ROWS, v_width), q.dtype)),
             call.lse,
             *mask_lists(block_mask, "rows"),
-            has_pair(block_mask, "cols"),
+            kv_has_pair,
             *plane_strides(block_mask),
             q_tiles,
             q_heads,
@@ -183,7 +187,7 @@ def _launch_forward(call: _Forward) -> None:
             config.BLOCK_N,
             d_width,
             v_width,
-            *[x is None for x in (block_mask, has_pair(block_mask, "cols"))],
+            *[x is None for x in (block_mask, kv_has_pair)],
         ),
         num_warps=4,
         enable_fp_fusion=True,
@@ -213,10 +217,10 @@ def backward(
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     if not _loadable(do.stride(), do.data_ptr()):
         do = do.contiguous()
+    q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
+    k, v = (zero_unused_rows(t, block_mask, "cols") for t in (k, v))
     v_dim = v.shape[3]
     if max(head_dim, v_dim) > NARROW:
-        q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
-        k, v = (zero_unused_rows(t, block_mask, "cols") for t in (k, v))
         with device_guard(q.device):
             call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
             _launch_wide(call, dq, dk, dv)
@@ -230,8 +234,7 @@ def backward(
         dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
     with device_guard(q.device):
         rows = launch_delta(o, do, lse, dlse, dq_acc)
-        used = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
-        call = BackwardCall(q, k, v, do, *rows, *used, block_mask, sm_scale)
+        call = BackwardCall(q, k, v, do, *rows, None, None, block_mask, sm_scale)
         _launch_backward(call, dk, dv, dq_acc, n_work_tiles, programs)
         if dq_acc is None:
             launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
@@ -258,7 +261,7 @@ def _launch_backward(
     block_out = block_of((1, 1, WARPGROUP_ROWS, block_d), q.dtype)
     block_rows = block_of((block_m,), torch.float32)
     padded = batch * q_heads * tiles_over(q_len) * TILE
-    dq_tiles, maps = None, (call.q_has_pair, call.kv_has_pair)
+    dq_tiles = None
     if dq_acc is not None:
         dq_shape = padded * block_d // 32, 32
         dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 64, 32), torch.float32))
@@ -276,12 +279,10 @@ def _launch_backward(
             tile_descriptor(dk, k_shape, block_out),
             tile_descriptor(dv, v_shape, block_out),
             *mask_lists(block_mask, "cols"),
-            *maps,
             *plane_strides(block_mask),
             tiles_over(q_len),
             kv_heads,
             q_heads // kv_heads,
-            q_len,
             kv_len,
             n_work_tiles,
             _swizzle_heads(block_mask is not None, tiles_over(kv_len), batch * kv_heads, programs),
@@ -295,7 +296,7 @@ def _launch_backward(
             "SCORES_AHEAD": tuning.SCORES_AHEAD[block_d],
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
-        (q.device, q.dtype, do.dtype, q_heads // kv_heads, *[x is None for x in (dq_acc, block_mask, *maps)]),
+        (q.device, q.dtype, do.dtype, q_heads // kv_heads, dq_acc is not None, block_mask is None),
         num_warps=4,
         enable_fp_fusion=True,
     )
