@@ -290,7 +290,8 @@ def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest
 @pytest.mark.parametrize("backend", [triton_backend, hopper], ids=["triton", "hopper"])
 def test_new_lengths_and_masks_have_no_new_keys(keys: Keys, backend: Any) -> None:
     found = []
-    for length in range(8, 408, 8):
+    # longer than a window
+    for length in range(136, 536, 8):
         for kind in ("causal", "padded"):
             # those that the copy engine reads through other kernels
             if backend is hopper or kind == "causal":
@@ -298,6 +299,15 @@ def test_new_lengths_and_masks_have_no_new_keys(keys: Keys, backend: Any) -> Non
         found.append(len(keys))
     # o and the gradients may have strides that 16 divides, or none
     assert found[-1] == found[3] <= 8
+
+
+def test_windows_have_keys_by_powers_of_two(keys: Keys) -> None:
+    found = []
+    for length in (17, 32, 33, 64, 65, 128, 18, 48, 90, 112, 127):
+        _run(hopper, torch.float16, (64, 64), length, (4, 4), ["by token"] * 4, "causal", "none", 0.1)
+        found.append(len(keys))
+    # forward and backward, in blocks of 32, 64 and 128, of lengths that 16 divides or does not
+    assert found[5:] == [12] * 6
 
 
 @pytest.mark.parametrize("q_len", [1, 9])
@@ -314,7 +324,7 @@ def test_packed_heads_are_written_where_o_lies(
 
     monkeypatch.setattr(hopper, "_launch_forward", written)
     q = LAYOUTS[layout](2, 8, q_len, 64, dtype=torch.float16)
-    k = torch.zeros(2, 2, 50, 64, dtype=torch.float16)
+    k = torch.zeros(2, 2, 150, 64, dtype=torch.float16)
     o, _ = hopper.forward(q, k, k, None, 0.1)
     assert torch.equal(o, expected)
     assert o.stride() == q.stride()
