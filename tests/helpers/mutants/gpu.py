@@ -206,10 +206,10 @@ GPU: tuple[Mutant, ...] = (
         "keys_unused_in_one_head",
     ),
     _bug(
-        "triton: copy engine for tensors with unused rows",
-        "anymask/backends/gpu/arguments.py",
-        "or any(x is not None for x in has_pair):",
-        "or (has_pair and False):",
+        "triton: unused rows as the copy engine reads them",
+        "anymask/backends/gpu/kernels/tiles.py",
+        "tile = tl.where(wanted[:, None], tile, 0.0)",
+        "tile = tl.where(wanted[:, None], tile, tile)",
         "unused_keys and triton-key_padding and f16 and nan",
     ),
     _bug(
