@@ -66,12 +66,12 @@ def test_grouped_heads_spill_little(compiled, target):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_a_bias_fits(compiled, target):
-    """Through the copy engine where there is one, and its registers with it."""
+    """Through pointers, whose addresses take registers."""
     kernels = compiled(target)
     _compile_scores(dense=("by_head",))
     assert_fits(kernels, target, [*PASSES, "_bwd_bias_kernel"])
     if target != "sm_80":
-        assert max(spilled_bytes(k) for k in kernels) <= 32
+        assert max(spilled_bytes(k) for k in kernels) <= 128
 
 
 def test_all_that_happens_to_scores_fits(compiled):

@@ -94,7 +94,7 @@ def test_each_pass_obeys_the_setting_at_its_own_time(settings: None, monkeypatch
 
 
 # bytes a thread spills at most, with Triton 3.6 and 3.9
-SPILLS = {("sm_90", 64): 48, ("sm_100", 64): 96, ("sm_89", 128): 256}
+SPILLS = {("sm_90", 64): 48, ("sm_100", 64): 96, ("sm_89", 128): 288}
 
 
 @pytest.mark.parametrize("target", [pytest.param(t, marks=compiles) for t in SPILLS], ids=str)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from anymask import attention, pack
-from anymask.backends.gpu import split
+from anymask.backends.gpu import split, windows
 from anymask.testing import LAYOUTS, Case, check
 from tests.helpers import grid
 from tests.helpers.grid import BF16, F16, F32, cases
@@ -35,6 +35,7 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     original = split.forward
     monkeypatch.setattr(split, "count", lambda q, k, block_mask: SPLITS)
     monkeypatch.setattr(split, "forward", forward)
+    monkeypatch.setattr(windows, "fits", lambda q, k, v: False)
     yield
     assert seen
 

@@ -8,6 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from anymask.backends.hopper.kernels.compat import reinterpret
+
 # a producer has few registers: rows that are read and written at a time
 CHUNK = gl.constexpr(8)
 
@@ -36,7 +38,7 @@ def zero_unused(buf, has_pair, row, length):
     SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, 64], buf.dtype)
     # the copy engine lays out 64 columns of all rows, then the next 64
     CHUNKS: gl.constexpr = ROWS * buf.shape[3] // (CHUNK * 64)
-    chunks = buf._reinterpret(buf.dtype, [CHUNKS, CHUNK, 64], SHARED)
+    chunks = reinterpret(buf, buf.dtype, [CHUNKS, CHUNK, 64], SHARED)
     for i in range(CHUNKS):
         offs = row + i * CHUNK % ROWS + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
         used = gl.load(has_pair + offs, mask=offs < length, other=1)
