@@ -11,6 +11,7 @@ from torch import Tensor
 from anymask.backends.gpu import target
 from anymask.backends.gpu.arguments import (
     LOG2_E,
+    TINY_SCALE,
     TileConfig,
     has_pair,
     has_tma,
@@ -26,8 +27,6 @@ from anymask.tiles import TILE
 DTYPES = (torch.float16, torch.bfloat16)
 # queries, keys and dimensions of a program: all of a line is in its registers and shared memory
 MAX_LENGTH, MAX_DIM = TILE, 64
-# any positive scale whose products round to 0 stands for 0, since 0 * -inf would be NaN
-TINY_SCALE = 1e-30
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:

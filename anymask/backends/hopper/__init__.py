@@ -143,7 +143,7 @@ def _launch_forward(call: _Forward) -> None:
     dims = _padded_dims(head_dim, v_shape[3])
     config = tuning.FORWARD[dims if dims[0] != dims[1] else dims[0]]
     d_width, v_width = config.widths or dims
-    # the producer zeroes rows of v of these dims, and finds them zeroed above
+    # the producer zeroes rows of v up to these dims; wider ones come with zeros
     kv_has_pair = has_pair(block_mask, "cols") if max(dims) <= NARROW else None
     q_tiles = tiles_over(q_len)
     n_work_tiles = q_tiles * q_heads * batch
