@@ -26,6 +26,7 @@ from anymask.backends import triton as backend
 from anymask.mask.expr import TileGrid
 from anymask.mask.leaves import Stride
 from anymask.packing import triton as triton_pack
+from tests.helpers import scored
 from tests.helpers.compile_only import (
     PASSES,
     TARGETS,
@@ -61,6 +62,29 @@ def test_grouped_heads_spill_little(compiled, target):
     compile_passes(torch.float16, 128, causal_mask(), group=2)
     assert_fits(kernels, target, PASSES)
     assert max(spilled_bytes(k) for k in kernels) <= 32
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_a_bias_fits(compiled, target):
+    """Through the copy engine where there is one, and its registers with it."""
+    kernels = compiled(target)
+    _compile_scores(dense=("by_head",))
+    assert_fits(kernels, target, [*PASSES, "_bwd_bias_kernel"])
+    if target != "sm_80":
+        assert max(spilled_bytes(k) for k in kernels) <= 32
+
+
+def test_all_that_happens_to_scores_fits(compiled):
+    kernels = compiled("sm_90")
+    _compile_scores(dense=("by_sample", "keys_by_head"), tables=("relative",), softcap=3.0, sinks=True, dropout_p=0.1)
+    assert_fits(kernels, "sm_90", [*PASSES, "_bwd_bias_kernel", "_bwd_bias_kernel"])
+
+
+def _compile_scores(**kind):
+    call = scored.make_call("causal", shape=(2, 2, 2, 300, 304), dims=(128, 128), **kind)
+    o, lse = backend.forward(call.q, call.k, call.v, call.mask, 0.1, call.scores)
+    rest = call.mask, 0.1, True, call.scores, call.needs
+    backend.backward_scores(call.q, call.k, call.v, o, lse, call.do, call.dlse, *rest)
 
 
 def test_spills_are_seen(compiled, monkeypatch):
