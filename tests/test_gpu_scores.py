@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from anymask.backends import hopper
 from anymask.backends import triton as backend
 from tests.helpers import scored
 from tests.helpers.grid import BF16, F16, F32
@@ -122,3 +123,22 @@ def test_nan_of_a_hidden_pair_reaches_nothing(device: str) -> None:
         second = call.scores.dense[1].clone()
         first[..., 5, 9], second[..., 5, 9] = math.nan, -math.inf
         scored.check(backend, scored.without(call, dense=(first, second)))
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("mask", [*MASK_NAMES, "empty_head"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 4, 300, 350), (2, 8, 2, 9, 352), (1, 8, 1, 1, 700)], ids=str)
+def test_sinks_of_the_hopper_kernels(shape: Any, dims: tuple[int, int], mask: str, device: str) -> None:
+    scored.check(hopper, scored.make_call(mask, shape=shape, dims=dims, device=device, sinks=True))
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("sink", [-math.inf, -300.0, 300.0])
+def test_extreme_sinks_of_the_hopper_kernels(sink: float, device: str) -> None:
+    call = scored.make_call("empty_rows", shape=SHAPE, dims=(64, 64), device=device, sinks=True)
+    assert call.scores.sinks is not None
+    sinks = call.scores.sinks.index_fill(0, torch.tensor([1], device=device), sink)
+    found, wanted = (scored.run(b, scored.without(call, sinks=sinks)) for b in (hopper, backend))
+    for x, y in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(x.float(), y.float(), atol=2e-3, rtol=2e-3)

@@ -23,13 +23,14 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
+from anymask.backends.gpu.sinks import sink_gradient
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard, launch
 from anymask.layout import empty_as
-from anymask.scores import Scores
+from anymask.scores import Needs, ScoreGrads, Scores
 from anymask.tiles import TILE, tiles_over
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -44,8 +45,8 @@ WARPGROUP_ROWS = 64
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
     """Why this backend cannot run the call, or None."""
-    if scores is not None:
-        return "the call has a bias, a softcap, sinks or dropout, which these kernels do not have"
+    if scores is not None and (scores.dense or scores.lookups or scores.softcap or scores.seed is not None):
+        return "the call has a bias, a softcap or dropout, which these kernels do not have"
     if not q.is_cuda:
         return f"the tensors are on {q.device}, the kernels run on a Hopper GPU"
     layout = tuple((t.stride(), t.data_ptr() % 16) for t in (q, k, v))
@@ -53,7 +54,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, score
     if reason is not None:
         return reason
     has_own_planes = block_mask is not None and block_mask.heads > 1 and q.shape[1] > k.shape[1]
-    if has_own_planes and has_pair(block_mask, "cols") is not None and not windows.fits(q, k, v):
+    takes_windows = scores is None and windows.fits(q, k, v)
+    if has_own_planes and has_pair(block_mask, "cols") is not None and not takes_windows:
         return "the query heads of a group have different masks, some with keys that no query attends to"
     return None
 
@@ -101,13 +103,17 @@ class _Forward(NamedTuple):
     pack_gqa: bool
     block_mask: BlockMask | None
     sm_scale: float
+    sinks: Tensor | None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float, scores: Scores | None = None
+) -> tuple[Tensor, Tensor]:
     """`(o, lse)`."""
-    if windows.fits(q, k, v):
+    sinks = None if scores is None else scores.sinks
+    if sinks is None and windows.fits(q, k, v):
         return windows.forward(q, k, v, block_mask, sm_scale)
-    splits = split.count(q, k, block_mask)
+    splits = split.count(q, k, block_mask) if sinks is None else 1
     if splits > 1:
         return split.forward(q, k, v, block_mask, sm_scale, splits)
     batch, q_heads, q_len, head_dim = q.shape
@@ -123,9 +129,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_sc
         packed = batch, kv_heads, group * q_len
         # a view, unless there are several queries whose heads follow each other; those few rows are copied
         o_rows = o.reshape(*packed, v_dim)
-        call = _Forward(q.reshape(*packed, head_dim), k, v, o_rows, lse, 1, q_len, True, block_mask, sm_scale)
+        call = _Forward(q.reshape(*packed, head_dim), k, v, o_rows, lse, 1, q_len, True, block_mask, sm_scale, sinks)
     else:
-        call = _Forward(q, k, v, o, lse, group, q_len, False, block_mask, sm_scale)
+        call = _Forward(q, k, v, o, lse, group, q_len, False, block_mask, sm_scale, sinks)
     with device_guard(q.device):
         _launch_forward(call)
         if call.o.data_ptr() != o.data_ptr():
@@ -171,6 +177,7 @@ def _launch_forward(call: _Forward) -> None:
             n_work_tiles,
             _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs * config.CONSUMER_PAIRS),
             call.sm_scale * LOG2_E,
+            call.sinks,
         ),
         {
             "D_BLOCKS": dims[0] // d_width,
@@ -187,7 +194,7 @@ def _launch_forward(call: _Forward) -> None:
             config.BLOCK_N,
             d_width,
             v_width,
-            *[x is None for x in (block_mask, kv_has_pair)],
+            *[x is None for x in (block_mask, kv_has_pair, call.sinks)],
         ),
         num_warps=4,
         enable_fp_fusion=True,
@@ -206,13 +213,50 @@ def backward(
     sm_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv)`. dq sums in the order in which tiles finish, unless `deterministic`.
+    """`(dq, dk, dv)`. dq sums in the order in which tiles finish, unless `deterministic`."""
+    if windows.fits(q, k, v):
+        return windows.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
+    return _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)[0]
+
+
+def backward_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    block_mask: BlockMask | None,
+    sm_scale: float,
+    deterministic: bool,
+    scores: Scores,
+    needs: Needs,
+) -> ScoreGrads:
+    """Gradients of q, k, v and of the sinks, which are in lse, so that no other kernel knows of them."""
+    grads, delta = _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)
+    assert scores.sinks is not None
+    delta = delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
+    return ScoreGrads(*grads, (), (), sink_gradient(scores.sinks, lse, delta) if needs.sinks else None)
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    block_mask: BlockMask | None,
+    sm_scale: float,
+    deterministic: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """`(dq, dk, dv)`, and delta, flat.
 
     The deterministic variant leaves dq to the Triton kernel, which computes the scores again and adds in order. It is
     also the faster one for many columns of few tiles.
     """
-    if windows.fits(q, k, v):
-        return windows.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
     batch, q_heads, q_len, head_dim = q.shape
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     if not _loadable(do.stride(), do.data_ptr()):
@@ -224,7 +268,7 @@ def backward(
         with device_guard(q.device):
             call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
             _launch_wide(call, dq, dk, dv)
-        return dq, dk, dv
+        return (dq, dk, dv), call.delta
     block_d = _block_d(head_dim, v_dim)
     n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
@@ -240,7 +284,7 @@ def backward(
             launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
         else:
             _launch_dq_cast(dq_acc, dq, block_d, sm_scale)
-    return dq, dk, dv
+    return (dq, dk, dv), call.delta
 
 
 def _launch_backward(

@@ -36,6 +36,7 @@ from anymask.backends.hopper.kernels.unused import has_unused, used_rows, zero_u
 from anymask.backends.hopper.kernels.words import ROWS, load_words, zero_words
 
 LN_2 = gl.constexpr(0.6931471805599453)
+LOG2_E = gl.constexpr(1.4426950408889634)
 # consumer warpgroups of a pair
 WARPGROUPS = gl.constexpr(2)
 
@@ -139,8 +140,26 @@ def load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
 
 
 @gluon.jit
-def _consume(o_desc, lse, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP: gl.constexpr):
-    """A consumer warpgroup: ROWS queries of every work tile, their `o` and `lse`."""
+def _add_sinks(l_i, m_i, sinks, head, rows, sizes):
+    """Row sums and maxima `[ROWS]` with a sink, a key of every query whose value is 0, and the factor of o for it."""
+    # heads that are packed follow each other
+    head = head * (sizes.q_len // sizes.mask_rows) + rows // sizes.mask_rows
+    sink = gl.load(sinks + head, mask=rows < sizes.q_len, other=0.0) * LOG2_E
+    # a row without a key has a maximum of 0
+    m_i = gl.where(l_i == 0.0, -float("inf"), m_i)
+    top = gl.maximum(m_i, sink)
+    top = gl.where(top == -float("inf"), 0.0, top)
+    alpha = gl.exp2(m_i - top)
+    return l_i * alpha + gl.exp2(sink - top), top, alpha
+
+
+@gluon.jit
+def _consume(o_desc, per_row, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP: gl.constexpr):
+    """A consumer warpgroup: ROWS queries of every work tile, their `o` and `lse`.
+
+    `per_row`: the pointer to lse, and that to the sinks if there are any.
+    """
+    lse = per_row[0]
     q, lists, sizes = pair.q, schedule.lists, schedule.sizes
     HAS_MASK: gl.constexpr = cfg.HAS_MASK
     WIDTH: gl.constexpr = o_desc.block_type.shape[3]
@@ -186,9 +205,12 @@ def _consume(o_desc, lse, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP
         mbarrier.arrive(q.empty.index(q_stage))
         row = q_tile * TILE + WARPGROUP * ROWS
         rows = row + gl.arange(0, ROWS, layout=R_LAYOUT)
+        alpha = 1.0
+        if len(per_row) == 2:
+            l_i, m_i, alpha = _add_sinks(l_i, m_i, per_row[1], head, rows, sizes)
         lse_rows = lse + (sample * sizes.q_heads + head).to(gl.int64) * sizes.q_len + rows
         gl.store(lse_rows, (m_i + gl.log2(l_i)) * LN_2, mask=rows < sizes.q_len)
-        scale = gl.convert_layout(1.0 / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
+        scale = gl.convert_layout(alpha / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
         o_buf = pair.o_bufs.index(WARPGROUP)
         for c in gl.static_range(cfg.V_BLOCKS):
             o = (acc[c] * scale.expand_dims(1)).to(o_desc.dtype)
@@ -246,6 +268,7 @@ def _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg: gl.constexpr, PAIR: gl.c
         "words",
         "order",
         "kv_has_pair",
+        "sinks",
     ],
 )
 def _fwd_kernel(
@@ -272,6 +295,7 @@ def _fwd_kernel(
     n_work_tiles,
     swizzle_heads,
     qk_scale,
+    sinks,
     D_BLOCKS: gl.constexpr,
     V_BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -280,7 +304,7 @@ def _fwd_kernel(
     PACK_GQA: gl.constexpr,
     PLAIN_SOFTMAX: gl.constexpr,
 ):
-    """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md.
+    """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md. `sinks`: fp32, one for each query head, or None.
 
     Grid: (programs), so many that there is a work tile for each, `n_work_tiles = batch * q_heads * q_tiles`.
     Descriptors are `[batch, heads, length, D]` with blocks `[1, 1, ROWS, width]` for q and o, `[1, 1, BLOCK_N, width]`
@@ -302,13 +326,14 @@ def _fwd_kernel(
         lists = MaskLists(lse, lse, lse, lse, lse, lse)
     sizes = ForwardSizes(q_tiles, q_heads, q_len, kv_len, mask_rows)
     schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads)
+    per_row = (lse,) if sinks is None else (lse, sinks)
     a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 0, CONSUMER_PAIRS)
     # argument lists are written inline (docs/kernels.md, finding 8)
     if CONSUMER_PAIRS == 1:
         gl.warp_specialize(
             [
-                (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(0))),
-                (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(1))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(1))),
                 (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
             ],
             [4, 1],
@@ -318,10 +343,10 @@ def _fwd_kernel(
         b = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 1, CONSUMER_PAIRS)
         gl.warp_specialize(
             [
-                (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(0))),
-                (_consume, (o_desc, lse, a, schedule, qk_scale, cfg, gl.constexpr(1))),
-                (_consume, (o_desc, lse, b, schedule, qk_scale, cfg, gl.constexpr(0))),
-                (_consume, (o_desc, lse, b, schedule, qk_scale, cfg, gl.constexpr(1))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(1))),
+                (_consume, (o_desc, per_row, b, schedule, qk_scale, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, per_row, b, schedule, qk_scale, cfg, gl.constexpr(1))),
                 (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
                 (_produce, (q_desc, k_desc, v_desc, kv_has_pair, b, schedule, group, cfg)),
             ],
