@@ -234,6 +234,8 @@ def backward_scores(
     needs: Needs,
 ) -> ScoreGrads:
     """Gradients of q, k, v and of the sinks, which are in lse, so that no other kernel knows of them."""
+    # a sink makes lse finite where a query has no key, so delta would read these rows
+    do = zero_unused_rows(do, block_mask, "rows")
     grads, delta = _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)
     assert scores.sinks is not None
     delta = delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
@@ -261,10 +263,10 @@ def _gradients(
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     if not _loadable(do.stride(), do.data_ptr()):
         do = do.contiguous()
-    q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
-    k, v = (zero_unused_rows(t, block_mask, "cols") for t in (k, v))
     v_dim = v.shape[3]
     if max(head_dim, v_dim) > NARROW:
+        q, do = (zero_unused_rows(t, block_mask, "rows") for t in (q, do))
+        k, v = (zero_unused_rows(t, block_mask, "cols") for t in (k, v))
         with device_guard(q.device):
             call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
             _launch_wide(call, dq, dk, dv)
@@ -278,7 +280,9 @@ def _gradients(
         dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
     with device_guard(q.device):
         rows = launch_delta(o, do, lse, dlse, dq_acc)
-        call = BackwardCall(q, k, v, do, *rows, None, None, block_mask, sm_scale)
+        # the producer zeroes these
+        unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
+        call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
         _launch_backward(call, dk, dv, dq_acc, n_work_tiles, programs)
         if dq_acc is None:
             launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
@@ -305,7 +309,7 @@ def _launch_backward(
     block_out = block_of((1, 1, WARPGROUP_ROWS, block_d), q.dtype)
     block_rows = block_of((block_m,), torch.float32)
     padded = batch * q_heads * tiles_over(q_len) * TILE
-    dq_tiles = None
+    dq_tiles, maps = None, (call.q_has_pair, call.kv_has_pair)
     if dq_acc is not None:
         dq_shape = padded * block_d // 32, 32
         dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 64, 32), torch.float32))
@@ -323,10 +327,12 @@ def _launch_backward(
             tile_descriptor(dk, k_shape, block_out),
             tile_descriptor(dv, v_shape, block_out),
             *mask_lists(block_mask, "cols"),
+            *maps,
             *plane_strides(block_mask),
             tiles_over(q_len),
             kv_heads,
             q_heads // kv_heads,
+            q_len,
             kv_len,
             n_work_tiles,
             _swizzle_heads(block_mask is not None, tiles_over(kv_len), batch * kv_heads, programs),
@@ -340,7 +346,7 @@ def _launch_backward(
             "SCORES_AHEAD": tuning.SCORES_AHEAD[block_d],
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
-        (q.device, q.dtype, do.dtype, q_heads // kv_heads, dq_acc is not None, block_mask is None),
+        (q.device, q.dtype, do.dtype, q_heads // kv_heads, *[x is None for x in (dq_acc, block_mask, *maps)]),
         num_warps=4,
         enable_fp_fusion=True,
     )

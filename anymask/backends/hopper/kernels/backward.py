@@ -25,6 +25,7 @@ from anymask.backends.hopper.kernels.records import (
     BackwardSchedule,
     BackwardSizes,
     DOStages,
+    HasPair,
     KVBuffers,
     MaskLists,
     PlaneStrides,
@@ -33,6 +34,7 @@ from anymask.backends.hopper.kernels.records import (
 )
 from anymask.backends.hopper.kernels.scheduler import column_at, load_q_tile, num_work_tiles
 from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2
+from anymask.backends.hopper.kernels.unused import has_unused, load_used_kv, used_rows, zero_queries
 from anymask.backends.hopper.kernels.words import ROWS, zero_words
 
 # Hardware barriers, by number, and the warps that meet there. Triton has 0 to 4: one for all warps, one that wakes
@@ -46,7 +48,7 @@ CONSUMER_AND_STORE = gl.constexpr(5)
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, pipes, schedule, cfg: gl.constexpr):
+def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pipes, schedule, cfg: gl.constexpr):
     """The producer warp: loads k and v of every work tile, then q, lse2, do and delta of the steps through it."""
     kv, q, do = pipes.kv, pipes.q, pipes.do
     lists, worker, n_work_tiles = schedule.lists, schedule.worker, schedule.n_work_tiles
@@ -54,33 +56,41 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, pipes, sched
     HAS_MASK: gl.constexpr = cfg.HAS_MASK
     BLOCK_M: gl.constexpr = cfg.BLOCK_M
     STAGES: gl.constexpr = cfg.STAGES
+    strides, q_len = schedule.plane_strides, has_pair.q_len
     pos = 0
+    kv_zeroed, q_zeroed = 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
     q_tile = load_q_tile(next_column, lists, 0, HAS_MASK)
     for iteration in range(num_work_tiles(n_work_tiles, worker)):
-        sample, head, tile = next_column.sample, next_column.head, next_column.tile
         mbarrier.wait(kv.empty, (iteration & 1) ^ 1)
-        mbarrier.expect(kv.full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        tma_load(k_desc, [sample, head // group, tile * TILE, 0], kv.full, kv.k_bufs.index(0))
-        tma_load(v_desc, [sample, head // group, tile * TILE, 0], kv.full, kv.v_bufs.index(0))
+        kv_zeroed = load_used_kv(k_desc, v_desc, has_pair, next_column, kv, schedule, kv_zeroed)
         for i in range(group):
             column = next_column
             next_column = column_at(iteration * group + i + 1, schedule, HAS_MASK)
             sample, head = column.sample, column.head
             row = (sample * kv_heads * group + head) * q_tiles * TILE
+            used = used_rows(has_pair.queries, strides, sample, head, q_len)
             for j in range(column.n_full + column.n_partial):
                 start = q_tile * TILE
                 q_tile = load_q_tile(column, lists, j + 1, HAS_MASK)
                 for _ in gl.static_range(TILE // BLOCK_M):
                     stage = pos & (STAGES - 1)
+                    at = stage
+                    if used is not None:  # noqa: SIM102
+                        if j < column.n_partial:
+                            at = gl.where(has_unused(used, start, q_len, BLOCK_M), STAGES, stage)
                     _wait_until_empty(Q_EMPTY, pos, STAGES)
-                    mbarrier.expect(q.full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-                    tma_load(q_desc, [sample, head, start, 0], q.full.index(stage), q.bufs.index(stage))
-                    tma_load(lse_desc, [row + start], q.full.index(stage), q.lse_bufs.index(stage))
+                    mbarrier.expect(q.full.index(at), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+                    tma_load(q_desc, [sample, head, start, 0], q.full.index(at), q.bufs.index(stage))
+                    tma_load(lse_desc, [row + start], q.full.index(at), q.lse_bufs.index(stage))
                     _wait_until_empty(DO_EMPTY, pos, STAGES)
-                    mbarrier.expect(do.full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-                    tma_load(do_desc, [sample, head, start, 0], do.full.index(stage), do.bufs.index(stage))
-                    tma_load(delta_desc, [row + start], do.full.index(stage), do.delta_bufs.index(stage))
+                    mbarrier.expect(do.full.index(at), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+                    tma_load(do_desc, [sample, head, start, 0], do.full.index(at), do.bufs.index(stage))
+                    tma_load(delta_desc, [row + start], do.full.index(at), do.delta_bufs.index(stage))
+                    if used is not None:  # noqa: SIM102
+                        if at == STAGES:
+                            zero_queries(q, do, stage, used, start, q_len, q_zeroed)
+                            q_zeroed += 1
                     start += BLOCK_M
                     pos += 1
             q_tile = load_q_tile(next_column, lists, 0, HAS_MASK)
@@ -306,9 +316,10 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.BLOCK_M], lse_desc.layout)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.BLOCK_M], delta_desc.layout)
     out_bufs = gl.allocate_shared_memory(dtype, [2] + dk_desc.block_type.shape, dk_desc.layout)
-    kv = KVBuffers(k_bufs, v_bufs, allocate_barriers(1, 1).index(0), allocate_barriers(1, 2).index(0))
-    q = QStages(q_bufs, lse_bufs, allocate_barriers(STAGES, 1))
-    do = DOStages(do_bufs, delta_bufs, allocate_barriers(STAGES, 1))
+    landed = allocate_barriers(2, 1)
+    kv = KVBuffers(k_bufs, v_bufs, landed, landed.index(0), allocate_barriers(1, 2).index(0))
+    q = QStages(q_bufs, lse_bufs, allocate_barriers(STAGES + 1, 1))
+    do = DOStages(do_bufs, delta_bufs, allocate_barriers(STAGES + 1, 1))
     return kv, q, do, out_bufs
 
 
@@ -318,11 +329,21 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
         "head_planes",
         "q_tiles",
         "kv_heads",
+        "q_len",
         "kv_len",
         "n_work_tiles",
         "swizzle_heads",
     ],
-    do_not_specialize_on_alignment=["full_offsets", "full_tiles", "partial_offsets", "partial_tiles", "words", "order"],
+    do_not_specialize_on_alignment=[
+        "full_offsets",
+        "full_tiles",
+        "partial_offsets",
+        "partial_tiles",
+        "words",
+        "order",
+        "q_has_pair",
+        "kv_has_pair",
+    ],
 )
 def _bwd_kernel(
     q_desc,
@@ -340,11 +361,14 @@ def _bwd_kernel(
     partial_tiles,
     words,
     order,
+    q_has_pair,
+    kv_has_pair,
     sample_planes,
     head_planes,
     q_tiles,
     kv_heads,
     group,
+    q_len,
     kv_len,
     n_work_tiles,
     swizzle_heads,
@@ -378,12 +402,13 @@ def _bwd_kernel(
     worker = Worker(gl.program_id(0), gl.num_programs(0))
     strides = PlaneStrides(sample_planes, head_planes)
     schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
+    maps = HasPair(q_has_pair, kv_has_pair, q_len, kv_len)
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
             (_consume, (dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg, gl.constexpr(0))),
             (_consume, (dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg, gl.constexpr(1))),
-            (_produce, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, pipes, schedule, cfg)),
+            (_produce, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, maps, pipes, schedule, cfg)),
             (_reduce_dq, (dq_desc, dq_bufs, schedule, cfg)),
         ],
         [4, 1, 1],

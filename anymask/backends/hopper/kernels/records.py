@@ -140,6 +140,15 @@ class BackwardSizes(NamedTuple):
     group: Any
 
 
+class HasPair(NamedTuple):
+    """Pointers to the maps of queries and keys that have a pair, each None where all have, and lengths of a plane's."""
+
+    queries: Any
+    keys: Any
+    q_len: Any
+    kv_len: Any
+
+
 class BackwardSchedule(NamedTuple):
     """What says which work tiles there are, in which order, what each of them meets, and which worker this is."""
 
@@ -176,16 +185,20 @@ class Column(NamedTuple):
 
 
 class KVBuffers(NamedTuple):
-    """The keys and values of a work tile: one stage with a full and an empty barrier."""
+    """The keys and values of a work tile: one stage with a full and an empty barrier.
+
+    `landed`: two barriers, `full` and one for tiles of which the producer zeroes rows before they are full.
+    """
 
     k_bufs: Any
     v_bufs: Any
+    landed: Any
     full: Any
     empty: Any
 
 
 class QStages(NamedTuple):
-    """Stages of q and lse2 with their full barriers."""
+    """Stages of q and lse2 with their full barriers, and one more as in `KVPipeline`."""
 
     bufs: Any
     lse_bufs: Any
@@ -193,7 +206,7 @@ class QStages(NamedTuple):
 
 
 class DOStages(NamedTuple):
-    """Stages of do and delta with their full barriers."""
+    """Stages of do and delta with their full barriers, and one more as in `KVPipeline`."""
 
     bufs: Any
     delta_bufs: Any
