@@ -2,7 +2,9 @@
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
-SCORED, WEIGHTS, OPS = (f"anymask/{name}.py" for name in ("backends/cpu/scored", "scores/weights", "score_ops"))
+SCORED, BIASED, WEIGHTS, OPS = (
+    f"anymask/{name}.py" for name in ("backends/cpu/scored", "backends/cpu/biased", "scores/weights", "score_ops")
+)
 BIAS, BUILDERS, RESOLVE, SCORE_MOD, DROPOUT = (
     f"anymask/scores/{name}.py" for name in ("bias", "builders", "resolve", "score_mod", "dropout")
 )
@@ -70,6 +72,27 @@ SCORES: tuple[Mutant, ...] = (
         "torch.where(o == 0, 0, o.to(lse.dtype) * do.to(lse.dtype))",
         "(o.to(lse.dtype) * do.to(lse.dtype))",
         seen_by("test_scores", "test_rows_without_a_key and cpu"),
+    ),
+    Mutant(
+        "biased: terms of the first samples for all",
+        BIASED,
+        "t = t[planes.b] if",
+        "t = t[: planes.b.stop - planes.b.start] if",
+        seen_by("test_cpu_biased", "test_every_bias and full-no"),
+    ),
+    Mutant(
+        "biased: gradient of what samples share of the last ones alone",
+        BIASED,
+        "self.shared[planes.query_heads] += by_head.sum(0)",
+        "self.shared[planes.query_heads] = by_head.sum(0)",
+        seen_by("test_cpu_biased", "test_every_bias and relative-no"),
+    ),
+    Mutant(
+        "biased: NaN of a pair that does not attend",
+        BIASED,
+        'below_inf = below_inf and bool((term < float("inf")).all())',
+        "below_inf = True",
+        seen_by("test_cpu_biased", "reach_nothing and too"),
     ),
     Mutant(
         "weights: softcap before the bias",
