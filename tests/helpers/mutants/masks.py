@@ -1,4 +1,4 @@
-"""Bugs in what masks mean: leaves, expressions, their lowered form, builders, formats, what models ask for and `torch.vmap` maps."""
+"""Bugs in what masks mean: leaves, expressions, their lowered form, builders, formats, models, `torch.vmap`."""
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
