@@ -2,8 +2,8 @@
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
-SCORED, BIASED, WEIGHTS, OPS = (
-    f"anymask/{name}.py" for name in ("backends/cpu/scored", "backends/cpu/biased", "scores/weights", "score_ops")
+SCORED, SMALL, WEIGHTS, OPS = (
+    f"anymask/{name}.py" for name in ("backends/cpu/scored", "backends/cpu/small_scored", "scores/weights", "score_ops")
 )
 BIAS, BUILDERS, RESOLVE, SCORE_MOD, DROPOUT = (
     f"anymask/scores/{name}.py" for name in ("bias", "builders", "resolve", "score_mod", "dropout")
@@ -74,25 +74,39 @@ SCORES: tuple[Mutant, ...] = (
         seen_by("test_scores", "test_rows_without_a_key and cpu"),
     ),
     Mutant(
-        "biased: terms of the first samples for all",
-        BIASED,
+        "small, scored: terms of the first samples for all",
+        SMALL,
         "t = t[planes.b] if",
         "t = t[: planes.b.stop - planes.b.start] if",
-        seen_by("test_cpu_biased", "test_every_bias and full-no"),
+        seen_by("test_cpu_small_scored", "test_every_bias and full-no"),
     ),
     Mutant(
-        "biased: gradient of what samples share of the last ones alone",
-        BIASED,
+        "small, scored: gradient of what samples share of the last ones alone",
+        SMALL,
         "self.shared[planes.query_heads] += by_head.sum(0)",
         "self.shared[planes.query_heads] = by_head.sum(0)",
-        seen_by("test_cpu_biased", "test_every_bias and relative-no"),
+        seen_by("test_cpu_small_scored", "test_every_bias and relative-no"),
     ),
     Mutant(
-        "biased: NaN of a pair that does not attend",
-        BIASED,
+        "small, scored: dv without dropout",
+        SMALL,
+        "_drop(p, kept, planes).mT @ do_rows",
+        "p.mT @ do_rows",
+        seen_by("test_cpu_small_scored", "test_dropout"),
+    ),
+    Mutant(
+        "small, scored: dropout of the first heads",
+        SMALL,
+        "torch.arange(heads.start, heads.stop)",
+        "torch.arange(heads.stop - heads.start)",
+        seen_by("test_cpu_small_scored", "test_dropout and scores1"),
+    ),
+    Mutant(
+        "small, scored: NaN of a pair that does not attend",
+        SMALL,
         'below_inf = below_inf and bool((term < float("inf")).all())',
         "below_inf = True",
-        seen_by("test_cpu_biased", "reach_nothing and too"),
+        seen_by("test_cpu_small_scored", "reach_nothing and too"),
     ),
     Mutant(
         "weights: softcap before the bias",

@@ -1,4 +1,4 @@
-"""Planes of one tile with a bias on the CPU: many at once, in blocks that do not show."""
+"""Planes of one tile with a bias or dropout on the CPU: many at once, in blocks that do not show."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from anymask import attention, relative_2d
-from anymask.backends.cpu import biased, scored, small
+from anymask.backends.cpu import scored, small
 from anymask.testing import attend
-from tests.helpers.score_cases import KINDS, assert_same, leaf, make_bias
+from tests.helpers.score_cases import KINDS, assert_same, kept, leaf, make_bias, seed_of
 
 # batch, q_heads, kv_heads, q_len, kv_len
 SIZES = 5, 4, 2, 20, 30
@@ -48,6 +48,24 @@ def test_every_bias(kind: str, mask: str) -> None:
     leaves = [*_qkv(), *leaves]
     outputs = attention(*leaves[:3], dense_mask, bias=bias, return_lse=True, backend="cpu")
     wanted = attend(*leaves[:3], dense_mask, bias=dense())
+    assert_same(outputs, wanted, kind)
+    do = [torch.randn_like(t) for t in outputs]
+    do[1] = torch.where(wanted[1] == -math.inf, 0, do[1])
+    assert_same(*[torch.autograd.grad(t, leaves, do) for t in (outputs, wanted)], kind)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", [None, "full", "relative"])
+def test_dropout(kind: str | None, mask: str) -> None:
+    dense_mask = MASKS[mask]()
+    bias, dense, leaves = (None, lambda: None, []) if kind is None else make_bias(kind, SIZES)
+    leaves = [*_qkv(), *leaves]
+    outputs, seed = seed_of(
+        lambda: attention(*leaves[:3], dense_mask, bias=bias, dropout_p=0.3, return_lse=True, backend="cpu")
+    )
+    keep = kept(seed, (*SIZES[:2], *PAIRS), 0.3)
+    wanted = attend(*leaves[:3], dense_mask, bias=dense(), keep=keep)
     assert_same(outputs, wanted, kind)
     do = [torch.randn_like(t) for t in outputs]
     do[1] = torch.where(wanted[1] == -math.inf, 0, do[1])
@@ -94,8 +112,7 @@ def test_it_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(scored.Call, "of", fails)
     q = torch.randn(1, 2, 128, 8, requires_grad=True)
-    attention(q, q, q, bias=torch.randn(128), backend="cpu").sum().backward()
-    monkeypatch.setattr(biased, "forward", fails)
-    for given in ({"bias": torch.randn(9)}, {"softcap": 2.0}, {"sinks": torch.randn(2)}, {"dropout_p": 0.5}):
+    attention(q, q, q, bias=torch.randn(128), dropout_p=0.1, backend="cpu").sum().backward()
+    for given in ({"softcap": 2.0}, {"sinks": torch.randn(2)}):
         with pytest.raises(ZeroDivisionError):
-            attention(q[:, :, :9], q[:, :, :9], q[:, :, :9], backend="cpu", **given)
+            attention(q, q, q, backend="cpu", **given)

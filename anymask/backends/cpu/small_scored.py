@@ -1,6 +1,6 @@
-"""Attention within one tile with a bias, as windows of images have one: `small`, with terms that scores are added to.
+"""Attention within one tile with a bias, as windows of images have one, and with dropout: `small`, with both.
 
-Nothing but terms of the bias: a softcap, sinks and dropout are left to `scored`. Letters as in docs/kernels.md.
+A softcap and sinks are left to `scored`. Letters as in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from anymask.backends.cpu.small import LOG2_E, Planes, planes_of
 from anymask.block_mask import BlockMask
 from anymask.layout import empty_as
 from anymask.scores import Lookup, Needs, ScoreGrads, Scores
+from anymask.scores.dropout import keep_blocks, keep_scale
 from anymask.shapes import LSE, K, O, Q, V
 
 
 def fits(q: Q, k: K, scores: Scores) -> bool:
-    """Whether a plane is one tile, and nothing but a bias changes its scores."""
-    return small.fits(q, k) and not scores.softcap and scores.sinks is None and scores.seed is None
+    """Whether a plane is one tile, and scores have no softcap and no sinks."""
+    return small.fits(q, k) and not scores.softcap and scores.sinks is None
 
 
 def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float, scores: Scores) -> tuple[O, LSE]:
@@ -36,6 +37,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float, sco
         # a row without a key has m = -inf, and -inf - -inf would be NaN
         m = torch.where(m == -float("inf"), 0, m)
         l = p.sub_(m).exp2_().sum(-1, keepdim=True)  # noqa: E741
+        _drop(p, _kept(planes, q, k, scores), planes)
         planes.put_queries(o, (p @ v_rows).div_(torch.where(l == 0, 1, l)))
         # in fp64, so that leaving base 2 rounds once
         planes.put_queries(lse[..., None], (l.double().log2() + m) / LOG2_E)
@@ -62,11 +64,12 @@ def backward(
         k_rows, v_rows = (planes.used_keys(planes.keys(t)) for t in (k, v))
         lse_rows, delta_rows = (planes.queries(t[..., None]) for t in (lse2, delta))
         p = terms.scores(q_rows * (sm_scale * LOG2_E), k_rows, planes).sub_(lse_rows).exp2_()
-        ds = (do_rows @ v_rows.mT).sub_(delta_rows).mul_(p)
+        kept = _kept(planes, q, k, scores)
+        ds = _drop(do_rows @ v_rows.mT, kept, planes).sub_(delta_rows).mul_(p)
         sums.add(ds, planes)
         planes.put_queries(dq, (ds @ k_rows).mul_(sm_scale))
         planes.put_keys(dk, (ds.mT @ q_rows).mul_(sm_scale))
-        planes.put_keys(dv, p.mT @ do_rows)
+        planes.put_keys(dv, _drop(p, kept, planes).mT @ do_rows)
     return ScoreGrads(dq, dk, dv, *sums.of_terms(scores, needs), None)
 
 
@@ -149,6 +152,25 @@ class _Sums:
                     summed = shared.flatten(1).sum_to_size(heads, len(pairs))
                     tables[i] = torch.zeros_like(lookup.table).index_add_(1, pairs, summed)
         return tuple(dense), tuple(tables)
+
+
+def _kept(planes: Planes, q: Q, k: K, scores: Scores) -> Tensor | None:
+    """What dropout multiplies weights by, `[samples, q_heads, q_len, kv_len]`; None without dropout."""
+    if scores.seed is None:
+        return None
+    (q_len, kv_len), heads = (q.shape[2], k.shape[2]), planes.query_heads
+    b = torch.arange(planes.b.start, planes.b.stop)[:, None, None, None]
+    h = torch.arange(heads.start, heads.stop)[:, None, None]
+    blocks = torch.arange(-(-q_len // 16)), torch.arange(-(-kv_len // 32))
+    kept = keep_blocks(scores.seed, b, h, *blocks, scores.dropout_p)[..., :q_len, :kv_len]
+    return kept.to(planes.compute).mul_(keep_scale(scores.dropout_p))
+
+
+def _drop(p: Tensor, kept: Tensor | None, planes: Planes) -> Tensor:
+    """What dropout leaves of the weights of planes, or of their gradients, in place."""
+    if kept is not None:
+        planes.by_head(p).mul_(kept)
+    return p
 
 
 def _of_planes(t: Tensor, planes: Planes) -> Tensor:
