@@ -5,16 +5,16 @@ Outside of such a function a mask is packed as it is, and remembered.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import _C, Tensor
 from torch._ops import _get_dispatch_mode_pre_dispatch
 
-from anymask import validate
+from anymask import validate, vmap
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
-from anymask.mask.program import mask_from_program, program_of
+from anymask.mask.program import is_mapped, mask_from_program, program_of
 from anymask.mask.traced import unknown_size
 from anymask.packing import cache, pack, slice_queries
 from anymask.tiles import TILE, WORDS
@@ -57,6 +57,9 @@ def pack_for(q: Tensor, mask: Mask | BlockMask | None, kv_len: int, check: Any =
         return None
     if isinstance(mask, BlockMask):
         return mask
+    if is_mapped(mask):
+        # the operator has a rule for vmap; what it packs is not remembered
+        return BlockMask(q.shape[2], kv_len, *pack_op(*cast(Any, program_of(mask)), q.shape[2], kv_len, q.device))
     return cache.masks.pack(mask, q.shape[2], kv_len, q.device, check)
 
 
@@ -163,3 +166,4 @@ torch.library.register_fake("anymask::attended", lambda mask: mask.new_empty(mas
 
 
 _LIBRARY.impl("attended", _attended_kernel, "CompositeExplicitAutograd")
+torch.library.register_vmap("anymask::pack", vmap.pack_rule_of(pack_op))

@@ -170,9 +170,10 @@ def _trades() -> list[Case]:
         Case("AlphaFold rows", Shape(384, 8, 384, 32, BF16), rows, ("flash:unmasked",)),
         *(Case(f"packed samples L{s.q_len}", s, masks.SHORT_DOCUMENTS, ("flex",)) for s in packed),
         *(Case(f"decoding B{s.batch} {s.kv_len}", s, DECODE, CUDNN, passes=("forward",)) for s in cached),
-        *(Case(f"FA4, none D{s.head_dim}", s, None, ("fa4",)) for s in fa4),
-        *(Case(f"FA4, causal D{s.head_dim}", s, CAUSAL, ("fa4",)) for s in fa4),
-        Case("FA4, causal L32768", Shape(1, 16, 32768, 128, kv_heads=4), CAUSAL, ("fa4",)),
+        *(Case(f"FA4, none D{s.head_dim}", s, None, ("fa4", "cudnn")) for s in fa4),
+        *(Case(f"FA4, causal D{s.head_dim}", s, CAUSAL, ("fa4", *CUDNN_CAUSAL)) for s in fa4),
+        Case("FA4, causal L32768", Shape(1, 16, 32768, 128, kv_heads=4), CAUSAL, ("fa4", *CUDNN_CAUSAL)),
+        Case("FA4, causal L1024", Shape(4, 32, 1024, 128), CAUSAL, ("fa4", *CUDNN_CAUSAL)),
     ]
 
 

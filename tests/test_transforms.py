@@ -7,7 +7,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from anymask import attention, causal, from_dense, pack
+from anymask import (
+    BlockMask,
+    attention,
+    causal,
+    document,
+    from_dense,
+    from_function,
+    key_padding,
+    pack,
+    scaled_dot_product_attention,
+    spans,
+)
+from anymask.backends import cpu
 from anymask.testing import make_qkv
 
 # torch.compile imports parts of torch that warn on their own
@@ -121,11 +133,24 @@ class TestTransforms:
         with pytest.raises(NotImplementedError, match="differentiated twice"):
             outer(lambda x: inner(x).sum())(q)
 
-    def test_what_a_vmap_maps(self) -> None:
-        q, masks = torch.randn(3, 1, 2, 20, 8), _random(3, 20, 20)
-        for rule in (lambda m: m, from_dense):
-            with pytest.raises(NotImplementedError, match=r"mask is mapped by torch\.vmap"):
-                torch.vmap(lambda x, m, rule=rule: attention(x, x, x, rule(m)))(q, masks)
+    def test_what_a_vmap_cannot_map(self) -> None:
+        q, masks, ids = torch.randn(3, 1, 2, 20, 8), _random(3, 20, 20), torch.arange(60).view(3, 20) // 7
+        packed = pack(masks[0])
+        spread = BlockMask(20, 20, *(t.expand(3, *t.shape) for t in packed.tensors()))
+        cases: list[tuple[Any, Any, type[Exception], str]] = [
+            (lambda m: m, spread, NotImplementedError, "mask is a BlockMask that torch.vmap maps; allowed are"),
+            (pack, masks, NotImplementedError, "a BlockMask has no mapped planes; allowed is the mask itself"),
+            (lambda m: from_function(lambda b, h, i, j: m[i] == m[j]), ids, NotImplementedError, "function reads"),
+            (lambda m: document(cu_seqlens=m), ids, ValueError, "cu_seqlens is mapped by torch.vmap"),
+        ]
+        for rule, mapped, error, text in cases:
+            with pytest.raises(error, match=text):
+                torch.vmap(lambda x, m, rule=rule: attention(x, x, x, rule(m)))(q, mapped)
+        with pytest.raises(NotImplementedError, match="whose values are needed"):
+            torch.vmap(lambda x, m: scaled_dot_product_attention(x, x, x, attn_mask=m))(q, torch.zeros(3, 20, 20))
+        # one that reads nothing mapped
+        rule = from_function(lambda b, h, i, j: ids[0][i] == ids[0][j])
+        assert torch.vmap(lambda x: attention(x, x, x, rule))(q).isfinite().all()
 
     def test_batched_gradients(self) -> None:
         q = torch.randn(1, 2, 20, 8, requires_grad=True)
@@ -133,3 +158,107 @@ class TestTransforms:
             o = attention(q, q, q, return_lse=True)[lse]
             with pytest.raises(NotImplementedError, match=r"no batched gradients \(is_grads_batched=True"):
                 torch.autograd.grad(o, q, torch.randn(3, *o.shape), is_grads_batched=True)
+
+
+class TestMappedMasks:
+    """A mask that `torch.vmap` maps: values and gradients of a loop over slices, in one call of a backend."""
+
+    # planes of a slice: of none, each sample, each head, each of both
+    PLANES = {"one": (), "of samples": (2, 1), "of heads": (1, 4), "of both": (2, 4)}  # noqa: RUF012
+
+    @staticmethod
+    def _qkv(*leading: int) -> list[Tensor]:
+        return [torch.randn(*leading, 2, heads, 20, dim) for heads, dim in ((4, 8), (2, 8), (2, 6))]
+
+    @staticmethod
+    def _of_loop(call: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, ...]:
+        found = [call(*[t if d is None else t[i] for t, d in zip(args, dims, strict=True)]) for i in range(3)]
+        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+
+    @pytest.mark.parametrize("dims", [(0, 0, 0, 0), (0, None, 0, 0), (None, None, None, 0)], ids=str)
+    @pytest.mark.parametrize("planes", PLANES)
+    def test_values_and_gradients(self, planes: str, dims: tuple[Any, ...]) -> None:
+        def call(*args: Tensor) -> tuple[Tensor, ...]:
+            o, lse = attention(*args, return_lse=True)
+            return o, lse
+
+        def grads(*args: Tensor) -> tuple[Tensor, ...]:
+            def loss(*qkv: Tensor) -> Tensor:
+                o, lse = call(*qkv, args[3])
+                return o.sin().sum() + lse.masked_fill(lse == -torch.inf, 0).sin().sum()
+
+            return torch.func.grad(loss, (0, 1, 2))(*args[:3])
+
+        masks = _random(3, *self.PLANES[planes], 20, 20)
+        # a query without keys and a key without queries, with what may not leak
+        masks[0, ..., 3, :], masks[1, ..., 5] = False, False
+        qkv = [torch.randn(t.shape) if d == 0 else t for t, d in zip(self._qkv(3), dims[:3], strict=True)]
+        qkv = [t if d == 0 else t[0] for t, d in zip(qkv, dims[:3], strict=True)]
+        if dims[1] == 0:
+            qkv[1][1, ..., 5, :] = torch.nan
+        for function in (call, grads):
+            got = torch.vmap(function, dims)(*qkv, masks)
+            for a, b in zip(got, self._of_loop(function, dims, *qkv, masks), strict=True):
+                torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize("planes", PLANES)
+    def test_nested(self, planes: str) -> None:
+        qkv, masks, every = self._qkv(3), _random(3, 3, *self.PLANES[planes], 20, 20), (0, 0, 0, 0)
+        alone = (None, None, None, 0)
+        for outer, inner in ((every, alone), (every, every), ((0, 0, 0, None), alone), (alone, (0, 0, 0, None))):
+            # of a mapped level, and of q where both levels map it
+            args = [*qkv, masks if outer[3] == inner[3] == 0 else masks[0]]
+            if inner == every:
+                args = [*(torch.stack([t, t.flip(0), t]) for t in qkv), masks]
+            got = torch.vmap(torch.vmap(attention, inner), outer)(*args)
+            expected = self._of_loop(
+                lambda *a, d=inner: self._of_loop(lambda *x: (attention(*x),), d, *a), outer, *args
+            )
+            torch.testing.assert_close(got, expected[0])
+
+    def test_gradients_of_what_is_outside(self) -> None:
+        qkv, masks = self._qkv(), _random(3, 1, 4, 20, 20)
+
+        def loss(*qkv: Tensor) -> Tensor:
+            return torch.vmap(lambda m: attention(*qkv, m).sin())(masks).sum()
+
+        leaves = [t.requires_grad_() for t in qkv]
+        expected = torch.autograd.grad(sum(attention(*leaves, m).sin().sum() for m in masks), leaves)
+        for found in (torch.func.grad(loss, (0, 1, 2))(*qkv), torch.autograd.grad(loss(*leaves), leaves)):
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+    def test_jacobians(self) -> None:
+        q, masks = torch.randn(3, 1, 1, 4, 2, dtype=torch.float64), _random(3, 4, 4)
+
+        def jacobian(x: Tensor, m: Tensor) -> Tensor:
+            return torch.func.jacrev(lambda x: attention(x, x, x, m))(x)
+
+        expected = torch.stack([jacobian(x, m) for x, m in zip(q, masks, strict=True)])
+        torch.testing.assert_close(torch.vmap(jacobian)(q, masks), expected)
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_masks_that_are_made_inside(self, n: int) -> None:
+        q, lengths = torch.randn(n, 2, 2, 300, 8), torch.tensor([[100, 300], [0, 7], [299, 128]])[:n]
+        ids = torch.arange(300).expand(n, 2, 300) // torch.tensor([50, 99, 200])[:n, None, None]
+        one = _random(2, 1, 300, 300)
+        for rule, mapped in (
+            (key_padding, lengths),
+            (lambda m: ~key_padding(m) | causal(), lengths),
+            (lambda m: causal() & document(m), ids),
+            (lambda m: causal() | spans(m, m + 70), ids),
+            (lambda m: from_dense(one) & document(m[0]), ids),
+        ):
+            got = torch.vmap(lambda x, m, rule=rule: attention(x, x, x, rule(m)))(q, mapped)
+            for i in range(n):
+                torch.testing.assert_close(got[i], attention(q[i], q[i], q[i], rule(mapped[i])))
+
+    @pytest.mark.parametrize("planes", PLANES)
+    def test_one_call(self, planes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[str] = []
+        for name in ("forward", "backward"):
+            honest = getattr(cpu, name)
+            monkeypatch.setattr(cpu, name, lambda *a, n=name, f=honest: calls.append(n) or f(*a))
+        q, masks = self._qkv(3)[0], _random(3, *self.PLANES[planes], 20, 20)
+        torch.vmap(torch.func.grad(lambda x, m: attention(x, x, x, m).sum()))(q, masks)
+        assert calls == ["forward", "backward"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anymask.mask.expr import FEW, Mask, brief
+from anymask.vmap import is_mapped_tensor
 
 P = ParamSpec("P")
 # numbers in tokens: their sums and products fit int64
@@ -110,6 +111,8 @@ def values(name: str, t: Tensor) -> list[Any]:
     """`t.tolist()`, of a tensor that has values."""
     if t.is_meta:
         raise ValueError(f"{name} is on meta, where tensors have no values; allowed are devices that keep them")
+    if is_mapped_tensor(t):
+        raise ValueError(f"{name} is mapped by torch.vmap, where tensors have no values; allowed is one for all")
     listed: list[Any] = t.tolist()
     return listed
 

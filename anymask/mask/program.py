@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anymask.mask.expr import PROGRAM, Binary, Mask, Not, from_postfix, postfix
+from anymask.vmap import is_mapped_tensor
 
 # farther than any two positions are, and a sum of two such fits int64
 FAR = 2**61
@@ -149,6 +150,12 @@ def mask_from_program(nodes: Sequence[int], numbers: Sequence[int], tensors: Seq
         parts = tuple(None if place == NO_TENSOR else tensors[place] for place in places)
         found.append(leaf.read(Parts(tuple(numbers[node.number : end]), parts, bool(node.flag))))
     return from_postfix(found)
+
+
+def is_mapped(mask: Mask) -> bool:
+    """Whether `torch.vmap` maps a tensor of the mask, at whatever level; what a function reads is not known."""
+    program = program_of(mask) if torch._C._are_functorch_transforms_active() else None
+    return program is not None and any(map(is_mapped_tensor, program.tensors))
 
 
 def near(n: int | None, unbounded: int = 0) -> int:

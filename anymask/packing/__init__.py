@@ -9,7 +9,7 @@ from anymask.mask.arguments import check_natural
 from anymask.mask.expr import TileGrid
 from anymask.mask.leaves import Dense
 from anymask.mask.parts import as_mask
-from anymask.mask.program import program_of
+from anymask.mask.program import is_mapped, program_of
 from anymask.packing.changes import extend as extend
 from anymask.packing.changes import slice_queries as slice_queries
 from anymask.packing.device import implementation
@@ -65,6 +65,11 @@ def pack(
         program = program_of(mask.to(place))
         assert program is not None
         return BlockMask(q_len, kv_len, *torch.ops.anymask.pack(*program, q_len, kv_len, place))
+    if is_mapped(mask):
+        raise NotImplementedError(
+            "mask is made of a tensor that torch.vmap maps, and a BlockMask has no mapped planes; allowed is the mask "
+            "itself as an argument of attention"
+        )
     # tensors of inference mode could not be saved for a backward pass
     with torch.inference_mode(False):
         return implementation(place).pack_mask(mask.to(place), TileGrid(q_len, kv_len, place))

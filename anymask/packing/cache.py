@@ -17,9 +17,10 @@ from torch._C import _functorch
 
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
-from anymask.mask.expr import fold
+from anymask.mask.expr import TileGrid, fold
 from anymask.mask.program import program_of
 from anymask.packing import pack
+from anymask.vmap import is_mapped_tensor
 
 # None, where tensors are found to be no mask
 Built = TypeVar("Built", Mask, Mask | None)
@@ -225,6 +226,8 @@ class MaskCache:
         keys = [key for key in map(_tensor_key, leaves) if key is not None]
         on_cuda = device.type == "cuda"
         capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+        if program is None and torch._C._are_functorch_transforms_active() and q_len and kv_len:
+            _refuse_mapped_functions(mask, TileGrid(q_len, kv_len, device))
         # what a function has captured may change
         if program is None or len(keys) < len(leaves) or (capturing and keys):
             return _pack(mask, q_len, kv_len, device, capturing, check)
@@ -318,6 +321,16 @@ def _apart() -> Iterator[None]:
         yield
 
 
+def _refuse_mapped_functions(mask: Mask, grid: TileGrid) -> None:
+    """Raise NotImplementedError if a function reads what `torch.vmap` maps, which the value of one pair shows."""
+    first = torch.zeros(1, 1, dtype=torch.int64, device=grid.device)
+    if is_mapped_tensor(mask.evaluate(grid, first, first, first, first)):
+        raise NotImplementedError(
+            "mask is a from_function mask whose function reads a tensor that torch.vmap maps; allowed is a mask by "
+            "name, or from_dense"
+        )
+
+
 def _unwrapped(mask: Mask) -> Mask:
     """The mask of the tensors inside those that a transform of torch.func has wrapped."""
     inner: Mask = fold(mask, _unwrapped_leaf, lambda node, *operands: node.of_masks(*operands))
@@ -333,7 +346,7 @@ def _unwrapped_tensor(t: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(t):
         if _functorch.is_batchedtensor(t):
             raise NotImplementedError(
-                "mask is mapped by torch.vmap; allowed is one mask for all, or a batch instead of vmap"
+                "mask is made of a tensor that torch.vmap maps, and whose values are needed; allowed is a bool tensor"
             )
         t = _functorch.get_unwrapped(t)
     return t

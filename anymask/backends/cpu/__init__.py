@@ -1,7 +1,7 @@
 """Attention over tile lists in torch ops: the schedule of the kernels without a kernel compiler.
 
-`steps` is the walk over tiles, `small` does planes within one tile, and `scored` what has more than a mask. Letters as
-in docs/kernels.md.
+`steps` is the walk over tiles, `small` does planes within one tile, `scored` what has more than a mask, and
+`small_scored` planes within one tile that have a bias or dropout. Letters as in docs/kernels.md.
 """
 
 from __future__ import annotations

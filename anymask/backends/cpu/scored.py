@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anymask.backends.cpu import small_scored
 from anymask.backends.cpu.small import LOG2_E
 from anymask.backends.cpu.steps import Call, Step, TileRow
 from anymask.block_mask import BlockMask
@@ -24,6 +25,8 @@ from anymask.tiles import TILE
 
 def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float, scores: Scores) -> tuple[O, LSE]:
     """`(o, lse)`."""
+    if small_scored.fits(q, k, scores):
+        return small_scored.forward(q, k, v, block_mask, sm_scale, scores)
     call = Call.of(q, k, v, block_mask)
     o = empty_as(q, v.shape[3]).zero_()
     lse = q.new_full(q.shape[:3], -float("inf"), dtype=call.compute)
@@ -66,7 +69,6 @@ def backward(
     needs: Needs,
 ) -> ScoreGrads:
     """All gradients."""
-    call = Call.of(q, k, v, block_mask)
     # where o is 0, of queries without a key, do may be anything
     delta = torch.where(o == 0, 0, o.to(lse.dtype) * do.to(lse.dtype)).sum(-1)
     if dlse is not None:
@@ -75,6 +77,9 @@ def backward(
     if not has_key.all():
         delta, do = torch.where(has_key, delta, 0), torch.where(has_key[..., None], do, 0)
     lse2 = torch.where(has_key, lse * LOG2_E, 0)
+    if small_scored.fits(q, k, scores):
+        return small_scored.backward(q, k, v, lse2, delta, do, block_mask, sm_scale, scores, needs)
+    call = Call.of(q, k, v, block_mask)
     grads = _Gradients.zeros(scores, needs, lse)
     if grads.sinks is not None and scores.sinks is not None:
         grads.sinks.sub_((torch.exp(scores.sinks[:, None] - lse) * delta).sum((0, 2)))

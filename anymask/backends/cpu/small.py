@@ -42,7 +42,7 @@ def forward(q: Q, k: K, v: V, block_mask: BlockMask | None, sm_scale: float) -> 
     """`(o, lse)`."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     o, lse = empty_as(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=compute)
-    for planes in _planes(q, k, block_mask, compute):
+    for planes in planes_of(q, k, block_mask, compute):
         q_rows, k_rows, v_rows = planes.queries(q) * (sm_scale * LOG2_E), planes.keys(k), planes.keys(v)
         # of each plane by itself, so that no sample depends on its batch
         is_steady = _products_within(STEADY, q_rows, k_rows)
@@ -73,7 +73,7 @@ def backward(
 ) -> tuple[Q, K, V]:
     """`(dq, dk, dv)`; `lse2` in base 2 and `delta` are 0 for queries without a key."""
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
-    for planes in _planes(q, k, block_mask, lse2.dtype):
+    for planes in planes_of(q, k, block_mask, lse2.dtype):
         q_rows, do_rows, k_rows, v_rows = planes.queries(q), planes.queries(do), planes.keys(k), planes.keys(v)
         lse_rows, delta_rows = (planes.queries(t[..., None]) for t in (lse2, delta))
         if planes.has_unused and not (
@@ -98,7 +98,7 @@ def _products_within(limit: float, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Planes:
+class Planes:
     """Some samples `b` and kv heads `g`, with all query heads of these.
 
     Rows are the queries of a group one below the other, `[samples, kv_heads, group * q_len, dim]`; where the heads of a
@@ -121,12 +121,14 @@ class _Planes:
         """Whether some query or key has no pair: whatever it holds reaches nothing."""
         return self.q_has_pair is not None or self.kv_has_pair is not None
 
-    def _query_heads(self) -> slice:
+    @property
+    def query_heads(self) -> slice:
+        """The query heads of these kv heads."""
         return slice(self.g.start * self.group, self.g.stop * self.group)
 
     def queries(self, t: Tensor) -> Tensor:
         """Rows of the planes."""
-        rows = t[self.b, self._query_heads()].to(self.compute)
+        rows = t[self.b, self.query_heads].to(self.compute)
         return rows if self.is_split else rows.reshape(rows.shape[0], -1, self.group * rows.shape[2], rows.shape[3])
 
     def used_queries(self, rows: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class _Planes:
 
     def put_queries(self, t: Tensor, rows: Tensor) -> None:
         """Write rows of the planes."""
-        target = t[self.b, self._query_heads()]
+        target = t[self.b, self.query_heads]
         target.copy_(rows.view(target.shape))
 
     def keys(self, t: Tensor) -> Tensor:
@@ -154,15 +156,19 @@ class _Planes:
         """Write gradients of the planes' keys or values."""
         t[self.b, self.g] = (rows.unflatten(1, (-1, self.group)).sum(2) if self.is_split else rows).to(t.dtype)
 
+    def by_head(self, s: Tensor) -> Tensor:
+        """A view `[samples, q_heads, q_len, kv_len]` of scores."""
+        return s if self.is_split else s.view(s.shape[0], -1, s.shape[2] // self.group, s.shape[3])
+
     def scores(self, q_rows: Tensor, k_rows: Tensor) -> Tensor:
         """`q @ k^T`, -inf where the pair does not attend."""
         s = q_rows @ k_rows.mT
         if self.bias is not None:
-            s.view(s.shape[0], -1, *self.bias.shape[2:]).add_(self.bias)
+            self.by_head(s).add_(self.bias)
         return s
 
 
-def _planes(q: Q, k: K, block_mask: BlockMask | None, compute: torch.dtype) -> Iterator[_Planes]:
+def planes_of(q: Q, k: K, block_mask: BlockMask | None, compute: torch.dtype) -> Iterator[Planes]:
     """All planes, in blocks whose scores fit `SCORES`."""
     (batch, q_heads, q_len, _), (_, kv_heads, kv_len, _) = q.shape, k.shape
     group = q_heads // kv_heads
@@ -175,12 +181,12 @@ def _planes(q: Q, k: K, block_mask: BlockMask | None, compute: torch.dtype) -> I
         for head in range(0, kv_heads, heads_at_once):
             g = slice(head, min(head + heads_at_once, kv_heads))
             if block_mask is None:
-                yield _Planes(b, g, group, compute)
+                yield Planes(b, g, group, compute)
                 continue
             if not found.holds(b, g):
                 found = _MaskOfPlanes.of(block_mask, b, g, group, compute)
             bias, q_has_pair, kv_has_pair = found.cut(b)
-            yield _Planes(b, g, group, compute, bias, q_has_pair, kv_has_pair, found.is_split)
+            yield Planes(b, g, group, compute, bias, q_has_pair, kv_has_pair, found.is_split)
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,7 @@ class _MaskOfPlanes:
 
     samples: range = range(0)
     kv_heads: range = range(0)
-    # see `_Planes`
+    # see `Planes`
     parts: tuple[Tensor | None, ...] = ()
     is_split: bool = False
 

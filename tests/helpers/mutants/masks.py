@@ -1,10 +1,10 @@
-"""Bugs in what masks mean: leaves, expressions, their lowered form, builders, formats, and what models ask for."""
+"""Bugs in what masks mean: leaves, expressions, their lowered form, builders, formats, models, `torch.vmap`."""
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
 LEAVES, EXPR, PROGRAM = (f"anymask/mask/{name}.py" for name in ("leaves", "expr", "program"))
 BUILDERS, PARTS, ARGUMENTS = (f"anymask/mask/{name}.py" for name in ("builders", "parts", "arguments"))
-FORMATS, TRANSFORMERS = "anymask/formats.py", "anymask/integrations/transformers.py"
+FORMATS, TRANSFORMERS, VMAP = "anymask/formats.py", "anymask/integrations/transformers.py", "anymask/vmap.py"
 
 MASKS: tuple[Mutant, ...] = (
     Mutant(
@@ -350,5 +350,26 @@ MASKS: tuple[Mutant, ...] = (
         "sinks=s_aux,",
         "sinks=None if s_aux is None else -s_aux,",
         seen_by("test_planted_bugs", "sinks"),
+    ),
+    Mutant(
+        "vmap: samples that share a plane are no heads",
+        VMAP,
+        '"samples" if is_mapped else "heads"',
+        '"heads"',
+        seen_by("test_transforms", "TestMappedMasks and one"),
+    ),
+    Mutant(
+        "vmap: a tensor of samples that is not mapped counted once",
+        VMAP,
+        "is_shared = d is None and t.shape[0] == 1",
+        "is_shared = d is None",
+        seen_by("test_transforms", "made_inside"),
+    ),
+    Mutant(
+        "vmap: the mask of a slice taken for that of all",
+        VMAP,
+        "mask[LISTS].detach()",
+        "mask[LISTS]",
+        seen_by("test_transforms", "made_inside"),
     ),
 )

@@ -2,7 +2,9 @@
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
-SCORED, WEIGHTS, OPS = (f"anymask/{name}.py" for name in ("backends/cpu/scored", "scores/weights", "score_ops"))
+SCORED, SMALL, WEIGHTS, OPS = (
+    f"anymask/{name}.py" for name in ("backends/cpu/scored", "backends/cpu/small_scored", "scores/weights", "score_ops")
+)
 BIAS, BUILDERS, RESOLVE, SCORE_MOD, DROPOUT = (
     f"anymask/scores/{name}.py" for name in ("bias", "builders", "resolve", "score_mod", "dropout")
 )
@@ -70,6 +72,41 @@ SCORES: tuple[Mutant, ...] = (
         "torch.where(o == 0, 0, o.to(lse.dtype) * do.to(lse.dtype))",
         "(o.to(lse.dtype) * do.to(lse.dtype))",
         seen_by("test_scores", "test_rows_without_a_key and cpu"),
+    ),
+    Mutant(
+        "small, scored: terms of the first samples for all",
+        SMALL,
+        "t = t[planes.b] if",
+        "t = t[: planes.b.stop - planes.b.start] if",
+        seen_by("test_cpu_small_scored", "test_every_bias and full-no"),
+    ),
+    Mutant(
+        "small, scored: gradient of what samples share of the last ones alone",
+        SMALL,
+        "self.shared[planes.query_heads] += by_head.sum(0)",
+        "self.shared[planes.query_heads] = by_head.sum(0)",
+        seen_by("test_cpu_small_scored", "test_every_bias and relative-no"),
+    ),
+    Mutant(
+        "small, scored: dv without dropout",
+        SMALL,
+        "_drop(p, kept, planes).mT @ do_rows",
+        "p.mT @ do_rows",
+        seen_by("test_cpu_small_scored", "test_dropout"),
+    ),
+    Mutant(
+        "small, scored: dropout of the first heads",
+        SMALL,
+        "torch.arange(heads.start, heads.stop)",
+        "torch.arange(heads.stop - heads.start)",
+        seen_by("test_cpu_small_scored", "test_dropout and scores1"),
+    ),
+    Mutant(
+        "small, scored: NaN of a pair that does not attend",
+        SMALL,
+        'below_inf = below_inf and bool((term < float("inf")).all())',
+        "below_inf = True",
+        seen_by("test_cpu_small_scored", "reach_nothing and too"),
     ),
     Mutant(
         "weights: softcap before the bias",
