@@ -33,7 +33,6 @@ _Kind: TypeAlias = "tuple[torch.Size, tuple[int, ...], torch.dtype, int]"
 class MaskOperand(NamedTuple):
     """A `BlockMask` of a plan, as far as backends read one."""
 
-    structure: Structure
     batch: int
     heads: int
     q_len: int
@@ -46,14 +45,23 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """`(o, lse)` by the named backend, or by the first that can."""
+    if backend == "reference":
+        # it runs under transforms of torch.func too, whose tensors have no address
+        return _forward_now(backends.load(backend), q, k, v, block_mask, sm_scale)
     structure, parts = (None, ()) if block_mask is None else (block_mask.structure, block_mask.parts)
     chosen, plan = _forward(backend, structure, sm_scale, q.device, _tf32(q), _kind(q), _kind(k), _kind(v))
-    if plan is not None:
-        o, lse = plan(q, k, v, *parts)
-    else:
-        q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
-        with no_autocast(q):
-            o, lse = chosen.forward(q, k, v, block_mask, sm_scale)
+    if plan is None:
+        return _forward_now(chosen, q, k, v, block_mask, sm_scale)
+    o, lse = plan(q, k, v, *parts)
+    return o, lse
+
+
+def _forward_now(
+    chosen: ModuleType, q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
+    with no_autocast(q):
+        o, lse = chosen.forward(q, k, v, block_mask, sm_scale)
     return o, lse
 
 
@@ -71,16 +79,25 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)` by the named backend, or by the first that can."""
+    rest = block_mask, sm_scale, deterministic
+    if backend == "reference":
+        return _backward_now(backends.load(backend), q, k, v, o, lse, do, dlse, *rest)
     structure, parts = (None, ()) if block_mask is None else (block_mask.structure, block_mask.parts)
     given = (q, k, v, o, lse, do) if dlse is None else (q, k, v, o, lse, do, dlse)
     kinds = [_kind(t) for t in given]
     chosen, plan = _backward(backend, structure, sm_scale, deterministic, q.device, _tf32(q), *kinds)
-    if plan is not None:
-        dq, dk, dv = plan(*given, *parts)
-    else:
-        q, k, v, do = (unit_last_stride(t) for t in (q, k, v, do))
-        with no_autocast(q):
-            dq, dk, dv = chosen.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)
+    if plan is None:
+        return _backward_now(chosen, q, k, v, o, lse, do, dlse, *rest)
+    dq, dk, dv = plan(*given, *parts)
+    return dq, dk, dv
+
+
+def _backward_now(
+    chosen: ModuleType, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, do = (unit_last_stride(t) for t in (q, k, v, do))
+    with no_autocast(q):
+        dq, dk, dv = chosen.backward(q, k, v, o, lse, do, *rest)
     return dq, dk, dv
 
 
@@ -152,15 +169,18 @@ def _mask(plan: Plan, structure: Structure | None) -> Any:
     residues = iter(structure.residues)
     batch, heads, q_len, kv_len = structure[:4]
 
-    def view(length: int, has_pair: int) -> TileLists:
+    def view(length: int, mean_tiles: int, has_pair: int) -> TileLists:
         # how many tiles there are no backend may ask: two masks of one structure have different ones
         lists = [plan.operand(None, (1,), torch.int32, next(residues)) for _ in range(5)]
         lists.append(plan.operand((batch, heads, tiles_over(length)), (0, 0, 1), torch.int32, next(residues)))
         lists.append(plan.operand((has_pair,), (1,), torch.uint8, next(residues)))
-        return TileLists(*lists)
+        made = TileLists(*lists)
+        vars(made)["mean_tiles"] = mean_tiles
+        return made
 
-    rows, cols = view(q_len, structure.q_has_pair), view(kv_len, structure.kv_has_pair)
-    return MaskOperand(structure, batch, heads, q_len, kv_len, rows, cols)
+    rows = view(q_len, structure.row_tiles, structure.q_has_pair)
+    cols = view(kv_len, structure.col_tiles, structure.kv_has_pair)
+    return MaskOperand(batch, heads, q_len, kv_len, rows, cols)
 
 
 def no_autocast(t: Tensor) -> AbstractContextManager[Any]:

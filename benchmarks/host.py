@@ -84,29 +84,24 @@ def stubbed() -> Iterator[None]:
         ):
             stack.enter_context(patch.object(where, name, stub))
         assert split.target is target
-        try:
-            forget()
-            yield
-        finally:
-            forget()
-            for function in ran:
-                function.device_caches.clear()
+        forget()
+        yield
+        forget()
+        for function in ran:
+            function.device_caches.clear()
 
 
 def _compiled(target: Any, signature: dict[str, Any]) -> Any:
     """What Triton would compile, as far as a launch asks."""
-    blocks = [re.findall(r"\[(.*?)\]", str(kind))[0] for kind in signature.values() if "tensordesc" in str(kind)]
+    blocks = [re.findall(r"\[(.*?)\]", str(kind))[0].split(",") for kind in signature.values() if "desc" in str(kind)]
     options = {"swizzle": 3, "elem_size": 2, "elem_type": 8, "fp4_padded": False}
+    none = ("shared", "launch_pdl", "launch_cooperative_grid", "global_scratch_size", "profile_scratch_size")
     metadata = SimpleNamespace(
         target=target,
-        tensordesc_meta=[options | {"block_size": [int(n) for n in block.split(",")]} for block in blocks],
+        tensordesc_meta=[options | {"block_size": list(map(int, block))} for block in blocks],
         num_warps=4,
         num_ctas=1,
-        shared=0,
-        launch_pdl=False,
-        launch_cooperative_grid=False,
-        global_scratch_size=0,
-        profile_scratch_size=0,
+        **dict.fromkeys(none, 0),
     )
     source = SimpleNamespace(signature=signature)
     return SimpleNamespace(metadata=metadata, src=source, function=1, packed_metadata=0, run=lambda *args: None)

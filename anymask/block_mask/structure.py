@@ -14,7 +14,7 @@ class Structure(NamedTuple):
     heads: int
     q_len: int
     kv_len: int
-    # tiles of the mean row of tiles and of the mean column, rounded up
+    # tiles of the mean row of tiles and of the mean column
     row_tiles: int
     col_tiles: int
     # elements of the maps of positions that have a pair: 0 if all have
@@ -26,15 +26,13 @@ class Structure(NamedTuple):
 
 def structure_of(rows: TileLists, cols: TileLists, q_len: int, kv_len: int) -> Structure:
     """Of the mask of two views. Reads sizes only, and waits for nothing."""
-    # each tile is in both views
-    found = rows.full_tiles.numel() + rows.partial_tiles.numel()
     return Structure(
         rows.order.shape[0],
         rows.order.shape[1],
         q_len,
         kv_len,
-        -(-found // max(1, rows.order.numel())),
-        -(-found // max(1, cols.order.numel())),
+        rows.mean_tiles,
+        cols.mean_tiles,
         rows.has_pair.numel(),
         cols.has_pair.numel(),
         tuple(t.data_ptr() % 16 for t in (*rows.tensors(), *cols.tensors())),

@@ -65,7 +65,7 @@ def count(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:
     if tiles < fewest or not q.is_cuda:
         return 1
     if block_mask is not None:
-        tiles = block_mask.structure.row_tiles
+        tiles = block_mask.rows.mean_tiles
         if tiles < fewest:
             return 1
     line = _line(q, k, block_mask)

@@ -334,7 +334,7 @@ def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -
 
 
 def _has_short_columns(block_mask: BlockMask | None) -> bool:
-    return block_mask is not None and block_mask.structure.col_tiles <= tuning.SHORT_COLUMN
+    return block_mask is not None and block_mask.cols.mean_tiles <= tuning.SHORT_COLUMN
 
 
 def _swizzle_heads(has_mask: bool, tiles: int, heads: int, num_workers: int) -> int:
