@@ -118,9 +118,8 @@ def _library() -> Any:
 class HostTime:
     """What a call takes of the host."""
 
-    # of the fastest block, and in loops of Python, the median of blocks beside each of which loops ran
-    us: float
-    loops: float
+    us: float  # of the fastest block
+    loops: float  # the median of blocks, each beside one of loops of Python
 
 
 def measure(compiled: bool) -> dict[str, HostTime]:

@@ -294,7 +294,7 @@ def _check(call: Call, driver: Driver) -> None:
 BASES = [
     Call(),
     Call(backend="triton", dtype=torch.float32, lengths=(160, 300)),
-    Call(dims=(128, 128), heads=(4, 2), mask="unused keys", dlse="contiguous"),
+    Call(dims=(128, 128), heads=(4, 2), mask="none", dlse="contiguous"),
     Call(lengths=(64, 64)),
     Call(heads=(4, 2), lengths=(9, 300)),
 ]
