@@ -84,6 +84,8 @@ class Direct:
         """
         metadata = compiled.metadata
         _check(metadata)
+        # Triton unloads the code of a kernel that nobody holds
+        self._compiled = compiled
         self._launch, self._replace, encode = _library()
         found = list(_parameters(args, list(compiled.src.signature.values())[: len(args)]))
         addresses = [value.slot for _, value in found if isinstance(value, Address)]
