@@ -23,27 +23,35 @@ def launch(
     constants: dict[str, Any],
     key: tuple[Any, ...],
     **options: Any,
-) -> None:
-    """`kernel[grid](*args, **constants, **options)`.
+) -> Any:
+    """`kernel[grid](*args, **constants, **options)`; the compiled kernel, or None off NVIDIA's GPUs.
 
     `constants` are its last parameters, in order. They, `options` and `key` say all that the compiled kernel depends
     on, the device included: of each argument what `args_key` says, unless it is always the same.
     """
     # kernels are never freed, and hash slowly
     key = (id(kernel), *key, *options.values(), *constants.values())
-    known, hooks = _kernels.get(key), _hooks()
+    known = _kernels.get(key)
     if known is None:
         compiled = kernel[grid](*args, **constants, **options)
         # the interpreter compiles nothing; on AMD a kernel also depends on how large tensors are
         if compiled is not None and compiled.metadata.target.backend == "cuda":
             _kernels[key] = compiled
-    elif hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            return compiled
+    elif is_watched():
         known[grid](*args, *constants.values())
     else:
         # what the line above does when no profiler has hooks in Triton; looking for them costs half of a launch
         active = _driver().active
         stream = active.get_current_stream(active.get_current_device())
         known.run(*grid, stream, known.function, known.packed_metadata, None, None, None, *args, *constants.values())
+    return known
+
+
+def is_watched() -> bool:
+    """Whether a profiler has hooks in Triton's launches."""
+    hooks = _hooks()
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
 
 
 @cache
@@ -85,10 +93,10 @@ def _ints_key(numbers: tuple[int, ...]) -> tuple[Any, ...]:
 
 
 def _other_key(arg: Any) -> Any:
-    """Of a descriptor, a record of arguments, or a tensor of a class of its own."""
+    """Of a descriptor, a record of arguments, an operand of a plan, or a tensor of a class of its own."""
     if isinstance(arg, tuple):
         return tuple([_nested_key(x) for x in arg])
-    return tensor_key(arg) if isinstance(arg, Tensor) else (type(arg), arg.base.dtype, *arg.block_shape)
+    return tensor_key(arg) if hasattr(arg, "data_ptr") else (type(arg), arg.base.dtype, *arg.block_shape)
 
 
 def _nested_key(arg: Any) -> Any:

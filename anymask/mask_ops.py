@@ -69,6 +69,9 @@ def mask_of_call(q: Tensor, k: Tensor, mask: Any) -> BlockMask | None:
     Raises:
         ValueError: it does not fit. TypeError: it is no mask.
     """
+    if isinstance(mask, BlockMask) and type(q) in _PLAIN and not q.is_meta:
+        validate.check_packed(q, k, mask)
+        return mask
     call: cache.CallKey | None = None
     # the cache knows tensors that are dense in memory, for calls that have values
     plain = type(mask) is Tensor and type(q) in _PLAIN and mask.layout is torch.strided and not mask.is_nested

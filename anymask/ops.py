@@ -18,7 +18,7 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from anymask import backends, flops, validate, vmap
+from anymask import calls, flops, validate, vmap
 from anymask.block_mask import BlockMask
 from anymask.layout import dense_strides
 
@@ -98,11 +98,7 @@ def run_forward(
     if q.numel() == 0 or k.shape[2] == 0 or v.shape[3] == 0:
         o, lse = _forward_fake(q, k, v)
         return o.zero_(), lse.fill_(-float("inf"))
-    q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
-    chosen = backends.choose(q, k, v, block_mask, backend)
-    with no_autocast(q):
-        outputs: tuple[Tensor, Tensor] = chosen.forward(q, k, v, block_mask, sm_scale)
-    return outputs
+    return calls.forward(q, k, v, block_mask, sm_scale, backend)
 
 
 def run_backward(
@@ -123,16 +119,9 @@ def run_backward(
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         dq, dk, dv = _backward_fake(q, k, v)
         return dq.zero_(), dk.zero_(), dv.zero_()
-    q, k, v, do = (unit_last_stride(t) for t in (q, k, v, do))
-    block_mask = block_mask_of(mask, q, k)
-    chosen = backends.choose(q, k, v, block_mask, backend)
-    sm_scale = _scale(sm_scale, scale)
     repeatable = deterministic or torch.are_deterministic_algorithms_enabled()
-    with no_autocast(q):
-        grads: tuple[Tensor, Tensor, Tensor] = chosen.backward(
-            q, k, v, o, lse, do, dlse, block_mask, sm_scale, repeatable
-        )
-    return grads
+    block_mask, sm_scale = block_mask_of(mask, q, k), _scale(sm_scale, scale)
+    return calls.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale, backend, repeatable)
 
 
 class Attention(_SingleLevelFunction):
@@ -334,14 +323,3 @@ def mask_tensors(block_mask: BlockMask | None) -> list[Tensor]:
 def block_mask_of(tensors: list[Tensor], q: Tensor, k: Tensor) -> BlockMask | None:
     """The mask of the tensors that the operators take."""
     return BlockMask.from_tensors(tensors, q.shape[2], k.shape[2]) if tensors else None
-
-
-def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """No cast inside a backend; nothing to do, at no cost, where none is asked for."""
-    kind = t.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def unit_last_stride(t: Tensor) -> Tensor:
-    """`t`, or a contiguous copy of it if its last dimension is not dense in memory."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

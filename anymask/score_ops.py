@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from anymask import backends, flops, ops
 from anymask.block_mask import BlockMask
+from anymask.calls import no_autocast, unit_last_stride
 from anymask.layout import dense_strides
 from anymask.scores import Lookup, Needs, ScoreGrads, Scores
 
@@ -116,9 +117,9 @@ def _forward(
         return o.zero_(), lse
     scores = _scores(dense, lookups, diagonal, sinks, seed, softcap, dropout_p)
     block_mask = ops.block_mask_of(mask, q, k)
-    q, k, v = (ops.unit_last_stride(t) for t in (q, k, v))
+    q, k, v = (unit_last_stride(t) for t in (q, k, v))
     chosen = backends.choose(q, k, v, block_mask, backend, scores)
-    with ops.no_autocast(q):
+    with no_autocast(q):
         outputs: tuple[Tensor, Tensor] = chosen.forward(q, k, v, block_mask, sm_scale, scores)
     return outputs
 
@@ -148,10 +149,10 @@ def _backward(
     exact_zero = [n and shifts and t.shape[3] == 1 for t, n in zip(dense, needs.dense, strict=True)]
     asked = needs._replace(dense=tuple(n and not zero for n, zero in zip(needs.dense, exact_zero, strict=True)))
     block_mask = ops.block_mask_of(mask, q, k)
-    q, k, v, do = (ops.unit_last_stride(t) for t in (q, k, v, do))
+    q, k, v, do = (unit_last_stride(t) for t in (q, k, v, do))
     chosen = backends.choose(q, k, v, block_mask, backend, scores)
     repeatable = deterministic or torch.are_deterministic_algorithms_enabled()
-    with ops.no_autocast(q):
+    with no_autocast(q):
         grads: ScoreGrads = chosen.backward_scores(
             q, k, v, o, lse, do, dlse, block_mask, sm_scale, repeatable, scores, asked
         )

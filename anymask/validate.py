@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask, causal, causal_lower_right
@@ -45,8 +46,9 @@ def refuse_keywords(unknown: dict[str, Any]) -> None:
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the dtype of an enclosing `torch.autocast`, as torch's own attention has it; fp64 is left alone."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, t)
+    check_tensor("q", q)
+    check_tensor("k", k)
+    check_tensor("v", v)
     # torch raises for the device meta, which has no autocast
     if q.is_meta or not torch.is_autocast_enabled(q.device.type):
         return q, k, v
@@ -57,6 +59,8 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_tensor(name: str, value: Any) -> None:
     """Raise unless it is a tensor with sizes, strides and memory of its own."""
+    if type(value) is Tensor and value.layout is torch.strided and not value.is_nested:
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed is a torch.Tensor")
     if value.is_nested:
@@ -80,10 +84,14 @@ def check_call(
     scale_name: str = "scale",
 ) -> float:
     """The scale to use, once every argument but the mask's shape is known to fit."""
-    _check_qkv(q, k, v)
-    for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} is {flag!r} of type {type(flag).__name__}; allowed is a bool")
+    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack():
+        # of sizes that may be symbols, which nothing may remember
+        _check_qkv(*_traits(q), *_traits(k), *_traits(v))
+    else:
+        _check_qkv_once(*_traits(q), *_traits(k), *_traits(v))
+    if not (isinstance(is_causal, bool) and isinstance(return_lse, bool)):
+        name, flag = ("return_lse", return_lse) if isinstance(is_causal, bool) else ("is_causal", is_causal)
+        raise TypeError(f"{name} is {flag!r} of type {type(flag).__name__}; allowed is a bool")
     if deterministic is not None and not isinstance(deterministic, bool):
         raise TypeError(f"deterministic is {deterministic!r}; allowed are None and a bool")
     if is_causal and mask is not None:
@@ -117,24 +125,36 @@ def has_static_value(number: Any) -> bool:
     return symbolic_shapes.has_static_value(number)
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _traits(t: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return t.shape, t.dtype, t.device
+
+
+def _check_qkv(
+    q_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    k_shape: torch.Size,
+    k_dtype: torch.dtype,
+    k_device: torch.device,
+    v_shape: torch.Size,
+    v_dtype: torch.dtype,
+    v_device: torch.device,
+) -> None:
     """Raise ValueError for the first property of q, k, v that does not fit."""
-    # read once: torch makes these objects anew for each reading, which takes as long as comparing them
-    q_shape, k_shape, v_shape, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
-    for name, t, shape in (("q", q, q_shape), ("k", k, k_shape), ("v", v, v_shape)):
+    for name, shape, found in (("q", q_shape, dtype), ("k", k_shape, k_dtype), ("v", v_shape, v_dtype)):
         if len(shape) != 4:
             raise ValueError(
                 f"{name} has shape {tuple(shape)}, {len(shape)} dimensions; allowed are 4, [batch, heads, length, dim]"
             )
-        if t.dtype not in FLOATS:
-            raise ValueError(f"{name} has dtype {t.dtype}; allowed are {', '.join(map(str, FLOATS))}")
+        if found not in FLOATS:
+            raise ValueError(f"{name} has dtype {found}; allowed are {', '.join(map(str, FLOATS))}")
     batch, q_heads, _, head_dim = q_shape
     kv_batch, kv_heads, kv_len, k_dim = k_shape
-    for name, t, size in (("k", k, kv_batch), ("v", v, v_shape[0])):
-        if t.dtype != dtype:
-            raise ValueError(f"{name} has dtype {t.dtype} but q has {dtype}; allowed is one dtype for q, k and v")
-        if t.device != device:
-            raise ValueError(f"{name} is on {t.device} but q is on {device}; allowed is one device for q, k and v")
+    for name, found, place, size in (("k", k_dtype, k_device, kv_batch), ("v", v_dtype, v_device, v_shape[0])):
+        if found != dtype:
+            raise ValueError(f"{name} has dtype {found} but q has {dtype}; allowed is one dtype for q, k and v")
+        if place != device:
+            raise ValueError(f"{name} is on {place} but q is on {device}; allowed is one device for q, k and v")
         if size != batch:
             raise ValueError(f"{name}.batch is {size} but q.batch is {batch}; allowed are equal sizes")
     for name, size, expected in (("heads", v_shape[1], kv_heads), ("length", v_shape[2], kv_len)):
@@ -147,6 +167,10 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q has {q_heads} heads and k has {kv_heads}; allowed is a number of q heads that is a multiple of "
             "the number of k heads"
         )
+
+
+# asked at every call, for few different shapes; what it raises is not remembered
+_check_qkv_once = lru_cache(maxsize=1024)(_check_qkv)
 
 
 def fitting_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Mask | BlockMask | None:
@@ -162,15 +186,10 @@ def fitting_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Ma
     """
     if mask is None:
         return None
-    q_len, kv_len = q.shape[2], k.shape[2]
     if isinstance(mask, BlockMask):
-        if (mask.q_len, mask.kv_len) != (q_len, kv_len):
-            raise ValueError(
-                f"mask was packed for q_len={mask.q_len}, kv_len={mask.kv_len} but q and k have {q_len} and {kv_len}"
-            )
-        _check_planes((mask.batch, mask.heads), q)
-        _check_device(mask.device, q)
+        check_packed(q, k, mask)
         return mask
+    q_len, kv_len = q.shape[2], k.shape[2]
     lazy: Mask | None = mask if isinstance(mask, Mask) else None
     if lazy is None and type(mask) is not Tensor:
         lazy = _of_elsewhere(mask, q_len, kv_len)
@@ -186,6 +205,18 @@ def fitting_mask(q: Tensor, k: Tensor, mask: Any, any_dtype: bool = False) -> Ma
     lazy.check_once(q_len, kv_len)
     _check_planes(planes, q)
     return lazy
+
+
+def check_packed(q: Tensor, k: Tensor, mask: BlockMask) -> None:
+    """Raise ValueError unless a packed mask fits q and k."""
+    _, _, q_len, _ = q.shape
+    kv_len = k.shape[2]
+    if mask.q_len != q_len or mask.kv_len != kv_len:
+        raise ValueError(
+            f"mask was packed for q_len={mask.q_len}, kv_len={mask.kv_len} but q and k have {q_len} and {kv_len}"
+        )
+    _check_planes(mask.q_has_pair.shape, q)
+    _check_device(mask.device, q)
 
 
 def _of_elsewhere(mask: Any, q_len: int, kv_len: int) -> Mask | None:
@@ -224,6 +255,8 @@ def check_not_additive(mask: Tensor) -> None:
 
 def _check_planes(planes: tuple[int, ...], q: Tensor) -> None:
     shape = q.shape
+    if planes[0] in (1, shape[0]) and planes[1] in (1, shape[1]):
+        return
     for dim, name in ((0, "batch"), (1, "q_heads")):
         if planes[dim] not in (1, shape[dim]):
             raise ValueError(

@@ -6,6 +6,8 @@ microseconds and in loops of Python, `LOOP` additions each, so that machines com
 
 from __future__ import annotations
 
+import ctypes
+import re
 import statistics
 import sys
 import time
@@ -42,13 +44,19 @@ def stubbed() -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from anymask import launch
+    from anymask import calls, direct, launch
     from anymask.backends import hopper
     from anymask.backends.gpu import split, target
 
     sm90 = GPUTarget("cuda", 90, 32)
-    metadata = SimpleNamespace(target=sm90)
-    compiled = SimpleNamespace(metadata=metadata, function=0, packed_metadata=0, run=lambda *args: None)
+    ran: set[JITFunction[Any]] = set()
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        ran.add(self)
+        _, specialization, _ = self.device_caches[0][-1](*args, **named)
+        types = [kind for kind, _ in specialization]
+        return _compiled(sm90, dict(zip(self.arg_names, types, strict=True)))
+
     active = SimpleNamespace(
         get_current_target=lambda: sm90, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
@@ -58,11 +66,17 @@ def stubbed() -> Iterator[None]:
         layout = tuple((t.stride(), t.data_ptr() % 16) for t in (q, k, v))
         return hopper._why_not(q.device, q.dtype, q.shape, v.shape[3], layout)
 
+    def forget() -> None:
+        hopper._why_not.cache_clear()
+        calls.forget()
+        anymask.forget()
+
     with ExitStack() as stack:
         for where, name, stub in (
-            (JITFunction, "run", lambda self, *args, **named: compiled),
+            (JITFunction, "run", run),
             (driver, "_active", active),
             (launch, "_kernels", {}),
+            (direct, "_library", _library),
             (hopper, "why_not", why_not),
             (hopper, "_unusable", lambda device: None),
             (target, "is_installed", lambda: True),
@@ -70,20 +84,42 @@ def stubbed() -> Iterator[None]:
         ):
             stack.enter_context(patch.object(where, name, stub))
         assert split.target is target
-        hopper._why_not.cache_clear()
-        anymask.forget()
+        forget()
         yield
-        hopper._why_not.cache_clear()
-        anymask.forget()
+        forget()
+        for function in ran:
+            function.device_caches.clear()
+
+
+def _compiled(target: Any, signature: dict[str, Any]) -> Any:
+    """What Triton would compile, as far as a launch asks."""
+    blocks = [re.findall(r"\[(.*?)\]", str(kind))[0].split(",") for kind in signature.values() if "desc" in str(kind)]
+    options = {"swizzle": 3, "elem_size": 2, "elem_type": 8, "fp4_padded": False}
+    none = ("shared", "launch_pdl", "launch_cooperative_grid", "global_scratch_size", "profile_scratch_size")
+    metadata = SimpleNamespace(
+        target=target,
+        tensordesc_meta=[options | {"block_size": list(map(int, block))} for block in blocks],
+        num_warps=4,
+        num_ctas=1,
+        **dict.fromkeys(none, 0),
+    )
+    source = SimpleNamespace(signature=signature)
+    return SimpleNamespace(metadata=metadata, src=source, function=1, packed_metadata=0, run=lambda *args: None)
+
+
+def _library() -> Any:
+    """In place of the driver's functions: one of C that does next to nothing, called with as many arguments."""
+    waits, writes = ctypes.CDLL(None).labs, ctypes.PyDLL(None).labs
+    waits.argtypes, writes.argtypes = [ctypes.c_void_p] * 4, [ctypes.c_void_p] * 2
+    return lambda *args: waits(*args) and 0, lambda *args: writes(*args) and 0, lambda *args: 0
 
 
 @dataclass(frozen=True)
 class HostTime:
     """What a call takes of the host."""
 
-    # of the fastest block, and in loops of Python, the median of blocks beside each of which loops ran
-    us: float
-    loops: float
+    us: float  # of the fastest block
+    loops: float  # the median of blocks, each beside one of loops of Python
 
 
 def measure(compiled: bool) -> dict[str, HostTime]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from anymask import testing
+from anymask import calls, testing
 
 INT_GARBAGE = 0x6B6B6B6B6B6B6B6B
 
@@ -54,6 +54,12 @@ def _threads() -> None:
     # workers of pytest-xdist share the cores already
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans() -> None:
+    """Tests put other functions where plans would remember those that were there."""
+    calls.forget()
 
 
 @pytest.fixture(autouse=True)

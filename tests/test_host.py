@@ -16,9 +16,9 @@ from benchmarks import host
 ROOT = Path(__file__).parent.parent
 # loops that a call may take: twice what they took, as other programs on the machine make a third of difference
 MOST = {
-    "forward": 2.4,
-    "forward, gradients recorded": 3.6,
-    "forward and backward": 12.0,
+    "forward": 1.4,
+    "forward, gradients recorded": 2.1,
+    "forward and backward": 8.5,
 }
 
 

@@ -16,7 +16,7 @@ from anymask.scores.weights import table_gradient, weigh
 from anymask.shapes import LSE, K, O, Q, V
 
 
-def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
     """Why this backend cannot run the call: it always can."""
     return None
 

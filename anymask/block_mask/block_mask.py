@@ -21,6 +21,7 @@ from anymask.block_mask.bits import unpack_bits
 from anymask.block_mask.checks import contradiction_of
 from anymask.block_mask.files import read_safetensors, write_safetensors
 from anymask.block_mask.full import full_lists
+from anymask.block_mask.structure import Structure, structure_of
 from anymask.block_mask.tile_lists import FIELDS, plane_range, select_planes
 from anymask.block_mask.tile_lists import TileLists as TileLists
 from anymask.tiles import FULL, PARTIAL, TILE, tiles_over
@@ -102,6 +103,22 @@ class BlockMask:
         """The tiles by kv tiles; parts of the mask's tensors."""
         found = self.__dict__.get("_cols")
         return self._remember("cols") if found is None else found
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors of `rows` and of `cols`."""
+        found: tuple[Tensor, ...] | None = self.__dict__.get("_parts")
+        if found is None:
+            found = self.__dict__["_parts"] = (*self.rows.tensors(), *self.cols.tensors())
+        return found
+
+    @property
+    def structure(self) -> Structure:
+        """What plans of calls depend on."""
+        found: Structure | None = self.__dict__.get("_structure")
+        if found is None:
+            found = self.__dict__["_structure"] = structure_of(self.rows, self.cols, self.q_len, self.kv_len)
+        return found
 
     def _remember(self, view: str) -> TileLists:
         tensors = self.lists, self.words, self.q_has_pair, self.kv_has_pair

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class TileLists:
         offsets = self.full_offsets if kind == FULL else self.partial_offsets
         tile_rows = torch.arange(offsets.numel() - 1, device=offsets.device)
         return tile_rows.repeat_interleave(offsets.diff().to(torch.int64))
+
+    @cached_property
+    def mean_tiles(self) -> int:
+        """Tiles of the mean row, rounded up."""
+        return -(-(self.full_tiles.numel() + self.partial_tiles.numel()) // max(1, self.order.numel()))
 
     @property
     def nbytes(self) -> int:

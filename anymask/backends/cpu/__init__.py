@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from anymask.backends.cpu import scored, small
 from anymask.backends.cpu.small import LOG2_E
@@ -18,7 +19,7 @@ from anymask.scores import Needs, ScoreGrads, Scores
 from anymask.shapes import LSE, K, O, Q, V
 
 
-def why_not(q: Q, k: K, v: V, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
     """Why this backend cannot run the call, or None."""
     if q.device.type != "cpu":
         return f"the tensors are on {q.device}, this backend runs on the CPU"

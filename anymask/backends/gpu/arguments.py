@@ -10,7 +10,8 @@ from torch import Tensor
 from anymask.backends.gpu.target import interprets
 from anymask.block_mask import BlockMask
 from anymask.block_mask.block_mask import TileLists
-from anymask.launch import args_key, launch
+from anymask.launch import args_key
+from anymask.plan import apply, launch
 from anymask.precision import LOG2_E as LOG2_E
 from anymask.tiles import TILE
 
@@ -61,8 +62,8 @@ def has_pair(block_mask: BlockMask | None, view: str) -> Tensor | None:
     """The view's map of positions that have a pair, None if all do."""
     if block_mask is None:
         return None
-    used = block_mask.q_has_pair if view == "rows" else block_mask.kv_has_pair
-    return used.view(-1) if used.shape[2] else None
+    lists: TileLists = getattr(block_mask, view)
+    return lists.has_pair if lists.has_pair.numel() else None
 
 
 def zero_unused_rows(t: Tensor, block_mask: BlockMask | None, view: str) -> Tensor:
@@ -70,7 +71,9 @@ def zero_unused_rows(t: Tensor, block_mask: BlockMask | None, view: str) -> Tens
     used = has_pair(block_mask, view)
     if used is None or block_mask is None:
         return t
-    return t.masked_fill(used.view(block_mask.batch, block_mask.heads, -1, 1) == 0, 0.0)
+    planes = block_mask.batch, block_mask.heads
+    zeroed: Tensor = apply(lambda t, used: t.masked_fill(used.view(*planes, -1, 1) == 0, 0.0), t, used)
+    return zeroed
 
 
 def padded_dim(dim: int) -> int:

@@ -26,8 +26,9 @@ from anymask.backends.gpu.arguments import (
     plane_strides,
 )
 from anymask.block_mask import BlockMask
-from anymask.launch import args_key, device_guard, launch
+from anymask.launch import args_key, device_guard
 from anymask.layout import empty_as
+from anymask.plan import launch
 from anymask.tiles import TILE, tiles_over
 
 # partial outputs are up to so many fp32 numbers for each number of the output
@@ -64,9 +65,7 @@ def count(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:
     if tiles < fewest or not q.is_cuda:
         return 1
     if block_mask is not None:
-        # of the mean row of tiles
-        found = block_mask.rows.full_tiles.numel() + block_mask.rows.partial_tiles.numel()
-        tiles = -(-found // max(1, block_mask.rows.order.numel()))
+        tiles = block_mask.rows.mean_tiles
         if tiles < fewest:
             return 1
     line = _line(q, k, block_mask)

@@ -28,8 +28,9 @@ from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
 from anymask.block_mask import BlockMask
-from anymask.launch import device_guard, launch
+from anymask.launch import device_guard
 from anymask.layout import empty_as
+from anymask.plan import apply_in_place, is_same_memory, launch
 from anymask.scores import Needs, ScoreGrads, Scores
 from anymask.tiles import TILE, tiles_over
 
@@ -134,8 +135,8 @@ def forward(
         call = _Forward(q, k, v, o, lse, group, q_len, False, block_mask, sm_scale, sinks)
     with device_guard(q.device):
         _launch_forward(call)
-        if call.o.data_ptr() != o.data_ptr():
-            o.copy_(call.o.view(o.shape))
+        if not is_same_memory(call.o, o):
+            apply_in_place(lambda o, rows: o.copy_(rows.view(o.shape)), o, call.o)
     return o, lse
 
 
@@ -383,10 +384,7 @@ def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -
 
 
 def _has_short_columns(block_mask: BlockMask | None) -> bool:
-    if block_mask is None:
-        return False
-    cols = block_mask.cols
-    return cols.full_tiles.numel() + cols.partial_tiles.numel() <= tuning.SHORT_COLUMN * cols.order.numel()
+    return block_mask is not None and block_mask.cols.mean_tiles <= tuning.SHORT_COLUMN
 
 
 def _swizzle_heads(has_mask: bool, tiles: int, heads: int, num_workers: int) -> int:

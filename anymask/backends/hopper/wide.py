@@ -11,7 +11,7 @@ from anymask.backends.gpu.arguments import LOG2_E, mask_lists, plane_strides
 from anymask.backends.gpu.passes import BackwardCall
 from anymask.backends.hopper import tuning
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
-from anymask.launch import launch
+from anymask.plan import launch
 from anymask.tiles import tiles_over
 
 # keys or queries of a consumer warpgroup and of a step, and how many of them a tile has

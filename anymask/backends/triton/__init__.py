@@ -34,6 +34,7 @@ from anymask.backends.triton.scores import KernelTerms, gradients, why_not_score
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
 from anymask.layout import empty_as
+from anymask.plan import apply
 from anymask.scores import Needs, ScoreGrads, Scores
 from anymask.tiles import TILE, tiles_over
 
@@ -194,7 +195,8 @@ def _used(q: Tensor, block_mask: BlockMask | None, view: str) -> Tensor | None:
     used = has_pair(block_mask, view)
     if used is None and block_mask is not None and q.dtype == torch.float32:
         length = block_mask.q_len if view == "rows" else block_mask.kv_len
-        used = torch.ones(block_mask.batch * block_mask.heads * length, dtype=torch.uint8, device=q.device)
+        n = block_mask.batch * block_mask.heads * length
+        used = apply(lambda q: torch.ones(n, dtype=torch.uint8, device=q.device), q)
     return used
 
 

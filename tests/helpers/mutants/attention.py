@@ -183,8 +183,8 @@ ATTENTION: tuple[Mutant, ...] = (
         seen_by("test_planted_bugs", "deterministic_reaches and False"),
     ),
     Mutant(
-        "ops: a strided last dimension not copied",
-        OPS,
+        "calls: a strided last dimension not copied",
+        "anymask/calls.py",
         "return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()",
         "return t",
         seen_by("test_interpreter", "test_layouts and transposed"),

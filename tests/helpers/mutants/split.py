@@ -46,7 +46,7 @@ SPLIT: tuple[Mutant, ...] = (
     Mutant(
         "split: tiles of the whole mask",
         LAUNCHER,
-        "tiles = -(-found // max(1, block_mask.rows.order.numel()))",
+        "tiles = block_mask.rows.mean_tiles",
         "tiles = tiles_over(k.shape[2])",
         seen_by("test_split", "splits_of_calls"),
     ),

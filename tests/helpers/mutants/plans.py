@@ -1,0 +1,82 @@
+"""Bugs of plans: of what they are looked up by, and of what a launch of one gives to the driver."""
+
+from tests.helpers.mutants.record import Mutant, seen_by
+
+CALLS, PLAN, DIRECT = "anymask/calls.py", "anymask/plan.py", "anymask/direct.py"
+STRUCTURE = "anymask/block_mask/structure.py"
+KIND = "return t.shape, t.stride(), t.dtype, t.data_ptr() % 16"
+LAUNCHES = seen_by("test_plan", "launch_what_backends_do")
+
+CHANGES = seen_by("test_plan", "not launch_what_backends_do")
+
+PLANS = (
+    Mutant("plan key without strides", CALLS, KIND, "return t.shape, t.contiguous().stride(), t.dtype, 0", LAUNCHES),
+    Mutant("plan key without the alignment", CALLS, KIND, "return t.shape, t.stride(), t.dtype, 0", LAUNCHES),
+    Mutant("plan key without the dtype", CALLS, "t.stride(), t.dtype", "t.stride(), torch.float16", LAUNCHES),
+    Mutant(
+        "plan key without the scale",
+        CALLS,
+        "_forward(backend, structure, sm_scale,",
+        "_forward(backend, structure, 0.125,",
+        LAUNCHES,
+    ),
+    Mutant(
+        "plan key without whether results repeat",
+        CALLS,
+        "_backward(backend, structure, sm_scale, deterministic,",
+        "_backward(backend, structure, sm_scale, False,",
+        LAUNCHES,
+    ),
+    Mutant(
+        "plan key without the way fp32 is multiplied",
+        CALLS,
+        "fp32_precision if q.dtype is torch.float32 else None",
+        "fp32_precision[:0] if q.dtype is torch.float32 else None",
+        LAUNCHES,
+    ),
+    Mutant(
+        "plan key without the alignment of the mask",
+        STRUCTURE,
+        "t.data_ptr() % 16 for t in",
+        "0 * t.data_ptr() for t in",
+        LAUNCHES,
+    ),
+    Mutant(
+        "plan key without tiles of a column",
+        STRUCTURE,
+        "cols.mean_tiles,",
+        "9 + 0 * cols.mean_tiles,",
+        LAUNCHES,
+    ),
+    Mutant("plan key without unused keys", STRUCTURE, "cols.has_pair.numel()", "0 * cols.has_pair.numel()", LAUNCHES),
+    Mutant(
+        "plan key without planes of samples",
+        STRUCTURE,
+        "rows.order.shape[0],",
+        "1 + 0 * rows.order.shape[0],",
+        LAUNCHES,
+    ),
+    Mutant(
+        "launch with the descriptors of another call",
+        DIRECT,
+        "failed |= self._replace(",
+        "failed |= 0 and self._replace(",
+        LAUNCHES,
+    ),
+    Mutant(
+        "launch on the stream of another call",
+        DIRECT,
+        "self._config.stream = ",
+        "self._config.stream = self._config.stream or ",
+        CHANGES,
+    ),
+    Mutant("launches of two threads at once", DIRECT, "with self._lock:", "with threading.Lock():", CHANGES),
+    Mutant(
+        "launch that the driver refused",
+        DIRECT,
+        "return not (failed or self._launch(*self._call))",
+        "return self._launch(*self._call) >= 0",
+        CHANGES,
+    ),
+    Mutant("launch that a profiler does not see", PLAN, " or now.is_watched()", "", CHANGES),
+)
