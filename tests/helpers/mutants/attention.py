@@ -12,6 +12,7 @@ TRITON, FORWARD, BACKWARD = (
 DQ, DELTA, TILES = (f"anymask/backends/gpu/kernels/{name}.py" for name in ("dq", "delta", "tiles"))
 ORACLE, RULES = "anymask/testing/oracle.py", "anymask/testing/rules.py"
 SCHEDULER = "anymask/backends/hopper/kernels/scheduler.py"
+TURNS = "anymask/backends/hopper/turns.py"
 
 ATTENTION: tuple[Mutant, ...] = (
     Mutant(
@@ -373,7 +374,7 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "hopper: dq in another order than it was added",
-        "anymask/backends/hopper/kernels/backward.py",
+        "anymask/backends/hopper/kernels/dq_sum.py",
         "dq = dq.permute(1, 0, 3, 2, 4)",
         "dq = dq.permute(1, 0, 2, 3, 4)",
         seen_by("test_interpreter", "dq_leaves_its_accumulator and 64-40"),
@@ -391,6 +392,34 @@ ATTENTION: tuple[Mutant, ...] = (
         "block_heads = gl.minimum(swizzle_heads, heads_left)",
         "block_heads = swizzle_heads",
         seen_by("test_hopper", "every_work_tile_once"),
+    ),
+    Mutant(
+        "hopper: turns by the lists, not by the time of workers",
+        TURNS,
+        "time = some[:, column] + place",
+        "time = some[:, column] * 0 + place",
+        seen_by("test_turns", "mask_has_its_turn and 5"),
+    ),
+    Mutant(
+        "hopper: turns of walks that all start at the first entry",
+        TURNS,
+        "turned = (entries - offsets[column] - column % kv_tiles) % length[column]",
+        "turned = entries - offsets[column]",
+        seen_by("test_turns", "mask_has_its_turn and 13"),
+    ),
+    Mutant(
+        "hopper: turns of heads that share a plane",
+        TURNS,
+        "found.shape[1] * (block_mask.heads == 1))",
+        "0)",
+        seen_by("test_turns", "mask_has_its_turn and 5"),
+    ),
+    Mutant(
+        "hopper: turns without a mask of a wave that starts within a head",
+        "anymask/backends/hopper/kernels/turns.py",
+        "begin = gl.maximum(gl.maximum(first_rank, group), 0)",
+        "begin = group",
+        seen_by("test_turns", "without_a_mask and 1000"),
     ),
     Mutant(
         "oracle: heads of other groups",
