@@ -45,7 +45,16 @@ def hopper_kernels(compiled):
 
 
 def compile_both(
-    kernels, dim, mask, dtype=torch.float16, group=1, scale=0.1, v_dim=None, length=384, deterministic=False, apart=False
+    kernels,
+    dim,
+    mask,
+    dtype=torch.float16,
+    group=1,
+    scale=0.1,
+    v_dim=None,
+    length=384,
+    deterministic=False,
+    apart=False,
 ):
     """Forward and backward over zeros; returns the four kernels by name; `apart`: dq has a kernel of its own."""
     q, k = (torch.zeros(2, heads, length, dim, dtype=dtype) for heads in (2 * group, 2))

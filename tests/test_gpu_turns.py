@@ -1,4 +1,4 @@
-"""Deterministic gradients on Hopper: dq as exact as fp64 asks, and its bits those of the run before, whatever else runs."""
+"""Deterministic gradients on Hopper: dq as exact as fp64 asks, with the bits of the run before, whatever else runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

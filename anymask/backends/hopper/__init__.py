@@ -237,7 +237,9 @@ def backward(
         call = BackwardCall(q, k, v, do, *rows, None, None, block_mask, sm_scale)
         swizzle_heads = _swizzle_heads(block_mask is not None, tiles_over(k.shape[2]), batch * k.shape[1], programs)
         grid = turns.Grid(batch, k.shape[1], q_heads // k.shape[1], programs, swizzle_heads)
-        in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse) if deterministic and dq_acc is not None else None
+        in_turn = None
+        if deterministic and dq_acc is not None:
+            in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
         _launch_backward(call, dk, dv, dq_acc, grid, in_turn)
         if dq_acc is None:
             launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))

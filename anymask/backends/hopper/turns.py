@@ -1,7 +1,7 @@
 """Turns: the order in which columns add to each tile of dq, so that the sum has the same bits in every run.
 
-A column of tiles may add to a query tile when all columns of earlier turns have. Turns follow the time at which it would
-be there if every tile took as long as any other: its worker's tiles before it.
+A column of tiles may add to a query tile when all columns of earlier turns have. Turns follow the time at which it
+would be there if every tile took as long as any other: its worker's tiles before it.
 
 Nobody waits for ever. All workers run at the same time, and of the tiles not added yet the one of the least time, and
 of those the first in the lists, waits for none: tiles of earlier turns, and those before it in its own worker, come
@@ -56,11 +56,11 @@ def of_call(block_mask: BlockMask | None, grid: Grid, q_tiles: int, like: Tensor
     if counters.is_cuda and torch.cuda.is_current_stream_capturing():
         found = of_mask(block_mask, grid)
     else:
-        stream = torch.cuda.current_stream(counters.device).cuda_stream if counters.is_cuda else 0
+        key = grid, torch.cuda.current_stream(counters.device).cuda_stream if counters.is_cuda else 0
         known = _known.setdefault(block_mask, {})
-        found = known.get((grid, stream))
-        if found is None:
-            found = known[grid, stream] = of_mask(block_mask, grid)
+        if key not in known:
+            known[key] = of_mask(block_mask, grid)
+        found = known[key]
     n_full, heads = block_mask.cols.full_tiles.numel(), grid.kv_heads * grid.group
     sample_step = found.shape[1] * (1 if block_mask.heads > 1 else heads) * (block_mask.batch == 1)
     return Turns(counters, found[:, :n_full], found[:, n_full:], sample_step, found.shape[1] * (block_mask.heads == 1))
