@@ -11,5 +11,6 @@ from tests.helpers.mutants.packing import PACKING
 from tests.helpers.mutants.record import Mutant as Mutant
 from tests.helpers.mutants.scores import SCORES
 from tests.helpers.mutants.split import SPLIT
+from tests.helpers.mutants.turns import TURNS
 
-MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *ATTENTION, *SCORES, *SPLIT, *GPU)
+MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *ATTENTION, *SCORES, *SPLIT, *TURNS, *GPU)

@@ -12,7 +12,6 @@ TRITON, FORWARD, BACKWARD = (
 DQ, DELTA, TILES = (f"anymask/backends/gpu/kernels/{name}.py" for name in ("dq", "delta", "tiles"))
 ORACLE, RULES = "anymask/testing/oracle.py", "anymask/testing/rules.py"
 SCHEDULER = "anymask/backends/hopper/kernels/scheduler.py"
-TURNS = "anymask/backends/hopper/turns.py"
 
 ATTENTION: tuple[Mutant, ...] = (
     Mutant(
@@ -392,34 +391,6 @@ ATTENTION: tuple[Mutant, ...] = (
         "block_heads = gl.minimum(swizzle_heads, heads_left)",
         "block_heads = swizzle_heads",
         seen_by("test_hopper", "every_work_tile_once"),
-    ),
-    Mutant(
-        "hopper: turns by the lists, not by the time of workers",
-        TURNS,
-        "time = some[:, column] + place",
-        "time = some[:, column] * 0 + place",
-        seen_by("test_turns", "mask_has_its_turn and 5"),
-    ),
-    Mutant(
-        "hopper: turns of walks that all start at the first entry",
-        TURNS,
-        "turned = (entries - offsets[column] - column % kv_tiles) % length[column]",
-        "turned = entries - offsets[column]",
-        seen_by("test_turns", "mask_has_its_turn and 13"),
-    ),
-    Mutant(
-        "hopper: turns of heads that share a plane",
-        TURNS,
-        "found.shape[1] * (block_mask.heads == 1))",
-        "0)",
-        seen_by("test_turns", "mask_has_its_turn and 5"),
-    ),
-    Mutant(
-        "hopper: turns without a mask of a wave that starts within a head",
-        "anymask/backends/hopper/kernels/turns.py",
-        "begin = gl.maximum(gl.maximum(first_rank, group), 0)",
-        "begin = group",
-        seen_by("test_turns", "without_a_mask and 1000"),
     ),
     Mutant(
         "oracle: heads of other groups",
