@@ -1,6 +1,7 @@
 """The turns at which columns add to dq on Hopper, walked by the scheduler's own functions on Python's integers."""
 
 import random
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -88,6 +89,7 @@ def view(x: Any) -> Any:
     return Pointer(memory[x.storage_offset() :].tolist())
 
 
+@cache
 def masks() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(1500) // 400
@@ -127,7 +129,7 @@ def finish(own: list[list[Step]], seed: int) -> dict[tuple[int, int, int], int]:
 
 
 @pytest.mark.usefixtures("python_numbers")
-@pytest.mark.parametrize("workers", [1, 5, 13])
+@pytest.mark.parametrize("workers", [5, 13])
 @pytest.mark.parametrize("name", masks())
 def test_every_tile_of_a_mask_has_its_turn(name, workers):
     block_mask = masks()[name]
@@ -141,7 +143,7 @@ def test_every_tile_of_a_mask_has_its_turn(name, workers):
 
 
 @pytest.mark.usefixtures("python_numbers")
-@pytest.mark.parametrize("workers", [1, 4, 7, 40])
+@pytest.mark.parametrize("workers", [1, 7, 40])
 @pytest.mark.parametrize("lengths", [(1000, 1000), (300, 1400), (1400, 300), (1, 1), (100, 900)])
 def test_every_tile_without_a_mask_has_its_turn(lengths, workers):
     own = walks(None, lengths, 2, 3, 2, workers)
