@@ -45,14 +45,23 @@ def hopper_kernels(compiled):
 
 
 def compile_both(
-    kernels, dim, mask, dtype=torch.float16, group=1, scale=0.1, v_dim=None, length=384, deterministic=False
+    kernels,
+    dim,
+    mask,
+    dtype=torch.float16,
+    group=1,
+    scale=0.1,
+    v_dim=None,
+    length=384,
+    deterministic=False,
+    apart=False,
 ):
-    """Forward and backward over zeros; returns the four kernels by name."""
+    """Forward and backward over zeros; returns the four kernels by name; `apart`: dq has a kernel of its own."""
     q, k = (torch.zeros(2, heads, length, dim, dtype=dtype) for heads in (2 * group, 2))
     v = torch.zeros(2, 2, length, v_dim or dim, dtype=dtype)
     o, lse = hopper.forward(q, k, v, mask, scale)
     hopper.backward(q, k, v, o, lse, o, None, mask, scale, deterministic)
-    names = [*KERNELS[:3], "_bwd_dq_kernel"] if deterministic else KERNELS
+    names = [*KERNELS[:3], "_bwd_dq_kernel"] if apart else KERNELS
     names = WIDE_KERNELS if max(dim, v_dim or dim) > 128 else names
     assert [x.metadata.name for x in kernels] == names
     return dict(zip(names, kernels, strict=True))
@@ -112,6 +121,13 @@ def assert_keeps_its_registers(kernels, dim, masked):
                 assert not _has(body[waits[0] :], "MUFU"), name
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_dq_apart_keeps_its_registers(hopper_kernels, monkeypatch, dim):
+    monkeypatch.setattr(hopper.tuning, "MANY_COLUMNS", 1)
+    kernels = compile_both(hopper_kernels, dim, causal_mask(), apart=True, deterministic=True)
+    assert_keeps_its_registers(kernels, dim, True)
+
+
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
 @pytest.mark.parametrize("group", [1, 4])
@@ -120,6 +136,8 @@ def test_keeps_its_registers(hopper_kernels, dim, group, masked, deterministic):
     mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
     kernels = compile_both(hopper_kernels, dim, mask, group=group, deterministic=deterministic)
     assert_keeps_its_registers(kernels, dim, masked)
+    # programs that wait for each other run together
+    assert bool(kernels["_bwd_kernel"].metadata.launch_cooperative_grid) is deterministic
 
 
 @pytest.mark.parametrize(("dim", "v_dim", "masked"), [(192, 128, True), (136, 192, False), (256, 256, True)])

@@ -149,8 +149,8 @@ def test_far_from_zero_scores(backend: str, case: Case, shift: float) -> None:
 @pytest.mark.parametrize(("dim", "padded"), [(64, 64), (40, 64), (128, 128), (96, 128)])
 @pytest.mark.parametrize("q_len", [1, 64, 200, 256])
 def test_dq_leaves_its_accumulator_in_order(q_len: int, dim: int, padded: int) -> None:
-    """The one plain kernel of the Hopper backend: its input has the order that `_store_dq` writes."""
-    from anymask.backends.hopper.kernels.backward import _dq_kernel
+    """The one plain kernel of the Hopper backend: its input has the order that `store_dq` writes."""
+    from anymask.backends.hopper.kernels.dq_sum import _dq_kernel
 
     batch, heads, rows = 2, 3, (q_len + 127) // 128 * 128
     sums = torch.randn(batch * heads, rows, padded)

@@ -25,7 +25,7 @@ from anymask.backends.gpu.arguments import (
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
 from anymask.backends.gpu.sinks import sink_gradient
 from anymask.backends.gpu.target import multiprocessors
-from anymask.backends.hopper import tuning, wide
+from anymask.backends.hopper import tuning, turns, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
@@ -214,7 +214,7 @@ def backward(
     sm_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv)`. dq sums in the order in which tiles finish, unless `deterministic`."""
+    """`(dq, dk, dv)`. dq sums in the order in which tiles finish; if `deterministic`, in an order of its own."""
     if windows.fits(q, k, v):
         return windows.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale)
     return _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)[0]
@@ -257,8 +257,8 @@ def _gradients(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """`(dq, dk, dv)`, and delta, flat.
 
-    The deterministic variant leaves dq to the Triton kernel, which computes the scores again and adds in order. It is
-    also the faster one for many columns of few tiles.
+    Many columns of few tiles leave dq to the Triton kernel, which is faster there: it computes the scores again and
+    adds in order.
     """
     batch, q_heads, q_len, head_dim = q.shape
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
@@ -276,7 +276,7 @@ def _gradients(
     n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
     dq_acc = None
-    if not (deterministic or (_has_short_columns(block_mask) and n_work_tiles >= tuning.MANY_COLUMNS * programs)):
+    if not (_has_short_columns(block_mask) and n_work_tiles >= tuning.MANY_COLUMNS * programs):
         # rows of 32 floats, in the order of the kernel
         dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
     with device_guard(q.device):
@@ -284,7 +284,12 @@ def _gradients(
         # the producer zeroes these
         unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
         call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
-        _launch_backward(call, dk, dv, dq_acc, n_work_tiles, programs)
+        swizzle_heads = _swizzle_heads(block_mask is not None, tiles_over(k.shape[2]), batch * k.shape[1], programs)
+        grid = turns.Grid(batch, k.shape[1], q_heads // k.shape[1], programs, swizzle_heads)
+        in_turn = None
+        if deterministic and dq_acc is not None:
+            in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
+        _launch_backward(call, dk, dv, dq_acc, grid, in_turn)
         if dq_acc is None:
             launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
         else:
@@ -293,15 +298,16 @@ def _gradients(
 
 
 def _launch_backward(
-    call: BackwardCall, dk: Tensor, dv: Tensor, dq_acc: Tensor | None, n_work_tiles: int, programs: int
+    call: BackwardCall, dk: Tensor, dv: Tensor, dq_acc: Tensor | None, grid: turns.Grid, in_turn: turns.Turns | None
 ) -> None:
-    """dk and dv, and without `dq_acc` no more."""
+    """dk and dv, and without `dq_acc` no more; with `in_turn` dq sums in that order."""
     from anymask.backends.hopper.kernels.backward import _bwd_kernel
 
     q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
     q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
     batch, q_heads, q_len, head_dim = q_shape
     kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
+    n_work_tiles = tiles_over(kv_len) * kv_heads * batch
     block_d = _block_d(head_dim, v_dim)
     # each consumer warpgroup has 64 x 64 of dq
     block_m = 2 * WARPGROUP_ROWS * 64 // block_d
@@ -316,7 +322,7 @@ def _launch_backward(
         dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 64, 32), torch.float32))
     launch(
         _bwd_kernel,
-        (programs, 1, 1),
+        (grid.num_workers, 1, 1),
         (
             tile_descriptor(q, q_shape, block_q),
             tile_descriptor(k, k_shape, block_kv),
@@ -327,6 +333,7 @@ def _launch_backward(
             dq_tiles,
             tile_descriptor(dk, k_shape, block_out),
             tile_descriptor(dv, v_shape, block_out),
+            *(in_turn or (None,) * 5),
             *mask_lists(block_mask, "cols"),
             *maps,
             *plane_strides(block_mask),
@@ -336,7 +343,7 @@ def _launch_backward(
             q_len,
             kv_len,
             n_work_tiles,
-            _swizzle_heads(block_mask is not None, tiles_over(kv_len), batch * kv_heads, programs),
+            grid.swizzle_heads,
             call.sm_scale,
             call.sm_scale * LOG2_E,
         ),
@@ -347,9 +354,17 @@ def _launch_backward(
             "SCORES_AHEAD": tuning.SCORES_AHEAD[block_d],
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
-        (q.device, q.dtype, do.dtype, q_heads // kv_heads, *[x is None for x in (dq_acc, block_mask, *maps)]),
+        (
+            q.device,
+            q.dtype,
+            do.dtype,
+            q_heads // kv_heads,
+            *[x is None for x in (dq_acc, in_turn, block_mask, *maps)],
+        ),
         num_warps=4,
         enable_fp_fusion=True,
+        # a program that waits for one that cannot start would wait for ever
+        launch_cooperative_grid=in_turn is not None,
     )
 
 
@@ -368,7 +383,7 @@ def _wide_grid(call: BackwardCall, t: Tensor, parts: int) -> wide.Grid:
 
 
 def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
-    from anymask.backends.hopper.kernels.backward import _dq_kernel
+    from anymask.backends.hopper.kernels.dq_sum import _dq_kernel
 
     _, q_heads, q_len, head_dim = dq.shape
     steps = [stride // 8 for stride in dq.stride()[:3]]

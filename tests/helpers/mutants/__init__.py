@@ -12,5 +12,6 @@ from tests.helpers.mutants.plans import PLANS
 from tests.helpers.mutants.record import Mutant as Mutant
 from tests.helpers.mutants.scores import SCORES
 from tests.helpers.mutants.split import SPLIT
+from tests.helpers.mutants.turns import TURNS
 
-MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *PLANS, *ATTENTION, *SCORES, *SPLIT, *GPU)
+MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *PLANS, *ATTENTION, *SCORES, *SPLIT, *TURNS, *GPU)

@@ -373,7 +373,7 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "hopper: dq in another order than it was added",
-        "anymask/backends/hopper/kernels/backward.py",
+        "anymask/backends/hopper/kernels/dq_sum.py",
         "dq = dq.permute(1, 0, 3, 2, 4)",
         "dq = dq.permute(1, 0, 2, 3, 4)",
         seen_by("test_interpreter", "dq_leaves_its_accumulator and 64-40"),

@@ -123,8 +123,8 @@ GPU: tuple[Mutant, ...] = (
     _bug(
         "backward: words of a tile in int32",
         BACKWARD,
-        "entry = (column.partial_begin + j).to(gl.int64)",
-        "entry = column.partial_begin + j",
+        "column.tile, cfg.IN_TURN)).to(gl.int64)",
+        "column.tile, cfg.IN_TURN))",
         "test_words and hopper",
         "test_gpu_gates",
     ),
@@ -145,8 +145,8 @@ GPU: tuple[Mutant, ...] = (
     _bug(
         "backward: words of the tile before",
         BACKWARD,
-        "(pos + 1 - begin) // STEPS, offs)",
-        "(pos - begin) // STEPS, offs)",
+        "(pos + 1 - begin) // STEPS, offs, cfg)",
+        "(pos - begin) // STEPS, offs, cfg)",
         "test_masks and hopper-random-q513 and bf16",
     ),
     _bug(
@@ -194,9 +194,17 @@ GPU: tuple[Mutant, ...] = (
     _bug(
         "backward: deterministic lost",
         HOPPER,
-        "if not (deterministic or (",
-        "if not (False or (",
+        "if deterministic and dq_acc is not None:",
+        "if False and dq_acc is not None:",
         "deterministic_gradients and hopper",
+    ),
+    _bug(
+        "backward: a turn is passed on before what was added is in memory",
+        PTX,
+        "cp.async.bulk.wait_group 0; bar.warp.sync",
+        "bar.warp.sync",
+        "turns_are_exact and random",
+        "test_gpu_turns",
     ),
     _bug(
         "keys unused in one head of a group",

@@ -5,8 +5,6 @@ Two consumer warpgroups, a partition each, hold 64 keys with dk and dv in regist
 q and do, another adds dq to an fp32 accumulator in global memory. docs/kernels.md, section 5, draws who waits for whom.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.hopper.kernels.compat import tma_add, tma_load, tma_store
+from anymask.backends.hopper.kernels.dq_sum import store_dq
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, arrive, opaque, opaque_zero, sync
 from anymask.backends.hopper.kernels.records import (
     BackwardConfig,
@@ -30,10 +29,12 @@ from anymask.backends.hopper.kernels.records import (
     MaskLists,
     PlaneStrides,
     QStages,
+    Turns,
     Worker,
 )
-from anymask.backends.hopper.kernels.scheduler import column_at, load_q_tile, num_work_tiles
+from anymask.backends.hopper.kernels.scheduler import column_at, list_index, load_q_tile, num_work_tiles
 from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2
+from anymask.backends.hopper.kernels.turns import first_entry, pass_turn, turn_at, wait_for_turn
 from anymask.backends.hopper.kernels.unused import has_unused, load_used_kv, used_rows, zero_queries
 from anymask.backends.hopper.kernels.words import ROWS, zero_words
 
@@ -51,7 +52,7 @@ CONSUMER_AND_STORE = gl.constexpr(5)
 def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pipes, schedule, cfg: gl.constexpr):
     """The producer warp: loads k and v of every work tile, then q, lse2, do and delta of the steps through it."""
     kv, q, do = pipes.kv, pipes.q, pipes.do
-    lists, worker, n_work_tiles = schedule.lists, schedule.worker, schedule.n_work_tiles
+    worker, n_work_tiles = schedule.worker, schedule.n_work_tiles
     q_tiles, kv_heads, group = schedule.sizes.q_tiles, schedule.sizes.kv_heads, schedule.sizes.group
     HAS_MASK: gl.constexpr = cfg.HAS_MASK
     BLOCK_M: gl.constexpr = cfg.BLOCK_M
@@ -60,7 +61,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pi
     pos = 0
     kv_zeroed, q_zeroed = 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
-    q_tile = load_q_tile(next_column, lists, 0, HAS_MASK)
+    q_tile = _load_q_tile(next_column, 0, schedule, cfg)
     for iteration in range(num_work_tiles(n_work_tiles, worker)):
         mbarrier.wait(kv.empty, (iteration & 1) ^ 1)
         kv_zeroed = load_used_kv(k_desc, v_desc, has_pair, next_column, kv, schedule, kv_zeroed)
@@ -72,7 +73,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pi
             used = used_rows(has_pair.queries, strides, sample, head, q_len)
             for j in range(column.n_full + column.n_partial):
                 start = q_tile * TILE
-                q_tile = load_q_tile(column, lists, j + 1, HAS_MASK)
+                q_tile = _load_q_tile(column, j + 1, schedule, cfg)
                 for _ in gl.static_range(TILE // BLOCK_M):
                     stage = pos & (STAGES - 1)
                     at = stage
@@ -93,7 +94,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pi
                             q_zeroed += 1
                     start += BLOCK_M
                     pos += 1
-            q_tile = load_q_tile(next_column, lists, 0, HAS_MASK)
+            q_tile = _load_q_tile(next_column, 0, schedule, cfg)
         if cfg.SCORES_AHEAD:
             # consumers compute the scores of one step too many, from whatever the buffer holds
             stage = pos & (STAGES - 1)
@@ -116,10 +117,22 @@ def _wait_until_empty(barriers, pos, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _reduce_dq(dq_desc, dq_bufs, schedule, cfg: gl.constexpr):
-    """The dq store warp: adds both halves of the dq of each step to global memory, if there is a `dq_desc`."""
+def _load_q_tile(column, j, schedule, cfg: gl.constexpr):
+    """The j-th query tile of a column."""
+    first = 0
+    if cfg.IN_TURN:
+        first = first_entry(column, schedule, cfg.HAS_MASK)
+    return load_q_tile(column, schedule.lists, j, cfg.HAS_MASK, first, cfg.IN_TURN)
+
+
+@gluon.jit
+def _reduce_dq(dq_desc, dq_bufs, turns, schedule, cfg: gl.constexpr):
+    """The dq store warp: adds both halves of the dq of each step to global memory, if there is a `dq_desc`.
+
+    With `IN_TURN` it waits for its turn at each query tile.
+    """
     if dq_desc is not None:
-        lists, worker, n_work_tiles = schedule.lists, schedule.worker, schedule.n_work_tiles
+        worker, n_work_tiles = schedule.worker, schedule.n_work_tiles
         q_tiles, kv_heads, group = schedule.sizes.q_tiles, schedule.sizes.kv_heads, schedule.sizes.group
         HAS_MASK: gl.constexpr = cfg.HAS_MASK
         HALF: gl.constexpr = cfg.BLOCK_M * cfg.HEAD_DIM // 64
@@ -132,7 +145,10 @@ def _reduce_dq(dq_desc, dq_bufs, schedule, cfg: gl.constexpr):
             sample, head = column.sample, column.head
             head_tile = (sample * kv_heads * group + head) * q_tiles
             for j in range(column.n_full + column.n_partial):
-                row = (head_tile + load_q_tile(column, lists, j, HAS_MASK)) * (TILE * cfg.HEAD_DIM // 32)
+                q_tile = head_tile + _load_q_tile(column, j, schedule, cfg)
+                row = q_tile * (TILE * cfg.HEAD_DIM // 32)
+                if cfg.IN_TURN:
+                    wait_for_turn(turns.counters + q_tile, turn_at(turns, column, j, schedule, HAS_MASK))
                 for _ in gl.static_range(TILE // cfg.BLOCK_M):
                     for g in gl.static_range(2):
                         sync(DQ_FULL + g, CONSUMER_AND_STORE)
@@ -141,13 +157,15 @@ def _reduce_dq(dq_desc, dq_bufs, schedule, cfg: gl.constexpr):
                     for g in gl.static_range(2):
                         tma.store_wait(1 - g)
                         arrive(DQ_EMPTY + g, CONSUMER_AND_STORE)
+                if cfg.IN_TURN:
+                    pass_turn(turns.counters + q_tile)
 
 
 @gluon.jit
-def _load_words(words, column, j, offs):
+def _load_words(words, column, j, offs, cfg: gl.constexpr):
     """int32 `[TILE, 4]`: words of the j-th tile of a column, all ones where none is stored; `offs`: in a tile."""
     n_partial = column.n_partial
-    entry = (column.partial_begin + j).to(gl.int64)
+    entry = (column.partial_begin + list_index(j, n_partial, column.tile, cfg.IN_TURN)).to(gl.int64)
     return gl.load(words + entry * (TILE * 4) + offs, mask=offs * 0 + j < n_partial, other=-1)
 
 
@@ -176,7 +194,7 @@ def _consume(dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg:
     begin = 0
     next_column = column_at(0, schedule, HAS_MASK)
     if HAS_MASK:
-        next_w = _load_words(words, next_column, 0, offs)
+        next_w = _load_words(words, next_column, 0, offs, cfg)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
         sample, head, tile = next_column.sample, next_column.head, next_column.tile
         dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT)
@@ -194,7 +212,7 @@ def _consume(dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg:
             for pos in range(begin, end):
                 if HAS_MASK:
                     w = next_w >> (pos - begin) % STEPS * (BLOCK_M // 4)
-                    next_w = _load_words(words, column, (pos + 1 - begin) // STEPS, offs)
+                    next_w = _load_words(words, column, (pos + 1 - begin) // STEPS, offs, cfg)
                 zero, stage = opaque_zero(pos), pos & (STAGES - 1)
                 k = kv.k_bufs.index(zero).reshape([TILE, HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
                 q = q_stages.bufs.index(stage).reshape([BLOCK_M, HEAD_DIM])
@@ -234,7 +252,7 @@ def _consume(dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg:
                     # it moves beside dk
                     dq = warpgroup_mma_wait(1 + AHEAD, deps=[dq])
                     sync(DQ_EMPTY + G, CONSUMER_AND_STORE)
-                    _store_dq(pipes.dq_bufs.index(G), dq)
+                    store_dq(pipes.dq_bufs.index(G), dq)
                     fence_async_shared()
                     arrive(DQ_FULL + G, CONSUMER_AND_STORE)
                 dk = warpgroup_mma_wait(0 + AHEAD, deps=[dk])
@@ -244,7 +262,7 @@ def _consume(dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg:
                     s = warpgroup_mma_wait(0, deps=[s])
             begin = end
             if HAS_MASK:
-                next_w = _load_words(words, next_column, 0, offs)
+                next_w = _load_words(words, next_column, 0, offs, cfg)
         if AHEAD:
             # the stage of the step too many
             arrive(Q_EMPTY + (begin & (STAGES - 1)), CONSUMERS_AND_PRODUCER)
@@ -294,17 +312,6 @@ def _issue_dq(ds, ds_buf, k, G: gl.constexpr):
 
 
 @gluon.jit
-def _store_dq(buf, dq):
-    """Write `dq [BLOCK_M, HEAD_DIM]` so that a thread writes 16 bytes at once and eight threads 128 in a row.
-
-    Column `8 * (2 * a + b) + 2 * t + p` of row `r` becomes float `4 * t + 2 * b + p` of the 16 of `(a, r)`, in blocks
-    of 64 rows. `_dq_kernel` reads this order.
-    """
-    x = dq.reshape([dq.shape[0] // 64, 64, dq.shape[1] // 16, 2, 4, 2]).permute((0, 2, 1, 4, 3, 5))
-    buf.store(x.reshape([dq.shape[0] * dq.shape[1] // 32, 32]))
-
-
-@gluon.jit
 def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cfg: gl.constexpr):
     """Shared memory of all variants: k, v, q and do with their barriers, and a buffer of dk and dv a consumer."""
     STAGES: gl.constexpr = cfg.STAGES
@@ -333,6 +340,8 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
         "kv_len",
         "n_work_tiles",
         "swizzle_heads",
+        "turn_sample_step",
+        "turn_head_step",
     ],
     do_not_specialize_on_alignment=[
         "full_offsets",
@@ -341,6 +350,9 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
         "partial_tiles",
         "words",
         "order",
+        "counters",
+        "full_turns",
+        "partial_turns",
         "q_has_pair",
         "kv_has_pair",
     ],
@@ -355,6 +367,11 @@ def _bwd_kernel(
     dq_desc,
     dk_desc,
     dv_desc,
+    counters,
+    full_turns,
+    partial_turns,
+    turn_sample_step,
+    turn_head_step,
     full_offsets,
     full_tiles,
     partial_offsets,
@@ -383,11 +400,19 @@ def _bwd_kernel(
     """Writes `dk`, `dv` of 128 keys of one kv head, summed over its group of query heads, and adds to `dq`.
 
     Grid: (programs), between 1 and `n_work_tiles = batch * kv_heads * kv tiles`. `sample_planes`, `head_planes`: planes
-    from one sample or query head to the next. Without a `dq_desc` there is no dq.
+    from one sample or query head to the next. Without a `dq_desc` there is no dq. With `counters` it is added in turns,
+    for which all programs have to run at the same time; see `Turns` of hopper/turns.py.
     """
     kv_tiles = (kv_len + TILE - 1) // TILE
     cfg: gl.constexpr = BackwardConfig(
-        HEAD_DIM, BLOCK_M, STAGES, SCORES_AHEAD, words is not None, HAS_TAIL, dq_desc is not None
+        HEAD_DIM,
+        BLOCK_M,
+        STAGES,
+        SCORES_AHEAD,
+        words is not None,
+        HAS_TAIL,
+        dq_desc is not None,
+        counters is not None,
     )
     kv, q, do, out_bufs = _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cfg)
     ds_bufs, dq_bufs = None, None
@@ -403,46 +428,15 @@ def _bwd_kernel(
     strides = PlaneStrides(sample_planes, head_planes)
     schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
     maps = HasPair(q_has_pair, kv_has_pair, q_len, kv_len)
+    turns = Turns(counters, full_turns, partial_turns, turn_sample_step, turn_head_step)
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
             (_consume, (dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg, gl.constexpr(0))),
             (_consume, (dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg, gl.constexpr(1))),
             (_produce, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, maps, pipes, schedule, cfg)),
-            (_reduce_dq, (dq_desc, dq_bufs, schedule, cfg)),
+            (_reduce_dq, (dq_desc, dq_bufs, turns, schedule, cfg)),
         ],
         [4, 1, 1],
         [240, 24, 24],
     )
-
-
-@triton.jit(do_not_specialize=["sample_step", "head_step", "query_step", "q_heads", "q_len"])
-def _dq_kernel(
-    dq_acc,
-    dq_ptr,
-    sample_step,
-    head_step,
-    query_step,
-    q_heads,
-    q_len,
-    sm_scale,
-    DIM: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Writes `dq [batch, q_heads, q_len, DIM]`, scaled, from the fp32 accumulator in the order of `_store_dq`.
-
-    Steps are strides of dq in units of 8 elements, so that stores of 16 bytes are seen to be aligned.
-    Grid: (heads of all samples * query tiles * TILE // 64): 64 queries of one head a program.
-    """
-    parts = (q_len + TILE - 1) // TILE * (TILE // 64)
-    head = (tl.program_id(0) // parts).to(tl.int64)
-    base = tl.program_id(0).to(tl.int64) * (64 * HEAD_DIM)
-    # (a, row, t, b, p), as it lies in memory
-    dq = tl.load(dq_acc + base + tl.arange(0, 64 * HEAD_DIM)).reshape(HEAD_DIM // 16, 64, 4, 2, 2)
-    dq = dq.permute(1, 0, 3, 2, 4).reshape(64, HEAD_DIM)
-    rows = tl.program_id(0) % parts * 64 + tl.arange(0, 64)[:, None]
-    c = tl.arange(0, HEAD_DIM)[None, :]
-    plane = head // q_heads * sample_step + head % q_heads * head_step
-    out = dq_ptr + (plane + rows.to(tl.int64) * query_step) * 8 + c
-    tl.store(out, (dq * sm_scale).to(dq_ptr.dtype.element_ty), mask=(rows < q_len) & (c < DIM))

@@ -16,6 +16,16 @@ VOTE_RESCALE = gl.constexpr(
     "{ .reg .pred p; .reg .f32 t, u; mul.f32 t, $2, $3; add.f32 u, $4, $5; fma.rn.f32 t, u, 0f00000000, t; "
     "setp.neu.f32 p, t, 0f3F800000; vote.sync.ballot.b32 $0, p, 0xffffffff; mov.b32 $1, $0; }"
 )
+# a warp reads the counter at $1 until it is $2; what it gives the copy engine then comes after what was counted
+WAIT_FOR_COUNT = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 x; AGAIN: ld.acquire.gpu.global.b32 x, [$1]; setp.ne.s32 p, x, $2; @p bra AGAIN; "
+    "fence.proxy.async.global; mov.b32 $0, x; }"
+)
+# a warp waits until all that it gave the copy engine is written, not just read, and adds 1 to the counter at $1
+COUNT_WHEN_DONE = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 x; cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 x, %laneid; "
+    "setp.eq.s32 p, x, 0; @p red.release.gpu.global.add.s32 [$1], 1; mov.b32 $0, x; }"
+)
 # p may be as large as 2**8, which fp16 holds with its full precision
 HEADROOM = "41000000"  # 8.0
 # the row max of a row that has met a key is at least this far from 0, which is that of one that has met none

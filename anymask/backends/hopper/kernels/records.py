@@ -170,6 +170,20 @@ class BackwardConfig(NamedTuple):
     HAS_MASK: Any
     HAS_TAIL: Any
     HAS_DQ: Any
+    IN_TURN: Any
+
+
+class Turns(NamedTuple):
+    """How many columns have added to each query tile, and how many have to before an entry of the lists may.
+
+    The latter is None without a mask. Steps are those from one sample or head to the next.
+    """
+
+    counters: Any
+    full: Any
+    partial: Any
+    sample_step: Any
+    head_step: Any
 
 
 class Column(NamedTuple):

@@ -135,14 +135,24 @@ def column_at(index, schedule, HAS_MASK: gl.constexpr):
 
 
 @gluon.jit
-def load_q_tile(column, lists, j, HAS_MASK: gl.constexpr):
-    """The j-th query tile of a column, partial ones first; 0 past the end."""
+def load_q_tile(column, lists, j, HAS_MASK: gl.constexpr, first=0, TURNED: gl.constexpr = False):
+    """The j-th query tile of a column, partial ones first; 0 past the end. `first`: see `list_index`."""
     n_partial, n_full = column.n_partial, column.n_full
-    tile = j
     if HAS_MASK:
         if j < n_partial:
-            entry = lists.partial_tiles + (column.partial_begin + j)
+            entry = lists.partial_tiles + (column.partial_begin + list_index(j, n_partial, first, TURNED))
         else:
-            entry = lists.full_tiles + (column.full_begin + j - n_partial)
+            entry = lists.full_tiles + (column.full_begin + list_index(j - n_partial, n_full, first, TURNED))
         tile = gl.load(entry, mask=j < n_partial + n_full, other=0)
+    else:
+        tile = list_index(j, n_full, first, TURNED)
     return tile
+
+
+@gluon.jit
+def list_index(j, n, first, TURNED: gl.constexpr):
+    """Where in a list of `n` its j-th tile is; with `TURNED` a walk starts at the entry `first`, and goes round."""
+    if TURNED:
+        j += first % gl.maximum(n, 1)
+        j = gl.where(j >= n, j - n, j)
+    return j

@@ -35,11 +35,12 @@ def has_unused(has_pair, row, length, ROWS: gl.constexpr):
 def zero_unused(buf, has_pair, row, length):
     """Zero the rows of `buf [1, 1, ROWS, D]`, rows `row ..` of a tensor, that have no pair. For one warp."""
     ROWS: gl.constexpr = buf.shape[2]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, 64], buf.dtype)
     # the copy engine lays out 64 columns of all rows, then the next 64
-    CHUNKS: gl.constexpr = ROWS * buf.shape[3] // (CHUNK * 64)
-    chunks = reinterpret(buf, buf.dtype, [CHUNKS, CHUNK, 64], SHARED)
+    COLUMNS: gl.constexpr = 64 if buf.shape[3] > 64 else buf.shape[3]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [1, 1], [1, 0])
+    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, COLUMNS], buf.dtype)
+    CHUNKS: gl.constexpr = ROWS * buf.shape[3] // (CHUNK * COLUMNS)
+    chunks = reinterpret(buf, buf.dtype, [CHUNKS, CHUNK, COLUMNS], SHARED)
     for i in range(CHUNKS):
         offs = row + i * CHUNK % ROWS + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
         used = gl.load(has_pair + offs, mask=offs < length, other=1)
