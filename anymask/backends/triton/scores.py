@@ -84,7 +84,7 @@ class KernelTerms:
         dense = []
         for t in self._dense:
             b, h, q, k = (() if size == 1 else (step,) for size, step in zip(t.shape, t.stride(), strict=True))
-            dense.append(Bias(t, sum(b), sum(h), q, k))
+            dense.append(Bias(t, sum(b), sum(h), q, k + k))
         tables = [
             Table(x.table, x.table.shape[1] * (x.table.shape[0] > 1), () if x.is_diagonal else (x.q_code, x.k_code))
             for x in self._tables

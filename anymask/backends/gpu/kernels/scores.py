@@ -17,7 +17,9 @@ STRIP = tl.constexpr(TILE)
 class Bias(NamedTuple):
     """A dense term: a pointer and its strides.
 
-    `batch` and `head` are 0 where it is shared, `q` and `k` are () there, else `(stride,)`.
+    `batch` and `head` are 0 where it is shared, `q` and `k` are () there, else `(stride,)` and `(stride, stride)`:
+    Triton before 3.9 takes functions for the same whose arguments have as many leaves of the same types, so a term of
+    queries after one of keys would be read as one of keys.
     """
 
     source: Any
@@ -108,13 +110,13 @@ def _load_bias(term, x, q_index, k_index):
     ptrs = term.source + x.off_b.to(tl.int64) * term.batch + x.off_h.to(tl.int64) * term.head
     if len(term.q) == 1:
         ptrs += q_index.to(tl.int64) * term.q[0]
-    if len(term.k) == 1:
+    if len(term.k) > 0:
         ptrs += k_index.to(tl.int64) * term.k[0]
-    if len(term.q) + len(term.k) == 2:
+    if len(term.q) + len(term.k) == 3:
         value = tl.load(ptrs, mask=(q_index < x.q_len) & (k_index < x.kv_len), other=0.0)
     elif len(term.q) == 1:
         value = tl.load(ptrs, mask=q_index < x.q_len, other=0.0)
-    elif len(term.k) == 1:
+    elif len(term.k) > 0:
         value = tl.load(ptrs, mask=k_index < x.kv_len, other=0.0)
     else:
         # a block, since the interpreter cannot spread a scalar
