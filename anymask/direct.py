@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# bytes of a descriptor of the copy engine, which is aligned to half of it, and of any other parameter, at most
-MAP_BYTES, MAP_ALIGNMENT, CELL = 128, 64, 8
+# bytes of a descriptor of the copy engine, to which CUDA 13 aligns it, and of any other parameter, at most
+MAP_BYTES, CELL = 128, 8
 # of the driver's enumerations
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 L2_PROMOTION_128B = 2
@@ -95,9 +95,9 @@ class Direct:
             raise Unsupported("descriptors that the kernel reads as pointers")
         # descriptors, then addresses, then the rest
         size = len(tiles) * MAP_BYTES + (len(found) + 2) * CELL
-        self._memory = ctypes.create_string_buffer(size + MAP_ALIGNMENT)
+        self._memory = ctypes.create_string_buffer(size + MAP_BYTES)
         start = addressof(self._memory)
-        offset = first = -start % MAP_ALIGNMENT
+        offset = first = -start % MAP_BYTES
         places, self._maps = {}, []
         for tile, options in zip(tiles, maps, strict=True):
             places[id(tile)] = start + offset
