@@ -23,10 +23,12 @@ from anymask.backends.hopper.kernels.records import (
     MaskLists,
     PlaneStrides,
     QPipeline,
+    Scoring,
     Worker,
 )
 from anymask.backends.hopper.kernels.scheduler import (
     first_two_tiles,
+    load_kv_tile,
     num_work_tiles,
     prefetch_tile_range,
     read_tile_range,
@@ -124,22 +126,6 @@ def _load_v(v_desc, sample, kv_head, row, kv, stage, used, kv_len, is_partial, n
 
 
 @gluon.jit
-def load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
-    """The `t`-th kv tile of a work tile, partial ones first; 0 past the end."""
-    n_partial, n_full = tile_range.n_partial, tile_range.n_full
-    if HAS_MASK:
-        if t < n_partial:
-            entry = lists.partial_tiles + (tile_range.partial_begin + t)
-        else:
-            entry = lists.full_tiles + (tile_range.full_begin + t - n_partial)
-        tile = gl.load(entry, mask=t < n_partial + n_full, other=0)
-    else:
-        # the last tile first: it alone can end early
-        tile = gl.where(t == 0, n_full, t) - 1
-    return tile
-
-
-@gluon.jit
 def _add_sinks(l_i, m_i, sinks, head, rows, sizes):
     """Row sums and maxima `[ROWS]` with a sink, a key of every query whose value is 0, and the factor of o for it."""
     # heads that are packed follow each other
@@ -154,7 +140,7 @@ def _add_sinks(l_i, m_i, sinks, head, rows, sizes):
 
 
 @gluon.jit
-def _consume(o_desc, per_row, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP: gl.constexpr):
+def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr, WARPGROUP: gl.constexpr):
     """A consumer warpgroup: ROWS queries of every work tile, their `o` and `lse`.
 
     `per_row`: the pointer to lse, and that to the sinks if there are any.
@@ -190,8 +176,9 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, cfg: gl.constexpr, WARPG
         m_i = l_i
         mbarrier.wait(q.full.index(q_stage), q_phase)
         if n > 0:
+            scoring = Scoring(qk_scale, terms, tile, lists, tile_range)
             acc, l_i, m_i = mainloop(
-                q_blocks, pair.kv, words, w, n_partial, n, sizes, qk_scale, step_base, acc, cfg, WARPGROUP
+                q_blocks, pair.kv, words, w, n_partial, n, sizes, scoring, step_base, acc, cfg, WARPGROUP
             )
         step_base += n
         q_tile = tile.tile
@@ -210,6 +197,9 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, cfg: gl.constexpr, WARPG
             l_i, m_i, alpha = _add_sinks(l_i, m_i, per_row[1], head, rows, sizes)
         lse_rows = lse + (sample * sizes.q_heads + head).to(gl.int64) * sizes.q_len + rows
         gl.store(lse_rows, (m_i + gl.log2(l_i)) * LN_2, mask=rows < sizes.q_len)
+        if len(terms) > 0:  # noqa: SIM102
+            if len(terms.dropout) == 1:
+                alpha *= terms.dropout[0].scale
         scale = gl.convert_layout(alpha / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
         o_buf = pair.o_bufs.index(WARPGROUP)
         for c in gl.static_range(cfg.V_BLOCKS):
@@ -296,6 +286,7 @@ def _fwd_kernel(
     swizzle_heads,
     qk_scale,
     sinks,
+    terms,
     D_BLOCKS: gl.constexpr,
     V_BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -304,7 +295,8 @@ def _fwd_kernel(
     PACK_GQA: gl.constexpr,
     PLAIN_SOFTMAX: gl.constexpr,
 ):
-    """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md. `sinks`: fp32, one for each query head, or None.
+    """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md. `sinks`: fp32, one for each query head, or None. `terms`:
+    `Terms`, or () if nothing else happens to scores.
 
     Grid: (programs), so many that there is a work tile for each, `n_work_tiles = batch * q_heads * q_tiles`.
     Descriptors are `[batch, heads, length, D]` with blocks `[1, 1, ROWS, width]` for q and o, `[1, 1, BLOCK_N, width]`
@@ -332,8 +324,8 @@ def _fwd_kernel(
     if CONSUMER_PAIRS == 1:
         gl.warp_specialize(
             [
-                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(0))),
-                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(1))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
                 (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
             ],
             [4, 1],
@@ -343,10 +335,10 @@ def _fwd_kernel(
         b = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 1, CONSUMER_PAIRS)
         gl.warp_specialize(
             [
-                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(0))),
-                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(1))),
-                (_consume, (o_desc, per_row, b, schedule, qk_scale, cfg, gl.constexpr(0))),
-                (_consume, (o_desc, per_row, b, schedule, qk_scale, cfg, gl.constexpr(1))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
+                (_consume, (o_desc, per_row, b, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, per_row, b, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
                 (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
                 (_produce, (q_desc, k_desc, v_desc, kv_has_pair, b, schedule, group, cfg)),
             ],

@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from anymask.backends.hopper.kernels.blocks import issue_scores, issue_sums, wait_sums
 from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
+from anymask.backends.hopper.kernels.scheduler import load_kv_tile
 from anymask.backends.hopper.kernels.softmax import (
     exp2,
     exponents,
@@ -22,6 +23,7 @@ from anymask.backends.hopper.kernels.softmax import (
     unpack_halves,
     update_row_max,
 )
+from anymask.backends.hopper.kernels.terms import factor, keep, load_bias, scored
 from anymask.backends.hopper.kernels.words import ROWS, load_words, tail_words, zero_words
 
 
@@ -33,15 +35,52 @@ def _next_words(words, wanted, mask_rows, WARPGROUP: gl.constexpr, W_LAYOUT: gl.
 
 
 @gluon.jit
+def _start_of(step, scoring, cfg: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The first key of a step of a work tile."""
+    STEPS: gl.constexpr = TILE // BLOCK_N
+    kv_tile = load_kv_tile(step // STEPS, scoring.lists, scoring.tile_range, cfg.HAS_MASK)
+    return kv_tile * TILE + step % STEPS * BLOCK_N
+
+
+@gluon.jit
+def _bias_of(start_k, scoring, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, WARPGROUP: gl.constexpr):
+    """`load_bias` of a step."""
+    tile = scoring.tile
+    start_q = tile.tile * TILE + WARPGROUP * ROWS
+    return load_bias(scoring.terms, tile.sample, tile.head, start_q, start_k, ROWS, BLOCK_N, S_LAYOUT, False)
+
+
+@gluon.jit
+def _exponents(s, m_i, bias, scoring):
+    """`z [ROWS, N]` of products s; `bias`: of `load_bias`, unless no terms ask for it."""
+    if len(scoring.terms) == 0:
+        return exponents(s, m_i, scoring.qk_scale)
+    else:
+        return exponents(scored(s, bias, scoring.qk_scale, scoring.terms), m_i, factor(scoring.terms))
+
+
+@gluon.jit
+def _drop(x, start_k, scoring, WARPGROUP: gl.constexpr):
+    """Weights `x [ROWS, N]` of a step where dropout keeps them, else 0."""
+    if len(scoring.terms) > 0:  # noqa: SIM102
+        if len(scoring.terms.dropout) == 1:
+            tile = scoring.tile
+            start_q = tile.tile * TILE + WARPGROUP * ROWS
+            x = gl.where(keep(scoring.terms, tile.sample, tile.head, start_q, start_k, x, False), x, 0.0)
+    return x
+
+
+@gluon.jit
 def _steps(
     begin,
     end,
     last_partial,
+    step_base,
     state,
     q,
     kv,
     partial,
-    qk_scale,
+    scoring,
     cfg: gl.constexpr,
     MASK_STEPS: gl.constexpr,
     WARPGROUP: gl.constexpr,
@@ -64,6 +103,10 @@ def _steps(
     dtype: gl.constexpr = kv.k_bufs.dtype
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc[0].type.layout, 2)
     W_LAYOUT: gl.constexpr = m_i.type.layout
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    HAS_TERMS: gl.constexpr = len(scoring.terms) > 0
+    if HAS_TERMS:
+        next_k = _start_of(begin - step_base, scoring, cfg, BLOCK_N)
     for i in range(begin, end):
         last = stage_and_phase(i - 1, STAGES)[0]
         stage, phase = stage_and_phase(i, STAGES)
@@ -71,8 +114,13 @@ def _steps(
         s_flying = issue_scores(q, kv.k_bufs, stage)
         p = unpack_halves(p, dtype, P_LAYOUT)
         acc_flying = issue_sums(p, kv.v_bufs, last, acc)
+        step_bias, start_k = 0.0, 0
+        if HAS_TERMS:
+            # read one step ahead: it is an indirection
+            start_k, next_k = next_k, _start_of(i + 1 - step_base, scoring, cfg, BLOCK_N)
+            step_bias = _bias_of(start_k, scoring, S_LAYOUT, BLOCK_N, WARPGROUP)
         s = warpgroup_mma_wait(1, deps=[s_flying])
-        z = exponents(s, m_i, qk_scale)
+        z = _exponents(s, m_i, step_bias, scoring)
         if MASK_STEPS == "all":
             gl.static_assert(STEPS == 1)
             w = w_next
@@ -97,7 +145,7 @@ def _steps(
         acc, p = wait_sums(acc_flying, p)
         mbarrier.arrive(kv.empty.index(stage))
         acc = [rescale(block, alpha, needed) for block in acc]
-        p = pack_halves(x, dtype)
+        p = pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype)
     return SoftmaxState(p, acc, l_i, m_i)
 
 
@@ -110,7 +158,7 @@ def mainloop(
     n_partial,
     n,
     sizes,
-    qk_scale,
+    scoring,
     step_base,
     acc,
     cfg: gl.constexpr,
@@ -141,23 +189,29 @@ def mainloop(
     stage, phase = stage_and_phase(step_base, STAGES)
     mbarrier.wait(kv.k_full.index(stage), phase)
     s = issue_scores(q, kv.k_bufs, stage)
+    bias, start_k = 0.0, 0
+    if len(scoring.terms) > 0:
+        start_k = _start_of(0, scoring, cfg, BLOCK_N)
+        bias = _bias_of(start_k, scoring, S_LAYOUT, BLOCK_N, WARPGROUP)
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
-    z = mask_exponents(exponents(s, m_i, qk_scale), w)
+    z = mask_exponents(_exponents(s, m_i, bias, scoring), w)
     z, m_i, _ = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
     x = exp2(z)
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
     mbarrier.arrive(kv.empty.index(stage))
-    state = SoftmaxState(pack_halves(x, dtype), acc, l_i, m_i)
+    state = SoftmaxState(pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype), acc, l_i, m_i)
     begin, end, last_partial = step_base + 1, step_base + n, step_base + partial_steps - 1
     # one loop for all where two pairs share the multiprocessor: two loops were slower there
     REST: gl.constexpr = "some" if STEPS > 1 else "none"
     if cfg.HAS_MASK and STEPS == 1:
         full_begin = last_partial + 1
-        state = _steps(begin, full_begin, last_partial, state, q, kv, partial, qk_scale, cfg, "all", WARPGROUP)
+        state = _steps(
+            begin, full_begin, last_partial, step_base, state, q, kv, partial, scoring, cfg, "all", WARPGROUP
+        )
         begin = gl.maximum(begin, full_begin)
-    state = _steps(begin, end, last_partial, state, q, kv, partial, qk_scale, cfg, REST, WARPGROUP)
+    state = _steps(begin, end, last_partial, step_base, state, q, kv, partial, scoring, cfg, REST, WARPGROUP)
     last = stage_and_phase(step_base + n - 1, STAGES)[0]
     p = unpack_halves(state.p, dtype, P_LAYOUT)
     acc_flying = issue_sums(p, kv.v_bufs, last, state.acc)

@@ -82,6 +82,19 @@ class ForwardConfig(NamedTuple):
     PLAIN_SOFTMAX: Any
 
 
+class Scoring(NamedTuple):
+    """How scores are made of products: by `qk_scale` alone if there are no `terms`, (), else by `Terms` of terms.py.
+
+    Terms depend on the work tile and on its kv tiles.
+    """
+
+    qk_scale: Any
+    terms: Any
+    tile: WorkTile
+    lists: MaskLists
+    tile_range: TileRange
+
+
 class QPipeline(NamedTuple):
     """Stages of q `[1, 1, ROWS, width]`, one for each warpgroup and block, with a full and an empty barrier a stage."""
 

@@ -96,6 +96,22 @@ def read_tile_range(pending, next_tile, schedule, HAS_MASK: gl.constexpr):
 
 
 @gluon.jit
+def load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
+    """The `t`-th kv tile of a work tile, partial ones first; 0 past the end."""
+    n_partial, n_full = tile_range.n_partial, tile_range.n_full
+    if HAS_MASK:
+        if t < n_partial:
+            entry = lists.partial_tiles + (tile_range.partial_begin + t)
+        else:
+            entry = lists.full_tiles + (tile_range.full_begin + t - n_partial)
+        tile = gl.load(entry, mask=t < n_partial + n_full, other=0)
+    else:
+        # the last tile first: it alone can end early
+        tile = gl.where(t == 0, n_full, t) - 1
+    return tile
+
+
+@gluon.jit
 def _from_lane(x, LANE: gl.constexpr):
     return gl.inline_asm_elementwise(ptx.shuffle(LANE), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from anymask.backends.hopper.kernels.blocks import blocks_at, issue_scores, issue_sums, load_blocks, wait_sums
-from anymask.backends.hopper.kernels.forward import WARPGROUPS, load_kv_tile
+from anymask.backends.hopper.kernels.forward import WARPGROUPS
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
 from anymask.backends.hopper.kernels.records import (
     DQConfig,

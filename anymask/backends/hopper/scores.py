@@ -1,0 +1,97 @@
+"""Scores as the Hopper kernels take them: biases padded to whole tiles, in the unit of their scores, those alike summed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask.backends.gpu.arguments import LOG2_E
+from anymask.scores import Scores, dropout
+from anymask.tiles import TILE, tiles_over
+
+# tanh(z / UNIT) is what the kernels compute of a score z
+UNIT = 4.0
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not_scores(scores: Scores, wide: bool) -> str | None:
+    """Why the kernels cannot take the scores, or None. `wide`: a head_dim of kernels that take sinks alone."""
+    for term in scores.dense:
+        if term.dtype not in DTYPES:
+            return f"a bias is {term.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
+        if min(term.shape[2:]) > 1:
+            return f"a bias is {list(term.shape)}, the kernels take those of queries or of keys alone"
+    if not all(x.is_diagonal for x in scores.lookups):
+        return "a table is read by place, the kernels read tables by distance"
+    if wide and has_terms(scores):
+        return "the call has a bias, a softcap or dropout, which these kernels have up to head_dim 128"
+    return None
+
+
+def has_terms(scores: Scores | None) -> bool:
+    """Whether anything beside sinks happens to the scores."""
+    return scores is not None and bool(scores.dense or scores.lookups or scores.softcap or scores.seed is not None)
+
+
+def kernel_terms(scores: Scores | None, sm_scale: float, q_len: int, kv_len: int) -> tuple[Any, float]:
+    """`Terms` of kernels/terms.py, () where nothing beside sinks happens to scores, and their `qk_scale`."""
+    if scores is None or not has_terms(scores):
+        return (), sm_scale * LOG2_E
+    from anymask.backends.hopper.kernels.terms import Dropout, Terms
+
+    unit = UNIT / scores.softcap if scores.softcap else LOG2_E
+    keys = [t.squeeze(2) for t in scores.dense if t.shape[2] == 1]
+    queries = [t.squeeze(3) for t in scores.dense if t.shape[2] > 1]
+    p = scores.dropout_p
+    drop = () if scores.seed is None else (
+        Dropout(scores.seed, float(dropout.threshold(p)), dropout.keep_scale(p)),
+    )  # fmt: skip
+    terms = Terms(
+        _vector(keys, kv_len, unit),
+        _vector(queries, q_len, unit),
+        _diagonals([x.table for x in scores.lookups], q_len, kv_len, unit),
+        (scores.softcap * LOG2_E,) if scores.softcap else (),
+        drop,
+    )
+    return terms, sm_scale * unit
+
+
+def _vector(found: list[Tensor], length: int, unit: float) -> tuple[Any, ...]:
+    """`(Vector,)` of the sum of biases `[batch or 1, heads or 1, length or 1]`, () of none."""
+    if not found:
+        return ()
+    from anymask.backends.hopper.kernels.terms import Vector
+
+    total = _sum(found) * unit
+    batch, heads, _ = total.shape
+    padded = total.new_zeros(batch, heads, tiles_over(length) * TILE)
+    padded[:, :, :length] = total
+    strides = (step * (n > 1) for n, step in zip((batch, heads), padded.stride(), strict=False))
+    return (Vector(padded, *strides),)
+
+
+def _diagonals(found: list[Tensor], q_len: int, kv_len: int, unit: float) -> tuple[Any, ...]:
+    """`(Diagonals,)` of the sum of tables `[heads or 1, q_len + kv_len - 1]`, () of none."""
+    if not found:
+        return ()
+    from anymask.backends.hopper.kernels.terms import Diagonals
+
+    total = _sum(found) * unit
+    heads, entries = total.shape
+    rows, keys = tiles_over(q_len) * TILE, tiles_over(kv_len) * TILE
+    # entry 0 is of the first query and the last key
+    padded = total.new_zeros(heads, rows + keys)
+    padded[:, keys - kv_len : keys - kv_len + entries] = total
+    return (Diagonals(padded, padded.shape[1] * (heads > 1), keys - 1),)
+
+
+def _sum(found: list[Tensor]) -> Tensor:
+    """The sum in fp32. -inf hides a pair whatever the others are, NaN too."""
+    total = found[0].float()
+    for term in found[1:]:
+        hidden = (total == -math.inf) | (term == -math.inf)
+        total = (total + term).masked_fill(hidden, -math.inf)
+    return total
