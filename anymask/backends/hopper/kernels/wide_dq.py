@@ -23,6 +23,7 @@ from anymask.backends.hopper.kernels.records import (
 )
 from anymask.backends.hopper.kernels.scheduler import (
     first_two_tiles,
+    load_kv_tile,
     num_work_tiles,
     prefetch_tile_range,
     read_tile_range,
