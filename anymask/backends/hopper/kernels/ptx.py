@@ -180,3 +180,15 @@ def soft_cap_asm(n: int):
 def in_place(n: int):
     """Constraints of PTX that works on `n` floats in place (docs/kernels.md, finding 4)."""
     return ",".join(["=f"] * n + [str(i) for i in range(n)])
+
+
+@gluon.constexpr_function
+def shift_asm(n: int):
+    """PTX that moves `n` elements, from $n on, by two: outputs are $2n, $2n+1, then all inputs but the last two."""
+    return "\n".join(f"mov.b32 ${i}, ${2 * n + i if i < 2 else n + i - 2};" for i in range(n))
+
+
+@gluon.constexpr_function
+def shift_operands(n: int):
+    """Constraints of `shift_asm`."""
+    return ",".join(["=&f"] * n + ["f"] * (2 * n))

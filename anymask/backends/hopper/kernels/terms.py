@@ -99,8 +99,44 @@ def load_bias(
     if len(terms.diagonals) == 1:
         term = terms.diagonals[0]
         base = term.source + (head * term.head + start_q - start_k + term.origin)
-        bias = bias + gl.load(base + ((q_index - start_q) - (k_index - start_k)))
+        bias = bias + _load_diagonals(base, ROWS, COLUMNS, LAYOUT, BY_KEY)
     return bias
+
+
+@gluon.jit
+def _load_diagonals(base, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr, BY_KEY: gl.constexpr):
+    """`[ROWS, COLUMNS]` of entries by distance; `base`: that of the first query and key.
+
+    Of a thread's two rows, 8 apart, the second has the entries of the first one 8 columns before.
+    """
+    # [warp, 8 rows, 8 columns, pair of columns, column]: the first rows of threads
+    L6: gl.constexpr = (
+        gl.zeros([ROWS, COLUMNS], gl.int32, LAYOUT).reshape([ROWS // 16, 2, 8, COLUMNS // 8, 4, 2]).type.layout
+    )
+    x = gl.zeros([ROWS // 16, 8, COLUMNS // 8, 4, 2], gl.int32, gl.SliceLayout(1, L6))
+    row = _axis5(x, 0) * 16 + _axis5(x, 1)
+    column = _axis5(x, 3) * 2 + _axis5(x, 4)
+    distance = column - row if BY_KEY else row - column
+    step: gl.constexpr = 8 if BY_KEY else -8
+    first = gl.load(base + (distance + _axis5(x, 2) * step))
+    before = gl.load(base + (distance - step)) + gl.zeros_like(first)
+    N: gl.constexpr = COLUMNS // 4
+    second = gl.inline_asm_elementwise(
+        ptx.shift_asm(N), ptx.shift_operands(N), [first, before], dtype=gl.float32, is_pure=True, pack=N
+    )
+    both = gl.join(first, second).permute((0, 5, 1, 2, 3, 4)).reshape([ROWS, COLUMNS])
+    return gl.convert_layout(both, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _axis5(x, D: gl.constexpr):
+    """int32 indices along dimension D of a tensor of five, of size 1 along the others."""
+    LAYOUT: gl.constexpr = _slices(x.type.layout, D, 5)
+    i = gl.arange(0, x.shape[D], layout=LAYOUT)
+    for d in gl.static_range(5):
+        if d != D:
+            i = i.expand_dims(d)
+    return i
 
 
 @gluon.jit
@@ -137,7 +173,7 @@ def cap_slope(z, terms):
 def _axis(x6, D: gl.constexpr):
     """int32 indices along dimension D of a tensor of six, of size 1 along the others."""
     L: gl.constexpr = x6.type.layout
-    LAYOUT: gl.constexpr = _slices(L, D)
+    LAYOUT: gl.constexpr = _slices(L, D, 6)
     x = gl.arange(0, x6.shape[D], layout=LAYOUT)
     for d in gl.static_range(6):
         if d != D:
@@ -146,9 +182,9 @@ def _axis(x6, D: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _slices(layout: Any, d: int) -> Any:
-    """The layout of dimension `d` of six alone."""
-    for i in range(5, -1, -1):
+def _slices(layout: Any, d: int, rank: int) -> Any:
+    """The layout of dimension `d` of `rank` alone."""
+    for i in range(rank - 1, -1, -1):
         if i != d:
             layout = gl.SliceLayout(i, layout)
     return layout
