@@ -27,7 +27,7 @@ from anymask.backends.gpu.sinks import sink_gradient
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
-from anymask.backends.hopper.scores import has_terms, kernel_terms, why_not_scores
+from anymask.backends.hopper.scores import has_terms, kernel_terms, pairs_descriptor, pairs_of, why_not_scores
 from anymask.block_mask import BlockMask
 from anymask.launch import args_key, device_guard, launch
 from anymask.layout import empty_as
@@ -148,7 +148,8 @@ def _launch_forward(call: _Forward) -> None:
     q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
     batch, q_heads, q_len, head_dim = q_shape
     dims = _padded_dims(head_dim, v_shape[3])
-    config = tuning.FORWARD[dims if dims[0] != dims[1] else dims[0]]
+    bias = pairs_of(call.scores)
+    config = (tuning.FORWARD if bias is None else tuning.FORWARD_PAIRS)[dims if dims[0] != dims[1] else dims[0]]
     d_width, v_width = config.widths or dims
     # the producer zeroes rows of v up to these dims; wider ones come with zeros
     kv_has_pair = has_pair(block_mask, "cols") if max(dims) <= NARROW else None
@@ -182,6 +183,7 @@ def _launch_forward(call: _Forward) -> None:
             qk_scale,
             sinks,
             terms,
+            pairs_descriptor(bias, WARPGROUP_ROWS, config.BLOCK_N),
         ),
         {
             "D_BLOCKS": dims[0] // d_width,
@@ -189,6 +191,7 @@ def _launch_forward(call: _Forward) -> None:
             "STAGES": config.STAGES,
             "Q_STAGES": config.Q_STAGES,
             "CONSUMER_PAIRS": config.CONSUMER_PAIRS,
+            "BIAS_STAGES": config.BIAS_STAGES,
             "PACK_GQA": call.pack_gqa and block_mask is not None,
             "PLAIN_SOFTMAX": config.PLAIN_SOFTMAX,
         },
@@ -199,6 +202,7 @@ def _launch_forward(call: _Forward) -> None:
             d_width,
             v_width,
             *[x is None for x in (block_mask, kv_has_pair, sinks)],
+            None if bias is None else bias.dtype,
             *args_key((terms,)),
         ),
         num_warps=4,

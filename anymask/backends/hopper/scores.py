@@ -1,4 +1,4 @@
-"""Scores as the Hopper kernels take them: biases padded to whole tiles, in the unit of their scores, those alike summed."""
+"""Scores as the Hopper kernels take them: biases padded to whole tiles, in the unit of scores, those alike summed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anymask.backends.gpu.arguments import LOG2_E
+from anymask.backends.hopper.descriptors import block_of, descriptor
 from anymask.scores import Scores, dropout
 from anymask.tiles import TILE, tiles_over
 
@@ -19,11 +20,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def why_not_scores(scores: Scores, wide: bool) -> str | None:
     """Why the kernels cannot take the scores, or None. `wide`: a head_dim of kernels that take sinks alone."""
+    pairs = [t for t in scores.dense if min(t.shape[2:]) > 1]
     for term in scores.dense:
         if term.dtype not in DTYPES:
             return f"a bias is {term.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
-        if min(term.shape[2:]) > 1:
-            return f"a bias is {list(term.shape)}, the kernels take those of queries or of keys alone"
+    if len(pairs) > 1 or not all(map(_loadable, pairs)):
+        return "a bias is of pairs, of which the copy engine takes one, of 16 bits and with rows of multiples of 16 bytes"
     if not all(x.is_diagonal for x in scores.lookups):
         return "a table is read by place, the kernels read tables by distance"
     if wide and has_terms(scores):
@@ -31,32 +33,51 @@ def why_not_scores(scores: Scores, wide: bool) -> str | None:
     return None
 
 
+def _loadable(t: Tensor) -> bool:
+    """Whether the copy engine can read a bias of pairs: rows of aligned, neighbouring keys."""
+    steps = [2 * step for n, step in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
+    aligned = t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    return t.element_size() == 2 and t.stride(3) == 1 and aligned
+
+
 def has_terms(scores: Scores | None) -> bool:
     """Whether anything beside sinks happens to the scores."""
     return scores is not None and bool(scores.dense or scores.lookups or scores.softcap or scores.seed is not None)
+
+
+def pairs_of(scores: Scores | None) -> Tensor | None:
+    """The bias of pairs, if there is one."""
+    return None if scores is None else next((t for t in scores.dense if min(t.shape[2:]) > 1), None)
 
 
 def kernel_terms(scores: Scores | None, sm_scale: float, q_len: int, kv_len: int) -> tuple[Any, float]:
     """`Terms` of kernels/terms.py, () where nothing beside sinks happens to scores, and their `qk_scale`."""
     if scores is None or not has_terms(scores):
         return (), sm_scale * LOG2_E
-    from anymask.backends.hopper.kernels.terms import Dropout, Terms
+    from anymask.backends.hopper.kernels.terms import Dropout, Pairs, Terms
 
     unit = UNIT / scores.softcap if scores.softcap else LOG2_E
     keys = [t.squeeze(2) for t in scores.dense if t.shape[2] == 1]
-    queries = [t.squeeze(3) for t in scores.dense if t.shape[2] > 1]
-    p = scores.dropout_p
-    drop = () if scores.seed is None else (
-        Dropout(scores.seed, float(dropout.threshold(p)), dropout.keep_scale(p)),
-    )  # fmt: skip
+    queries = [t.squeeze(3) for t in scores.dense if t.shape[2] > 1 == t.shape[3]]
+    pairs, p, seed = pairs_of(scores), scores.dropout_p, scores.seed
     terms = Terms(
         _vector(keys, kv_len, unit),
         _vector(queries, q_len, unit),
         _diagonals([x.table for x in scores.lookups], q_len, kv_len, unit),
+        () if pairs is None else (Pairs(-(pairs.shape[0] > 1), -(pairs.shape[1] > 1), unit),),
         (scores.softcap * LOG2_E,) if scores.softcap else (),
-        drop,
+        () if seed is None else (Dropout(seed, float(dropout.threshold(p)), dropout.keep_scale(p)),),
     )
     return terms, sm_scale * unit
+
+
+def pairs_descriptor(bias: Tensor | None, rows: int, keys: int) -> Any:
+    """What the copy engine reads a bias of pairs through, in blocks of so many."""
+    if bias is None:
+        return None
+    # the stride of a dimension of 1 is never taken, but has to be a multiple of 16 bytes
+    b, h, m = (step if n > 1 else 8 for n, step in zip(bias.shape[:3], bias.stride()[:3], strict=True))
+    return descriptor(bias, tuple(bias.shape), (b, h, m, 1), block_of((1, 1, rows, keys), bias.dtype))
 
 
 def _vector(found: list[Tensor], length: int, unit: float) -> tuple[Any, ...]:

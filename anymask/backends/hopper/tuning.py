@@ -12,7 +12,8 @@ from anymask.backends.gpu.arguments import TileConfig
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """Keys of a step, pairs of consumer warpgroups, stages for k, v and for q, and whether the grid is persistent."""
+    """Keys of a step, pairs of consumer warpgroups, stages for k, v, for q and for a bias of pairs, and whether the grid
+    is persistent."""
 
     BLOCK_N: int
     CONSUMER_PAIRS: int
@@ -24,6 +25,7 @@ class ForwardConfig:
     PLAIN_SOFTMAX: bool = False
     # columns of a block of q and k, and of a block of v and o; None: one block has all
     widths: tuple[int, int] | None = None
+    BIAS_STAGES: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
     (192, 128): ForwardConfig(128, 1, 2, 1, (True, True), widths=(64, 64)),
     192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
     256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
+}
+# the same with a bias of pairs
+FORWARD_PAIRS = {
+    64: ForwardConfig(128, 1, 3, 2, (True, True), BIAS_STAGES=2),
+    128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=1),
 }
 # of the backward pass above 128
 WIDE_DKDV = {

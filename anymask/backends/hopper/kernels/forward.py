@@ -11,10 +11,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from anymask.backends.hopper.kernels.blocks import blocks_at, load_blocks
-from anymask.backends.hopper.kernels.compat import tma_store
+from anymask.backends.hopper.kernels.compat import tma_load, tma_store
 from anymask.backends.hopper.kernels.mainloop import mainloop
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
 from anymask.backends.hopper.kernels.records import (
+    BiasPipeline,
     ConsumerPair,
     ForwardConfig,
     ForwardSchedule,
@@ -50,7 +51,7 @@ def _words_of(tile_range, lists):
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, kv_has_pair, pair, schedule, group, cfg: gl.constexpr):
+def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedule, group, cfg: gl.constexpr):
     """The producer warp: loads q of every work tile, then k and v of the steps through its kv tiles.
 
     v runs one step behind k, which is the order that the consumers want them in.
@@ -89,6 +90,8 @@ def _produce(q_desc, k_desc, v_desc, kv_has_pair, pair, schedule, group, cfg: gl
             mbarrier.wait(kv.empty.index(stage), phase ^ 1)
             mbarrier.expect(kv.k_full.index(stage), cfg.D_BLOCKS * k_desc.block_type.nbytes)
             load_blocks(k_desc, sample, kv_head, row, kv.k_full.index(stage), kv.k_bufs, stage, cfg.D_BLOCKS)
+            if bias_desc is not None:
+                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, step_base + t)
             if t > 0:
                 last = stage_and_phase(step_base + t - 1, STAGES)[0]
                 is_partial = t <= tile_range.n_partial * STEPS
@@ -103,6 +106,20 @@ def _produce(q_desc, k_desc, v_desc, kv_has_pair, pair, schedule, group, cfg: gl
             n_zeroed = _load_v(v_desc, sample, kv_head, last_row, kv, last, used, kv_len, is_partial, n_zeroed, cfg)
         tile = next_tile
         tile_range, next_tile = read_tile_range(pending, next_next, schedule, HAS_MASK)
+
+
+@gluon.jit
+def _load_bias(desc, pairs, tile, key, bias, step):
+    """Load the bias of a step's pairs, for each warpgroup its queries."""
+    STAGES: gl.constexpr = bias.full.shape[0]
+    stage, phase = stage_and_phase(step, STAGES)
+    mbarrier.wait(bias.empty.index(stage), phase ^ 1)
+    full = bias.full.index(stage)
+    mbarrier.expect(full, WARPGROUPS * desc.block_type.nbytes)
+    sample, head = tile.sample & pairs.batch, tile.head & pairs.head
+    for g in gl.static_range(WARPGROUPS):
+        buf = bias.bufs.index(stage * WARPGROUPS + g)
+        tma_load(desc, [sample, head, tile.tile * TILE + g * ROWS, key], full, buf)
 
 
 @gluon.jit
@@ -176,7 +193,7 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
         m_i = l_i
         mbarrier.wait(q.full.index(q_stage), q_phase)
         if n > 0:
-            scoring = Scoring(qk_scale, terms, tile, lists, tile_range)
+            scoring = Scoring(qk_scale, terms, tile, lists, tile_range, pair.bias)
             acc, l_i, m_i = mainloop(
                 q_blocks, pair.kv, words, w, n_partial, n, sizes, scoring, step_base, acc, cfg, WARPGROUP
             )
@@ -219,7 +236,9 @@ def _first_words(tile_range, lists, sizes, cfg: gl.constexpr, WARPGROUP: gl.cons
 
 
 @gluon.jit
-def _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg: gl.constexpr, PAIR: gl.constexpr, CONSUMER_PAIRS: gl.constexpr):
+def _allocate_pair(
+    q_desc, k_desc, v_desc, o_desc, bias_desc, cfg: gl.constexpr, PAIR: gl.constexpr, CONSUMER_PAIRS: gl.constexpr
+):
     """What a pair of consumer warpgroups of a program shares with its producer."""
     STAGES: gl.constexpr = cfg.STAGES
     Q_STAGES: gl.constexpr = cfg.Q_STAGES
@@ -232,8 +251,15 @@ def _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg: gl.constexpr, PAIR: gl.c
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
     k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES + 1, 1)
     kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS))
+    bias = ()
+    if bias_desc is not None:
+        N: gl.constexpr = cfg.BIAS_STAGES
+        bufs = gl.allocate_shared_memory(
+            bias_desc.dtype, [N * WARPGROUPS] + bias_desc.block_type.shape, bias_desc.layout
+        )
+        bias = BiasPipeline(bufs, allocate_barriers(N, 1), allocate_barriers(N, WARPGROUPS))
     worker = Worker(gl.program_id(0) * CONSUMER_PAIRS + PAIR, gl.num_programs(0) * CONSUMER_PAIRS)
-    return ConsumerPair(q, kv, o_bufs, worker)
+    return ConsumerPair(q, kv, bias, o_bufs, worker)
 
 
 @gluon.jit(
@@ -287,16 +313,22 @@ def _fwd_kernel(
     qk_scale,
     sinks,
     terms,
+    bias_desc,
     D_BLOCKS: gl.constexpr,
     V_BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     CONSUMER_PAIRS: gl.constexpr,
+    BIAS_STAGES: gl.constexpr,
     PACK_GQA: gl.constexpr,
     PLAIN_SOFTMAX: gl.constexpr,
 ):
-    """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md. `sinks`: fp32, one for each query head, or None. `terms`:
-    `Terms`, or () if nothing else happens to scores.
+    """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md.
+
+    `sinks`: fp32, one for each query head, or None. `terms`: `Terms`, or () if nothing else happens to scores.
+    `bias_desc`: of their `pairs`, `[batch or 1, heads or 1, q_len, kv_len]` with blocks `[1, 1, ROWS, BLOCK_N]`, or
+    None.
+
 
     Grid: (programs), so many that there is a work tile for each, `n_work_tiles = batch * q_heads * q_tiles`.
     Descriptors are `[batch, heads, length, D]` with blocks `[1, 1, ROWS, width]` for q and o, `[1, 1, BLOCK_N, width]`
@@ -310,7 +342,7 @@ def _fwd_kernel(
     Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory.
     """
     HAS_MASK: gl.constexpr = words is not None
-    cfg: gl.constexpr = ForwardConfig(D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, PACK_GQA, PLAIN_SOFTMAX)
+    cfg: gl.constexpr = ForwardConfig(D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, PACK_GQA, PLAIN_SOFTMAX)
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
     else:
@@ -319,28 +351,28 @@ def _fwd_kernel(
     sizes = ForwardSizes(q_tiles, q_heads, q_len, kv_len, mask_rows)
     schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads)
     per_row = (lse,) if sinks is None else (lse, sinks)
-    a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 0, CONSUMER_PAIRS)
+    a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, bias_desc, cfg, 0, CONSUMER_PAIRS)
     # argument lists are written inline (docs/kernels.md, finding 8)
     if CONSUMER_PAIRS == 1:
         gl.warp_specialize(
             [
                 (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
                 (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
-                (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, a, schedule, group, cfg)),
             ],
             [4, 1],
             [240, 24],
         )
     else:
-        b = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 1, CONSUMER_PAIRS)
+        b = _allocate_pair(q_desc, k_desc, v_desc, o_desc, bias_desc, cfg, 1, CONSUMER_PAIRS)
         gl.warp_specialize(
             [
                 (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
                 (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
                 (_consume, (o_desc, per_row, b, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
                 (_consume, (o_desc, per_row, b, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
-                (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
-                (_produce, (q_desc, k_desc, v_desc, kv_has_pair, b, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, a, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, b, schedule, group, cfg)),
             ],
             [4, 4, 4, 1, 1],
             [112, 112, 112, 24, 24],

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from anymask.backends.hopper.kernels.blocks import issue_scores, issue_sums, wait_sums
+from anymask.backends.hopper.kernels.blocks import block_at, issue_scores, issue_sums, wait_sums
 from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
 from anymask.backends.hopper.kernels.scheduler import load_kv_tile
@@ -24,7 +24,7 @@ from anymask.backends.hopper.kernels.softmax import (
     update_row_max,
 )
 from anymask.backends.hopper.kernels.terms import factor, keep, load_bias, scored
-from anymask.backends.hopper.kernels.words import ROWS, load_words, tail_words, zero_words
+from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_words, tail_words, to_quad_view, zero_words
 
 
 @gluon.jit
@@ -51,12 +51,35 @@ def _bias_of(start_k, scoring, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, WA
 
 
 @gluon.jit
-def _exponents(s, m_i, bias, scoring):
-    """`z [ROWS, N]` of products s; `bias`: of `load_bias`, unless no terms ask for it."""
-    if len(scoring.terms) == 0:
-        return exponents(s, m_i, scoring.qk_scale)
+def _pairs_of(step, scoring, S_LAYOUT: gl.constexpr, WARPGROUP: gl.constexpr):
+    """The bias of pairs `[ROWS, N]` of the worker's step, as it lies in memory; its stage is given back. 0 without."""
+    pairs = 0
+    if len(scoring.bias) > 0:
+        full, bufs = scoring.bias.full, scoring.bias.bufs
+        STAGES: gl.constexpr = full.shape[0]
+        stage, phase = stage_and_phase(step, STAGES)
+        mbarrier.wait(full.index(stage), phase)
+        pairs = block_at(bufs, stage * 2 + WARPGROUP).load(S_LAYOUT)
+        mbarrier.arrive(scoring.bias.empty.index(stage))
+    return pairs
+
+
+@gluon.jit
+def _exponents(s, m_i, bias, pairs, scoring):
+    """`z [ROWS, N]` of products s; `bias` of `load_bias` and `pairs` of `_pairs_of`, if terms ask for them."""
+    terms = scoring.terms
+    if len(terms) == 0:
+        z = exponents(s, m_i, scoring.qk_scale)
+    elif len(terms.pairs) == 0:
+        z = exponents(scored(s, bias, scoring.qk_scale, terms), m_i, factor(terms))
+    elif len(terms.cap) == 0:
+        LAYOUT: gl.constexpr = s.type.layout
+        minus = m_i.expand_dims(1).expand_dims(3) - to_quad_view(pairs.to(gl.float32)) * terms.pairs[0].unit
+        z = from_quad_view(to_quad_view(scored(s, bias, scoring.qk_scale, terms)) - minus, LAYOUT)
     else:
-        return exponents(scored(s, bias, scoring.qk_scale, scoring.terms), m_i, factor(scoring.terms))
+        bias = bias + pairs.to(gl.float32) * terms.pairs[0].unit
+        z = exponents(scored(s, bias, scoring.qk_scale, terms), m_i, factor(terms))
+    return z
 
 
 @gluon.jit
@@ -114,13 +137,14 @@ def _steps(
         s_flying = issue_scores(q, kv.k_bufs, stage)
         p = unpack_halves(p, dtype, P_LAYOUT)
         acc_flying = issue_sums(p, kv.v_bufs, last, acc)
-        step_bias, start_k = 0.0, 0
+        step_bias, pairs, start_k = 0.0, 0, 0
         if HAS_TERMS:
             # read one step ahead: it is an indirection
             start_k, next_k = next_k, _start_of(i + 1 - step_base, scoring, cfg, BLOCK_N)
             step_bias = _bias_of(start_k, scoring, S_LAYOUT, BLOCK_N, WARPGROUP)
+            pairs = _pairs_of(i, scoring, S_LAYOUT, WARPGROUP)
         s = warpgroup_mma_wait(1, deps=[s_flying])
-        z = _exponents(s, m_i, step_bias, scoring)
+        z = _exponents(s, m_i, step_bias, pairs, scoring)
         if MASK_STEPS == "all":
             gl.static_assert(STEPS == 1)
             w = w_next
@@ -189,13 +213,14 @@ def mainloop(
     stage, phase = stage_and_phase(step_base, STAGES)
     mbarrier.wait(kv.k_full.index(stage), phase)
     s = issue_scores(q, kv.k_bufs, stage)
-    bias, start_k = 0.0, 0
+    bias, pairs, start_k = 0.0, 0, 0
     if len(scoring.terms) > 0:
         start_k = _start_of(0, scoring, cfg, BLOCK_N)
         bias = _bias_of(start_k, scoring, S_LAYOUT, BLOCK_N, WARPGROUP)
+        pairs = _pairs_of(step_base, scoring, S_LAYOUT, WARPGROUP)
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
-    z = mask_exponents(_exponents(s, m_i, bias, scoring), w)
+    z = mask_exponents(_exponents(s, m_i, bias, pairs, scoring), w)
     z, m_i, _ = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
     x = exp2(z)
     l_i = row_sum_partials(x, W_LAYOUT)

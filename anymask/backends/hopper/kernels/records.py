@@ -78,6 +78,7 @@ class ForwardConfig(NamedTuple):
     HAS_MASK: Any
     STAGES: Any
     Q_STAGES: Any
+    BIAS_STAGES: Any
     PACK_GQA: Any
     PLAIN_SOFTMAX: Any
 
@@ -93,6 +94,8 @@ class Scoring(NamedTuple):
     tile: WorkTile
     lists: MaskLists
     tile_range: TileRange
+    # stages of a bias of pairs, or ()
+    bias: Any
 
 
 class QPipeline(NamedTuple):
@@ -117,11 +120,23 @@ class KVPipeline(NamedTuple):
     empty: Any
 
 
+class BiasPipeline(NamedTuple):
+    """Stages of a bias of pairs `[1, 1, ROWS, BLOCK_N]`, a buffer for each warpgroup, with a full and an empty barrier."""
+
+    bufs: Any
+    full: Any
+    empty: Any
+
+
 class ConsumerPair(NamedTuple):
-    """Shared memory of a pair of consumer warpgroups and their producer, and which worker they are."""
+    """Shared memory of a pair of consumer warpgroups and their producer, and which worker they are.
+
+    `bias`: a `BiasPipeline`, or () without a bias of pairs.
+    """
 
     q: QPipeline
     kv: KVPipeline
+    bias: Any
     o_bufs: Any
     worker: Worker
 

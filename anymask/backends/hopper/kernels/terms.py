@@ -36,6 +36,17 @@ class Diagonals(NamedTuple):
     origin: Any
 
 
+class Pairs(NamedTuple):
+    """A bias of pairs, 16 bits, that the copy engine reads through a descriptor which a kernel has beside its `Terms`.
+
+    `batch` and `head` are -1, or 0 where it is shared; `unit` is its factor.
+    """
+
+    batch: Any
+    head: Any
+    unit: Any
+
+
 class Dropout(NamedTuple):
     """Seed and offset, int64 `[2]`; the threshold of a pair's 16 bits; what kept weights are multiplied by."""
 
@@ -57,6 +68,8 @@ class Terms(NamedTuple):
     queries: Any
     # (`Diagonals`,)
     diagonals: Any
+    # (`Pairs`,)
+    pairs: Any
     # (factor,), with a cap
     cap: Any
     # (`Dropout`,)
@@ -83,7 +96,7 @@ def load_bias(
 ):
     """The bias of a tile that starts at query `start_q` and key `start_k`: fp32, broadcastable to `[ROWS, COLUMNS]`.
 
-    0.0 without a bias. Beyond the lengths it is finite.
+    0.0 without such a bias, and that of pairs is not in it. Beyond the lengths it is finite.
     """
     bias = 0.0
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)
@@ -141,9 +154,13 @@ def _axis5(x, D: gl.constexpr):
 
 @gluon.jit
 def scored(s, bias, qk_scale, terms):
-    """Scores `[ROWS, COLUMNS]` of products s, in base 2 but for `factor(terms)`. `bias`: of `load_bias`."""
+    """Scores `[ROWS, COLUMNS]` of products s, in base 2 but for `factor(terms)`.
+
+    `bias`: of `load_bias`, with that of pairs under a cap.
+    """
     z = s * qk_scale
-    if len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0:
+    HAS_PAIRS: gl.constexpr = len(terms.pairs) + len(terms.cap) == 2
+    if len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0 or HAS_PAIRS:
         z = z + bias
     if len(terms.cap) == 1:
         N: gl.constexpr = z.shape[1] // 2
