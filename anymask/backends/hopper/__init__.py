@@ -27,9 +27,9 @@ from anymask.backends.gpu.sinks import sink_gradient
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
-from anymask.backends.hopper.scores import has_terms, kernel_terms, pairs_descriptor, pairs_of, why_not_scores
+from anymask.backends.hopper.scores import forward_scores, has_terms, why_not_scores
 from anymask.block_mask import BlockMask
-from anymask.launch import args_key, device_guard, launch
+from anymask.launch import device_guard, launch
 from anymask.layout import empty_as
 from anymask.scores import Needs, ScoreGrads, Scores
 from anymask.tiles import TILE, tiles_over
@@ -148,13 +148,12 @@ def _launch_forward(call: _Forward) -> None:
     q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
     batch, q_heads, q_len, head_dim = q_shape
     dims = _padded_dims(head_dim, v_shape[3])
-    bias = pairs_of(call.scores)
-    config = (tuning.FORWARD if bias is None else tuning.FORWARD_PAIRS)[dims if dims[0] != dims[1] else dims[0]]
+    scores = forward_scores(call.scores, call.sm_scale, q_len, k_shape[2])
+    configs = tuning.FORWARD if scores.pairs is None else tuning.FORWARD_PAIRS
+    config = configs[dims if dims[0] != dims[1] else dims[0]]
     d_width, v_width = config.widths or dims
     # the producer zeroes rows of v up to these dims; wider ones come with zeros
     kv_has_pair = has_pair(block_mask, "cols") if max(dims) <= NARROW else None
-    terms, qk_scale = kernel_terms(call.scores, call.sm_scale, q_len, k_shape[2])
-    sinks = None if call.scores is None else call.scores.sinks
     q_tiles = tiles_over(q_len)
     n_work_tiles = q_tiles * q_heads * batch
     programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
@@ -180,10 +179,7 @@ def _launch_forward(call: _Forward) -> None:
             call.mask_rows,
             n_work_tiles,
             _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs * config.CONSUMER_PAIRS),
-            qk_scale,
-            sinks,
-            terms,
-            pairs_descriptor(bias, WARPGROUP_ROWS, config.BLOCK_N),
+            *scores.arguments(WARPGROUP_ROWS, config.BLOCK_N),
         ),
         {
             "D_BLOCKS": dims[0] // d_width,
@@ -195,16 +191,7 @@ def _launch_forward(call: _Forward) -> None:
             "PACK_GQA": call.pack_gqa and block_mask is not None,
             "PLAIN_SOFTMAX": config.PLAIN_SOFTMAX,
         },
-        (
-            q.device,
-            q.dtype,
-            config.BLOCK_N,
-            d_width,
-            v_width,
-            *[x is None for x in (block_mask, kv_has_pair, sinks)],
-            None if bias is None else bias.dtype,
-            *args_key((terms,)),
-        ),
+        (q.device, q.dtype, config.BLOCK_N, d_width, v_width, block_mask is None, kv_has_pair is None, *scores.key),
         num_warps=4,
         enable_fp_fusion=True,
     )

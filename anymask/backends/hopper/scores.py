@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anymask.backends.gpu.arguments import LOG2_E
 from anymask.backends.hopper.descriptors import block_of, descriptor
+from anymask.launch import args_key
 from anymask.scores import Scores, dropout
 from anymask.tiles import TILE, tiles_over
 
@@ -25,7 +26,9 @@ def why_not_scores(scores: Scores, wide: bool) -> str | None:
         if term.dtype not in DTYPES:
             return f"a bias is {term.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
     if len(pairs) > 1 or not all(map(_loadable, pairs)):
-        return "a bias is of pairs, of which the copy engine takes one, of 16 bits and with rows of multiples of 16 bytes"
+        return (
+            "a bias is of pairs, of which the copy engine takes one, of 16 bits and with rows of multiples of 16 bytes"
+        )
     if not all(x.is_diagonal for x in scores.lookups):
         return "a table is read by place, the kernels read tables by distance"
     if wide and has_terms(scores):
@@ -71,10 +74,32 @@ def kernel_terms(scores: Scores | None, sm_scale: float, q_len: int, kv_len: int
     return terms, sm_scale * unit
 
 
-def pairs_descriptor(bias: Tensor | None, rows: int, keys: int) -> Any:
-    """What the copy engine reads a bias of pairs through, in blocks of so many."""
-    if bias is None:
-        return None
+class ForwardScores(NamedTuple):
+    """The scores of a call as the forward kernel takes them; `pairs`: the bias of pairs, or None."""
+
+    qk_scale: float
+    sinks: Tensor | None
+    terms: Any
+    pairs: Tensor | None
+
+    def arguments(self, rows: int, keys: int) -> tuple[Any, ...]:
+        """In the order of the kernel's parameters; so many are a block of the bias of pairs."""
+        bias = None if self.pairs is None else _descriptor(self.pairs, rows, keys)
+        return self.qk_scale, self.sinks, self.terms, bias
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the compiled kernel depends on."""
+        return self.sinks is None, None if self.pairs is None else self.pairs.dtype, *args_key((self.terms,))
+
+
+def forward_scores(scores: Scores | None, sm_scale: float, q_len: int, kv_len: int) -> ForwardScores:
+    """What the forward kernel takes of `scores`, of a call with so many queries and keys."""
+    terms, qk_scale = kernel_terms(scores, sm_scale, q_len, kv_len)
+    return ForwardScores(qk_scale, None if scores is None else scores.sinks, terms, pairs_of(scores))
+
+
+def _descriptor(bias: Tensor, rows: int, keys: int) -> Any:
     # the stride of a dimension of 1 is never taken, but has to be a multiple of 16 bytes
     b, h, m = (step if n > 1 else 8 for n, step in zip(bias.shape[:3], bias.stride()[:3], strict=True))
     return descriptor(bias, tuple(bias.shape), (b, h, m, 1), block_of((1, 1, rows, keys), bias.dtype))

@@ -12,8 +12,7 @@ from anymask.backends.gpu.arguments import TileConfig
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """Keys of a step, pairs of consumer warpgroups, stages for k, v, for q and for a bias of pairs, and whether the grid
-    is persistent."""
+    """Keys of a step, pairs of consumer warpgroups, stages for k, v and for q, and whether the grid is persistent."""
 
     BLOCK_N: int
     CONSUMER_PAIRS: int
@@ -25,6 +24,7 @@ class ForwardConfig:
     PLAIN_SOFTMAX: bool = False
     # columns of a block of q and k, and of a block of v and o; None: one block has all
     widths: tuple[int, int] | None = None
+    # stages of a bias of pairs
     BIAS_STAGES: int = 0
 
 
@@ -57,7 +57,7 @@ FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
     256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
 }
 # the same with a bias of pairs
-FORWARD_PAIRS = {
+FORWARD_PAIRS: dict[int | tuple[int, int], ForwardConfig] = {
     64: ForwardConfig(128, 1, 3, 2, (True, True), BIAS_STAGES=2),
     128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=1),
 }

@@ -236,6 +236,12 @@ def _first_words(tile_range, lists, sizes, cfg: gl.constexpr, WARPGROUP: gl.cons
 
 
 @gluon.jit
+def _allocate_bias(desc, STAGES: gl.constexpr):
+    bufs = gl.allocate_shared_memory(desc.dtype, [STAGES * WARPGROUPS] + desc.block_type.shape, desc.layout)
+    return BiasPipeline(bufs, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, WARPGROUPS))
+
+
+@gluon.jit
 def _allocate_pair(
     q_desc, k_desc, v_desc, o_desc, bias_desc, cfg: gl.constexpr, PAIR: gl.constexpr, CONSUMER_PAIRS: gl.constexpr
 ):
@@ -251,13 +257,7 @@ def _allocate_pair(
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
     k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES + 1, 1)
     kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS))
-    bias = ()
-    if bias_desc is not None:
-        N: gl.constexpr = cfg.BIAS_STAGES
-        bufs = gl.allocate_shared_memory(
-            bias_desc.dtype, [N * WARPGROUPS] + bias_desc.block_type.shape, bias_desc.layout
-        )
-        bias = BiasPipeline(bufs, allocate_barriers(N, 1), allocate_barriers(N, WARPGROUPS))
+    bias = () if bias_desc is None else _allocate_bias(bias_desc, cfg.BIAS_STAGES)
     worker = Worker(gl.program_id(0) * CONSUMER_PAIRS + PAIR, gl.num_programs(0) * CONSUMER_PAIRS)
     return ConsumerPair(q, kv, bias, o_bufs, worker)
 
@@ -342,7 +342,9 @@ def _fwd_kernel(
     Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory.
     """
     HAS_MASK: gl.constexpr = words is not None
-    cfg: gl.constexpr = ForwardConfig(D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, PACK_GQA, PLAIN_SOFTMAX)
+    cfg: gl.constexpr = ForwardConfig(
+        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, PACK_GQA, PLAIN_SOFTMAX
+    )
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
     else:

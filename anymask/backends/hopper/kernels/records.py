@@ -121,7 +121,7 @@ class KVPipeline(NamedTuple):
 
 
 class BiasPipeline(NamedTuple):
-    """Stages of a bias of pairs `[1, 1, ROWS, BLOCK_N]`, a buffer for each warpgroup, with a full and an empty barrier."""
+    """Stages of a bias of pairs `[1, 1, ROWS, BLOCK_N]`, a buffer a warpgroup; a full and an empty barrier each."""
 
     bufs: Any
     full: Any

@@ -77,8 +77,8 @@ class Terms(NamedTuple):
 
 
 @gluon.jit
-def _load_vector(term, sample, head, index):
-    base = term.source + (sample * term.batch + head * term.head)
+def _load_vector(term, sample, head, start, index):
+    base = term.source + (sample * term.batch + head * term.head + start)
     return gl.load(base + index)
 
 
@@ -101,14 +101,11 @@ def load_bias(
     bias = 0.0
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
-    if BY_KEY:
-        q_index, k_index = start_q + columns, start_k + rows
-    else:
-        q_index, k_index = start_q + rows, start_k + columns
+    queries, keys = (columns, rows) if BY_KEY else (rows, columns)
     if len(terms.keys) == 1:
-        bias = _load_vector(terms.keys[0], sample, head, k_index)
+        bias = _load_vector(terms.keys[0], sample, head, start_k, keys)
     if len(terms.queries) == 1:
-        bias = bias + _load_vector(terms.queries[0], sample, head, q_index)
+        bias = bias + _load_vector(terms.queries[0], sample, head, start_q, queries)
     if len(terms.diagonals) == 1:
         term = terms.diagonals[0]
         base = term.source + (head * term.head + start_q - start_k + term.origin)
