@@ -28,6 +28,7 @@ from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
 from anymask.backends.hopper.scores import forward_scores, has_terms, why_not_scores
+from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard, launch
 from anymask.layout import empty_as

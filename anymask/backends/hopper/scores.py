@@ -36,6 +36,11 @@ def why_not_scores(scores: Scores, wide: bool) -> str | None:
     return None
 
 
+def why_not_gradients(scores: Scores) -> str | None:
+    """Why the backward kernels cannot take scores that the forward kernel takes, or None."""
+    return "the backward kernels have sinks alone" if has_terms(scores) else None
+
+
 def _loadable(t: Tensor) -> bool:
     """Whether the copy engine can read a bias of pairs: rows of aligned, neighbouring keys."""
     steps = [2 * step for n, step in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
