@@ -35,6 +35,7 @@ from anymask.backends.hopper.kernels.scheduler import (
     read_tile_range,
     work_tile_at,
 )
+from anymask.backends.hopper.kernels.terms import load_seeds
 from anymask.backends.hopper.kernels.unused import has_unused, used_rows, zero_unused
 from anymask.backends.hopper.kernels.words import ROWS, load_words, zero_words
 
@@ -172,6 +173,7 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
     R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     W_LAYOUT: gl.constexpr = zero_words(BLOCK_N, S_LAYOUT).type.layout
     step_base = 0
+    seeds = load_seeds(terms)
     tile_range, tile, next_tile = first_two_tiles(pair.worker, schedule, HAS_MASK)
     w = zero_words(BLOCK_N, S_LAYOUT)
     if HAS_MASK:
@@ -193,7 +195,7 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
         m_i = l_i
         mbarrier.wait(q.full.index(q_stage), q_phase)
         if n > 0:
-            scoring = Scoring(qk_scale, terms, tile, lists, tile_range, pair.bias)
+            scoring = Scoring(qk_scale, terms, tile, lists, tile_range, seeds, pair.bias)
             acc, l_i, m_i = mainloop(
                 q_blocks, pair.kv, words, w, n_partial, n, sizes, scoring, step_base, acc, cfg, WARPGROUP
             )

@@ -89,7 +89,8 @@ def _drop(x, start_k, scoring, WARPGROUP: gl.constexpr):
         if len(scoring.terms.dropout) == 1:
             tile = scoring.tile
             start_q = tile.tile * TILE + WARPGROUP * ROWS
-            x = gl.where(keep(scoring.terms, tile.sample, tile.head, start_q, start_k, x, False), x, 0.0)
+            kept = keep(scoring.terms, scoring.seeds, tile.sample, tile.head, start_q, start_k, x, False)
+            x = gl.where(kept, x, 0.0)
     return x
 
 
@@ -163,13 +164,14 @@ def _steps(
             z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, PLAIN)
             x = exp2(z)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
+        x = _drop(x, start_k, scoring, WARPGROUP)
         needed = needs_rescale(alpha, l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(kv.v_full.index(stage), phase)
         acc, p = wait_sums(acc_flying, p)
         mbarrier.arrive(kv.empty.index(stage))
         acc = [rescale(block, alpha, needed) for block in acc]
-        p = pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype)
+        p = pack_halves(x, dtype)
     return SoftmaxState(p, acc, l_i, m_i)
 
 

@@ -94,6 +94,8 @@ class Scoring(NamedTuple):
     tile: WorkTile
     lists: MaskLists
     tile_range: TileRange
+    # `load_seeds`, of dropout
+    seeds: Any
     # stages of a bias of pairs, or ()
     bias: Any
 

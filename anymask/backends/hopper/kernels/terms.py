@@ -210,8 +210,8 @@ def _philox(c0, c1, c2, c3, k0, k1):
     for i in gl.static_range(ROUNDS):
         product0 = c0.to(gl.uint64) * MULTIPLIER_0
         product1 = c2.to(gl.uint64) * MULTIPLIER_1
-        round_k0 = ((k0 + i * KEY_STEP_0) & LOW).to(gl.uint32)
-        round_k1 = ((k1 + i * KEY_STEP_1) & LOW).to(gl.uint32)
+        round_k0 = ((k0.to(gl.uint64) + i * KEY_STEP_0) & LOW).to(gl.uint32)
+        round_k1 = ((k1.to(gl.uint64) + i * KEY_STEP_1) & LOW).to(gl.uint32)
         c0 = (product1 >> 32).to(gl.uint32) ^ (c1 ^ round_k0)
         c2 = (product0 >> 32).to(gl.uint32) ^ (c3 ^ round_k1)
         c1 = (product1 & LOW).to(gl.uint32)
@@ -220,13 +220,25 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @gluon.jit
-def keep(terms, sample, head, start_q, start_k, like, BY_KEY: gl.constexpr):
+def load_seeds(terms):
+    """What the generator of dropout starts from: the low half of the offset and two keys, uint32; zeros without it."""
+    low, key_0, key_1 = 0, 0, 0
+    if len(terms) > 0:  # noqa: SIM102
+        if len(terms.dropout) == 1:
+            drop = terms.dropout[0]
+            seed, offset = gl.load(drop.seed).to(gl.uint64), gl.load(drop.seed + 1).to(gl.uint64)
+            low, key_0 = (offset & LOW).to(gl.uint32), (seed & LOW).to(gl.uint32)
+            key_1 = ((seed >> 32) ^ (offset >> 32)).to(gl.uint32)
+    return low, key_0, key_1
+
+
+@gluon.jit
+def keep(terms, seeds, sample, head, start_q, start_k, like, BY_KEY: gl.constexpr):
     """Whether dropout keeps the pairs of a tile: the bits of anymask/scores/dropout.py, int1, of the shape of `like`.
 
-    The tile starts at multiples of 16 queries and of its keys, of which it has 64 or more.
+    `seeds`: of `load_seeds`. The tile starts at multiples of 16 queries and of its keys, of which it has 64 or more.
     """
     drop = terms.dropout[0]
-    seed, offset = gl.load(drop.seed).to(gl.uint64), gl.load(drop.seed + 1).to(gl.uint64)
     R: gl.constexpr = like.shape[0]
     C: gl.constexpr = like.shape[1]
     LAYOUT: gl.constexpr = like.type.layout
@@ -242,9 +254,9 @@ def keep(terms, sample, head, start_q, start_k, like, BY_KEY: gl.constexpr):
         ((start_q // 16 + q_pair) * 8 + q_low).to(gl.uint32),
         ((start_k // 32 + k_four) * 8 + k_low).to(gl.uint32),
         (sample.to(gl.uint32) << 16) ^ head.to(gl.uint32),
-        (offset & LOW).to(gl.uint32),
-        seed & LOW,
-        (seed >> 32) ^ (offset >> 32),
+        seeds[0],
+        seeds[1],
+        seeds[2],
     )
     word = gl.where(which < 2, gl.where(which == 0, w0, w1), gl.where(which == 2, w2, w3))
     # its high half decides, so a low half is moved up
