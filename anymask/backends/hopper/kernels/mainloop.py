@@ -23,7 +23,7 @@ from anymask.backends.hopper.kernels.softmax import (
     unpack_halves,
     update_row_max,
 )
-from anymask.backends.hopper.kernels.terms import factor, keep, load_bias, scored
+from anymask.backends.hopper.kernels.terms import add, factor, keep, load_bias, scored
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_words, tail_words, to_quad_view, zero_words
 
 
@@ -72,12 +72,13 @@ def _exponents(s, m_i, bias, pairs, scoring):
         z = exponents(s, m_i, scoring.qk_scale)
     elif len(terms.pairs) == 0:
         z = exponents(scored(s, bias, scoring.qk_scale, terms), m_i, factor(terms))
-    elif len(terms.cap) == 0:
+    elif len(terms.keys) + len(terms.queries) + len(terms.diagonals) + len(terms.cap) == 0:
         LAYOUT: gl.constexpr = s.type.layout
         minus = m_i.expand_dims(1).expand_dims(3) - to_quad_view(pairs.to(gl.float32)) * terms.pairs[0].unit
-        z = from_quad_view(to_quad_view(scored(s, bias, scoring.qk_scale, terms)) - minus, LAYOUT)
+        z = from_quad_view(to_quad_view(s * scoring.qk_scale) - minus, LAYOUT)
     else:
-        bias = bias + pairs.to(gl.float32) * terms.pairs[0].unit
+        of_pairs = pairs.to(gl.float32) * terms.pairs[0].unit
+        bias = add(bias, of_pairs) if len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0 else of_pairs
         z = exponents(scored(s, bias, scoring.qk_scale, terms), m_i, factor(terms))
     return z
 

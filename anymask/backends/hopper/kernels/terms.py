@@ -77,6 +77,13 @@ class Terms(NamedTuple):
 
 
 @gluon.jit
+def add(total, term):
+    """The sum of two biases. -inf hides a pair whatever the other is, NaN too."""
+    hidden = (total == -float("inf")) | (term == -float("inf"))
+    return gl.where(hidden, -float("inf"), total + term)
+
+
+@gluon.jit
 def _load_vector(term, sample, head, start, index):
     base = term.source + (sample * term.batch + head * term.head + start)
     return gl.load(base + index)
@@ -105,11 +112,13 @@ def load_bias(
     if len(terms.keys) == 1:
         bias = _load_vector(terms.keys[0], sample, head, start_k, keys)
     if len(terms.queries) == 1:
-        bias = bias + _load_vector(terms.queries[0], sample, head, start_q, queries)
+        of_queries = _load_vector(terms.queries[0], sample, head, start_q, queries)
+        bias = add(bias, of_queries) if len(terms.keys) == 1 else of_queries
     if len(terms.diagonals) == 1:
         term = terms.diagonals[0]
         base = term.source + (head * term.head + start_q - start_k + term.origin)
-        bias = bias + _load_diagonals(base, ROWS, COLUMNS, LAYOUT, BY_KEY)
+        by_distance = _load_diagonals(base, ROWS, COLUMNS, LAYOUT, BY_KEY)
+        bias = add(bias, by_distance) if len(terms.keys) + len(terms.queries) > 0 else by_distance
     return bias
 
 
@@ -153,7 +162,7 @@ def _axis5(x, D: gl.constexpr):
 def scored(s, bias, qk_scale, terms):
     """Scores `[ROWS, COLUMNS]` of products s, in base 2 but for `factor(terms)`.
 
-    `bias`: of `load_bias`, with that of pairs under a cap.
+    `bias`: of `load_bias`; with that of pairs, if there is one beside a cap or another bias.
     """
     z = s * qk_scale
     HAS_PAIRS: gl.constexpr = len(terms.pairs) + len(terms.cap) == 2
