@@ -11,6 +11,7 @@ import torch
 
 from anymask.backends import for_gradients, hopper
 from anymask.backends import triton as backend
+from anymask.backends.hopper import scores as hopper_scores
 from tests.helpers import scored
 from tests.helpers.grid import BF16, F16, F32
 from tests.helpers.scored import DENSE
@@ -126,10 +127,20 @@ def test_nan_of_a_hidden_pair_reaches_nothing(device: str) -> None:
         scored.check(backend, scored.without(call, dense=(first, second)))
 
 
+# as if all had been compared, which is what these tests do
+ALL = frozenset({"bias of keys", "bias of queries", "bias of pairs", "table", "softcap", "dropout"})
+
+
 def hopper_for(call: scored.Call) -> Any:
     """The Hopper kernels, with gradients from wherever `attention` takes them."""
     gradients = for_gradients(hopper, call.scores).backward_scores
-    return SimpleNamespace(why_not=hopper.why_not, forward=hopper.forward, backward_scores=gradients)
+
+    def why_not(*arguments: Any) -> str | None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hopper_scores, "COMPARED", ALL)
+            return hopper.why_not(*arguments)
+
+    return SimpleNamespace(why_not=why_not, forward=hopper.forward, backward_scores=gradients)
 
 
 # of what the Hopper kernels take: rows of a bias of pairs are aligned, and there is one

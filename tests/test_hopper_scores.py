@@ -14,12 +14,20 @@ pytest.importorskip("triton")
 
 from anymask import backends
 from anymask.backends import hopper
+from anymask.backends.hopper import scores as hopper_scores
 from anymask.backends.hopper.scores import UNIT, forward_scores, kernel_terms, why_not_scores
 from anymask.precision import LOG2_E
 from anymask.scores import Scores
 from tests.helpers import scored
 
 Q_LEN, KV_LEN = 100, 140
+
+
+@pytest.fixture(autouse=True)
+def all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every kind of scores had been compared on a GPU."""
+    kinds = "bias of keys", "bias of queries", "bias of pairs", "table", "softcap", "dropout"
+    monkeypatch.setattr(hopper_scores, "COMPARED", frozenset(kinds))
 
 
 def make(**kinds: Any) -> Scores:
@@ -40,6 +48,12 @@ def make(**kinds: Any) -> Scores:
 def test_which_scores_it_takes(kinds: dict[str, Any], reason: str | None) -> None:
     found = why_not_scores(make(**kinds), wide=False)
     assert found is None if reason is None else found is not None and reason in found
+
+
+def test_what_no_gpu_has_compared_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_scores, "COMPARED", frozenset({"softcap"}))
+    assert why_not_scores(make(softcap=2.0, sinks=True), False) is None
+    assert "the call has a dropout" in str(why_not_scores(make(softcap=2.0, dropout_p=0.1), False))
 
 
 def test_a_bias_of_pairs_has_aligned_rows() -> None:

@@ -16,11 +16,24 @@ from anymask.tiles import TILE, tiles_over
 
 # tanh(z / UNIT) is what the kernels compute of a score z
 UNIT = 4.0
+# what of scores, beside sinks, was equal to fp64 on a GPU: no call gets kernels of which that is not known
+COMPARED: frozenset[str] = frozenset()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def why_not_scores(scores: Scores, wide: bool) -> str | None:
     """Why the kernels cannot take the scores, or None. `wide`: a head_dim of kernels that take sinks alone."""
+    asked = {
+        "bias of keys": any(t.shape[2] == 1 for t in scores.dense),
+        "bias of queries": any(t.shape[2] > 1 == t.shape[3] for t in scores.dense),
+        "bias of pairs": pairs_of(scores) is not None,
+        "table": bool(scores.lookups),
+        "softcap": bool(scores.softcap),
+        "dropout": scores.seed is not None,
+    }
+    unknown = [name for name, is_asked in asked.items() if is_asked and name not in COMPARED]
+    if unknown:
+        return f"the call has a {unknown[0]}, of which these kernels were not compared with fp64 on a GPU yet"
     pairs = [t for t in scores.dense if min(t.shape[2:]) > 1]
     for term in scores.dense:
         if term.dtype not in DTYPES:

@@ -12,6 +12,7 @@ from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
 from anymask.backends.hopper.kernels.scheduler import load_kv_tile
 from anymask.backends.hopper.kernels.softmax import (
+    after,
     exp2,
     exponents,
     mask_exponents,
@@ -130,6 +131,7 @@ def _steps(
     W_LAYOUT: gl.constexpr = m_i.type.layout
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     HAS_TERMS: gl.constexpr = len(scoring.terms) > 0
+    DROPS: gl.constexpr = len(scoring.terms.dropout) == 1 if HAS_TERMS else False
     if HAS_TERMS:
         next_k = _start_of(begin - step_base, scoring, cfg, BLOCK_N)
     for i in range(begin, end):
@@ -165,14 +167,17 @@ def _steps(
             z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, PLAIN)
             x = exp2(z)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
-        x = _drop(x, start_k, scoring, WARPGROUP)
-        needed = needs_rescale(alpha, l_i)
+        if DROPS:
+            next_p = pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype)
+            needed = needs_rescale(alpha, after(l_i, next_p))
+        else:
+            needed = needs_rescale(alpha, l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(kv.v_full.index(stage), phase)
         acc, p = wait_sums(acc_flying, p)
         mbarrier.arrive(kv.empty.index(stage))
         acc = [rescale(block, alpha, needed) for block in acc]
-        p = pack_halves(x, dtype)
+        p = next_p if DROPS else pack_halves(x, dtype)
     return SoftmaxState(p, acc, l_i, m_i)
 
 

@@ -133,6 +133,20 @@ def update_row_max_operands(n: int, has_words: bool):
 
 
 @gluon.constexpr_function
+def any_asm(n: int):
+    """PTX that makes $0 the bits that any of `n` words, from $n on, has, and $1 to $n-1 zeros."""
+    lines = [f"or.b32 x, x, ${i};" for i in range(n + 1, 2 * n)]
+    zeros = [f"mov.b32 ${i}, 0;" for i in range(1, n)]
+    return f"{{ .reg .b32 x; mov.b32 x, ${n}; " + " ".join(lines) + "\n" + " ".join(zeros) + " mov.b32 $0, x; }"
+
+
+@gluon.constexpr_function
+def any_operands(n: int):
+    """Constraints of `any_asm`."""
+    return ",".join(["=&r"] * n + ["r"] * n)
+
+
+@gluon.constexpr_function
 def rescale_asm(n: int):
     """PTX that multiplies `n` elements of a thread, in place, by the `n` from $2n, unless $3n is 0."""
     lines = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
