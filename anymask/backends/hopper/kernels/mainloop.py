@@ -169,7 +169,8 @@ def _steps(
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
         if DROPS:
             next_p = pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype)
-            needed = needs_rescale(alpha, after(l_i, next_p))
+            # masked steps have no registers for it
+            needed = needs_rescale(alpha, l_i if MASK_STEPS == "all" else after(l_i, next_p))
         else:
             needed = needs_rescale(alpha, l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
