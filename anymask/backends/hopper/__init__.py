@@ -150,7 +150,9 @@ def _launch_forward(call: _Forward) -> None:
     batch, q_heads, q_len, head_dim = q_shape
     dims = _padded_dims(head_dim, v_shape[3])
     scores = forward_scores(call.scores, call.sm_scale, q_len, k_shape[2])
-    configs = tuning.FORWARD if scores.pairs is None else tuning.FORWARD_PAIRS
+    configs = tuning.FORWARD_TERMS if scores.terms else tuning.FORWARD
+    if scores.pairs is not None:
+        configs = tuning.FORWARD_PAIRS
     config = configs[dims if dims[0] != dims[1] else dims[0]]
     d_width, v_width = config.widths or dims
     # the producer zeroes rows of v up to these dims; wider ones come with zeros

@@ -56,7 +56,12 @@ FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
     192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
     256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
 }
-# the same with a bias of pairs
+# the same with other scores than sinks: what they need beside the rest takes the registers of a second pair
+FORWARD_TERMS: dict[int | tuple[int, int], ForwardConfig] = {
+    64: ForwardConfig(128, 1, 4, 2, (True, True)),
+    128: FORWARD[128],
+}
+# and with a bias of pairs
 FORWARD_PAIRS: dict[int | tuple[int, int], ForwardConfig] = {
     64: ForwardConfig(128, 1, 3, 2, (True, True), BIAS_STAGES=2),
     128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=1),

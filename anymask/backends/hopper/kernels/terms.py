@@ -85,7 +85,7 @@ def add(total, term):
 
 @gluon.jit
 def _load_vector(term, sample, head, start, index):
-    base = term.source + (sample * term.batch + head * term.head + start)
+    base = term.source + (sample.to(gl.int64) * term.batch + head.to(gl.int64) * term.head + start)
     return gl.load(base + index)
 
 
@@ -116,7 +116,7 @@ def load_bias(
         bias = add(bias, of_queries) if len(terms.keys) == 1 else of_queries
     if len(terms.diagonals) == 1:
         term = terms.diagonals[0]
-        base = term.source + (head * term.head + start_q - start_k + term.origin)
+        base = term.source + (head.to(gl.int64) * term.head + start_q - start_k + term.origin)
         by_distance = _load_diagonals(base, ROWS, COLUMNS, LAYOUT, BY_KEY)
         bias = add(bias, by_distance) if len(terms.keys) + len(terms.queries) > 0 else by_distance
     return bias
