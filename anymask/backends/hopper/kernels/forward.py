@@ -91,12 +91,12 @@ def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedu
             mbarrier.wait(kv.empty.index(stage), phase ^ 1)
             mbarrier.expect(kv.k_full.index(stage), cfg.D_BLOCKS * k_desc.block_type.nbytes)
             load_blocks(k_desc, sample, kv_head, row, kv.k_full.index(stage), kv.k_bufs, stage, cfg.D_BLOCKS)
-            if bias_desc is not None:
-                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, step_base + t)
             if t > 0:
                 last = stage_and_phase(step_base + t - 1, STAGES)[0]
                 is_partial = t <= tile_range.n_partial * STEPS
                 n_zeroed = _load_v(v_desc, sample, kv_head, last_row, kv, last, used, kv_len, is_partial, n_zeroed, cfg)
+            if bias_desc is not None:
+                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, step_base + t)
             last_row = row
         step_base += n
         if n > 0:
