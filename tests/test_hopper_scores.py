@@ -123,7 +123,18 @@ def test_tiles_beyond_the_lengths_are_there() -> None:
 def test_nothing_but_sinks_is_no_terms() -> None:
     for scores in (None, make(sinks=True)):
         assert kernel_terms(scores, 0.25, Q_LEN, KV_LEN) == ((), pytest.approx(0.25 * LOG2_E))
-    assert forward_scores(make(dense=("shared",)), 0.25, Q_LEN, KV_LEN).pairs is not None
+    assert forward_scores(make(dense=("shared",)), 0.25, torch.empty(2, 4, Q_LEN, 16), KV_LEN).pairs is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "together", "samples"), [("full", 1, ()), ("by_head", 3, (3,)), ("by_sample", 4, ()), ("shared", 8, (3,))]
+)
+def test_what_shares_a_bias_of_pairs_is_computed_together(kind: str, together: int, samples: tuple[int, ...]) -> None:
+    call = scored.make_call("none", (kind,), shape=(3, 4, 2, Q_LEN, KV_LEN - 4))
+    found = forward_scores(call.scores, 0.25, call.q, KV_LEN - 4)
+    assert found.swizzle_heads(1, call.q) == together
+    assert found.swizzle_heads(20, call.q) == 20
+    assert found.terms.pairs[0].samples == samples
 
 
 def test_where_gradients_come_from() -> None:

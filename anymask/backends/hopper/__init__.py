@@ -149,7 +149,7 @@ def _launch_forward(call: _Forward) -> None:
     q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
     batch, q_heads, q_len, head_dim = q_shape
     dims = _padded_dims(head_dim, v_shape[3])
-    scores = forward_scores(call.scores, call.sm_scale, q_len, k_shape[2])
+    scores = forward_scores(call.scores, call.sm_scale, q, k_shape[2])
     configs = tuning.FORWARD_TERMS if scores.terms else tuning.FORWARD
     if scores.pairs is not None:
         configs = tuning.FORWARD_PAIRS
@@ -162,6 +162,7 @@ def _launch_forward(call: _Forward) -> None:
     programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
     if config.is_persistent[block_mask is not None]:
         programs = min(programs, multiprocessors(q.device))
+    swizzle = _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs * config.CONSUMER_PAIRS)
     launch(
         _fwd_kernel,
         (programs, 1, 1),
@@ -181,7 +182,7 @@ def _launch_forward(call: _Forward) -> None:
             k_shape[2],
             call.mask_rows,
             n_work_tiles,
-            _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs * config.CONSUMER_PAIRS),
+            scores.swizzle_heads(swizzle, q),
             *scores.arguments(WARPGROUP_ROWS, config.BLOCK_N),
         ),
         {

@@ -18,6 +18,8 @@ from anymask.tiles import TILE, tiles_over
 UNIT = 4.0
 # what of scores, beside sinks, was equal to fp64 on a GPU: no call gets kernels of which that is not known
 COMPARED: frozenset[str] = frozenset()
+# heads that share a bias of pairs and are computed together
+MOST_SHARING = 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -71,11 +73,16 @@ def pairs_of(scores: Scores | None) -> Tensor | None:
     return None if scores is None else next((t for t in scores.dense if min(t.shape[2:]) > 1), None)
 
 
-def kernel_terms(scores: Scores | None, sm_scale: float, q_len: int, kv_len: int) -> tuple[Any, float]:
-    """`Terms` of kernels/terms.py, () where nothing beside sinks happens to scores, and their `qk_scale`."""
+def kernel_terms(
+    scores: Scores | None, sm_scale: float, q_len: int, kv_len: int, samples: int = 1
+) -> tuple[Any, float]:
+    """`Terms` of kernels/terms.py, () where nothing beside sinks happens to scores, and their `qk_scale`.
+
+    `samples`: of the call, for the forward kernel.
+    """
     if scores is None or not has_terms(scores):
         return (), sm_scale * LOG2_E
-    from anymask.backends.hopper.kernels.terms import Dropout, Pairs, Terms
+    from anymask.backends.hopper.kernels.terms import Dropout, Terms
 
     unit = UNIT / scores.softcap if scores.softcap else LOG2_E
     keys = [t.squeeze(2) for t in scores.dense if t.shape[2] == 1]
@@ -85,7 +92,7 @@ def kernel_terms(scores: Scores | None, sm_scale: float, q_len: int, kv_len: int
         _vector(keys, kv_len, unit),
         _vector(queries, q_len, unit),
         _diagonals([x.table for x in scores.lookups], q_len, kv_len, unit),
-        () if pairs is None else (Pairs(-(pairs.shape[0] > 1), -(pairs.shape[1] > 1), unit),),
+        () if pairs is None else (_pairs(pairs, samples, unit),),
         (scores.softcap * LOG2_E,) if scores.softcap else (),
         () if seed is None else (Dropout(seed, float(dropout.threshold(p)), dropout.keep_scale(p)),),
     )
@@ -105,15 +112,22 @@ class ForwardScores(NamedTuple):
         bias = None if self.pairs is None else _descriptor(self.pairs, rows, keys)
         return self.qk_scale, self.sinks, self.terms, bias
 
+    def swizzle_heads(self, usual: int, q: Tensor) -> int:
+        """How many heads are swizzled together: of those that share a bias of pairs, as many as fit the L2 cache."""
+        if self.pairs is None:
+            return usual
+        sharing = math.prod(n for n, own in zip(q.shape[:2], self.pairs.shape[:2], strict=True) if own == 1)
+        return max(usual, min(sharing, MOST_SHARING))
+
     @property
     def key(self) -> tuple[Any, ...]:
         """What the compiled kernel depends on."""
         return self.sinks is None, None if self.pairs is None else self.pairs.dtype, *args_key((self.terms,))
 
 
-def forward_scores(scores: Scores | None, sm_scale: float, q_len: int, kv_len: int) -> ForwardScores:
-    """What the forward kernel takes of `scores`, of a call with so many queries and keys."""
-    terms, qk_scale = kernel_terms(scores, sm_scale, q_len, kv_len)
+def forward_scores(scores: Scores | None, sm_scale: float, q: Tensor, kv_len: int) -> ForwardScores:
+    """What the forward kernel takes of `scores`, of a call with so many keys."""
+    terms, qk_scale = kernel_terms(scores, sm_scale, q.shape[2], kv_len, q.shape[0])
     return ForwardScores(qk_scale, None if scores is None else scores.sinks, terms, pairs_of(scores))
 
 
@@ -121,6 +135,14 @@ def _descriptor(bias: Tensor, rows: int, keys: int) -> Any:
     # the stride of a dimension of 1 is never taken, but has to be a multiple of 16 bytes
     b, h, m = (step if n > 1 else 8 for n, step in zip(bias.shape[:3], bias.stride()[:3], strict=True))
     return descriptor(bias, tuple(bias.shape), (b, h, m, 1), block_of((1, 1, rows, keys), bias.dtype))
+
+
+def _pairs(bias: Tensor, samples: int, unit: float) -> Any:
+    from anymask.backends.hopper.kernels.terms import Pairs
+
+    # what samples share, the L2 cache has for all if they come together
+    is_shared = bias.shape[0] < samples
+    return Pairs(-(bias.shape[0] > 1), -(bias.shape[1] > 1), unit, (samples,) if is_shared else ())
 
 
 def _vector(found: list[Tensor], length: int, unit: float) -> tuple[Any, ...]:

@@ -353,7 +353,10 @@ def _fwd_kernel(
         # nothing reads them
         lists = MaskLists(lse, lse, lse, lse, lse, lse)
     sizes = ForwardSizes(q_tiles, q_heads, q_len, kv_len, mask_rows)
-    schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads)
+    strides, samples = PlaneStrides(sample_planes, head_planes), ()
+    if bias_desc is not None:
+        samples = terms.pairs[0].samples
+    schedule = ForwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, samples)
     per_row = (lse,) if sinks is None else (lse, sinks)
     a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, bias_desc, cfg, 0, CONSUMER_PAIRS)
     # argument lists are written inline (docs/kernels.md, finding 8)

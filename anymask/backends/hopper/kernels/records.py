@@ -61,13 +61,17 @@ class ForwardSizes(NamedTuple):
 
 
 class ForwardSchedule(NamedTuple):
-    """What says which work tiles there are, in which order, and what each of them meets."""
+    """What says which work tiles there are, in which order, and what each of them meets.
+
+    `samples`: their number, if those of a head follow each other, since they share a bias; else ().
+    """
 
     lists: MaskLists
     plane_strides: PlaneStrides
     sizes: ForwardSizes
     n_work_tiles: Any
     swizzle_heads: Any
+    samples: Any
 
 
 class ForwardConfig(NamedTuple):

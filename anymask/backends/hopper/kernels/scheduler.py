@@ -61,7 +61,11 @@ def work_tile_at(iteration, worker, schedule):
     """The work tile, by rank, of a worker's iteration; past its last one, one that exists."""
     work = gl.minimum(work_index(iteration, worker), schedule.n_work_tiles - 1)
     sizes = schedule.sizes
-    return decode_work_tile(work, sizes.q_tiles, sizes.q_heads, schedule.n_work_tiles, schedule.swizzle_heads)
+    tile = decode_work_tile(work, sizes.q_tiles, sizes.q_heads, schedule.n_work_tiles, schedule.swizzle_heads)
+    if len(schedule.samples) == 1:
+        plane, samples = tile.sample * sizes.q_heads + tile.head, schedule.samples[0]
+        tile = WorkTile(tile.tile, plane // samples, plane % samples)
+    return tile
 
 
 @gluon.jit

@@ -39,12 +39,14 @@ class Diagonals(NamedTuple):
 class Pairs(NamedTuple):
     """A bias of pairs, 16 bits, that the copy engine reads through a descriptor which a kernel has beside its `Terms`.
 
-    `batch` and `head` are -1, or 0 where it is shared; `unit` is its factor.
+    `batch` and `head` are -1, or 0 where it is shared; `unit` is its factor. `samples`: (their number,) if they follow
+    each other in the order of work tiles, else ().
     """
 
     batch: Any
     head: Any
     unit: Any
+    samples: Any
 
 
 class Dropout(NamedTuple):

@@ -226,7 +226,7 @@ def _wide_dq_kernel(
         # nothing reads them
         lists = MaskLists(lse2, lse2, lse2, lse2, lse2, lse2)
     sizes = ForwardSizes(q_tiles, q_heads, q_len, kv_len, q_len)
-    schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads)
+    schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads, ())
     worker = Worker(gl.program_id(0), gl.num_programs(0))
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
