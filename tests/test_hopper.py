@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from anymask import causal, document, pack
 from anymask.backends import hopper
 from anymask.backends.hopper.kernels import scheduler
-from anymask.backends.hopper.kernels.records import ForwardSchedule, ForwardSizes, Worker, WorkTile
+from anymask.backends.hopper.kernels.records import Worker, WorkTile
 from anymask.testing import Case, check
 from anymask.testing.cases import make_inputs
 
@@ -43,9 +43,9 @@ def test_every_work_tile_once(swizzle_heads, tiles, heads, samples):
 @pytest.mark.usefixtures("python_numbers")
 def test_samples_of_a_head_follow_each_other_if_they_share_a_bias():
     tiles, heads, samples = 5, 3, 4
-    sizes = ForwardSizes(tiles, heads, 640, 640, 640)
-    schedule = ForwardSchedule(None, None, sizes, tiles * heads * samples, samples, (samples,))
-    order = [scheduler.work_tile_at.fn(i, Worker(0, 1), schedule) for i in range(schedule.n_work_tiles)]
+    n = tiles * heads * samples
+    decoded = [scheduler.decode_work_tile.fn(i, tiles, heads, n, samples) for i in range(n)]
+    order = [scheduler.samples_together.fn(tile, heads, samples) for tile in decoded]
     assert len(set(order)) == tiles * heads * samples
     for first in range(0, len(order), samples):
         together = order[first : first + samples]

@@ -63,9 +63,15 @@ def work_tile_at(iteration, worker, schedule):
     sizes = schedule.sizes
     tile = decode_work_tile(work, sizes.q_tiles, sizes.q_heads, schedule.n_work_tiles, schedule.swizzle_heads)
     if len(schedule.samples) == 1:
-        plane, samples = tile.sample * sizes.q_heads + tile.head, schedule.samples[0]
-        tile = WorkTile(tile.tile, plane // samples, plane % samples)
+        tile = samples_together(tile, sizes.q_heads, schedule.samples[0])
     return tile
+
+
+@gluon.jit
+def samples_together(tile, heads, samples):
+    """The work tile in the place of `tile` where all samples of a head come before the next head."""
+    plane = tile.sample * heads + tile.head
+    return WorkTile(tile.tile, plane // samples, plane % samples)
 
 
 @gluon.jit
