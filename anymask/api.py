@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
@@ -177,6 +178,8 @@ class Explanation:
     tile_flops: int
     # programs that share the keys of a row in the forward pass, as when a model decodes; 1 if none do
     splits: int
+    # name of the backend that the gradients come from: another one where its backward kernels do not have the scores
+    gradients: str
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
@@ -189,6 +192,8 @@ class Explanation:
             lines.append(f"mask: {m.density:.1%} of pairs, {m.nbytes:,} bytes packed, {m.dense_bytes:,} dense")
         if self.scores is not None:
             lines.append(f"scores: {self.scores}")
+        if self.gradients != self.backend:
+            lines.append(f"gradients: {self.gradients}")
         lines.append(
             f"forward: {self.pair_flops:.3e} FLOP over attended pairs, {self.tile_flops:.3e} over visited tiles"
         )
@@ -224,7 +229,9 @@ def explain(
     # a seed of dropout that no call takes
     with torch.random.fork_rng([q.device] if q.is_cuda else []):
         q, k, scores = resolve(q, k, scale, bias, softcap, sinks, dropout_p)
-    name = backends.choose(q, k, v, block_mask, backend, scores).__name__.rpartition(".")[2]
+    chosen = backends.choose(q, k, v, block_mask, backend, scores)
+    name = _name(chosen)
+    gradients = name if scores is None else _name(backends.for_gradients(chosen, scores))
     reasons = backends.reasons(q, k, v, block_mask, scores)
     in_words = None if scores is None else scores.in_words()
     not_chosen = {n: r or f"{name} was preferred" for n, r in reasons.items() if n != name}
@@ -232,10 +239,14 @@ def explain(
     pairs = math.prod(q.shape[:3]) * k.shape[2]
     splits = backends.splits(name, q, k, block_mask) if scores is None else 1
     if block_mask is None:
-        return Explanation(name, not_chosen, None, in_words, pairs * per_pair, pairs * per_pair, splits)
+        return Explanation(name, not_chosen, None, in_words, pairs * per_pair, pairs * per_pair, splits, gradients)
     stats = block_mask.stats(q.shape[3])
     planes = block_mask.batch * block_mask.heads
     repeats = q.shape[0] * q.shape[1] // planes if planes else 0
     visited = (stats.partial + stats.full) * TILE * TILE * repeats
     pair_flops = round(pairs * stats.density) * per_pair
-    return Explanation(name, not_chosen, stats, in_words, pair_flops, visited * per_pair, splits)
+    return Explanation(name, not_chosen, stats, in_words, pair_flops, visited * per_pair, splits, gradients)
+
+
+def _name(backend: ModuleType) -> str:
+    return backend.__name__.rpartition(".")[2]

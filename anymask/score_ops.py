@@ -150,7 +150,7 @@ def _backward(
     asked = needs._replace(dense=tuple(n and not zero for n, zero in zip(needs.dense, exact_zero, strict=True)))
     block_mask = ops.block_mask_of(mask, q, k)
     q, k, v, do = (unit_last_stride(t) for t in (q, k, v, do))
-    chosen = backends.choose(q, k, v, block_mask, backend, scores)
+    chosen = backends.for_gradients(backends.choose(q, k, v, block_mask, backend, scores), scores)
     repeatable = deterministic or torch.are_deterministic_algorithms_enabled()
     with no_autocast(q):
         grads: ScoreGrads = chosen.backward_scores(

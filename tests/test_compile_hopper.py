@@ -16,6 +16,7 @@ import triton
 from anymask import pack
 from anymask.backends import hopper
 from anymask.backends.hopper.kernels.backward import DS_FULL
+from tests.helpers import scored
 from tests.helpers.compile_only import TARGETS, causal_mask, sass, spilled_bytes
 
 pytestmark = [
@@ -138,6 +139,34 @@ def test_keeps_its_registers(hopper_kernels, dim, group, masked, deterministic):
     assert_keeps_its_registers(kernels, dim, masked)
     # programs that wait for each other run together
     assert bool(kernels["_bwd_kernel"].metadata.launch_cooperative_grid) is deterministic
+
+
+# terms, whether there is a mask, and the most instructions of a step of 64 x 128 pairs; a cap has both its ways
+SCORED = {
+    "distances": ({"tables": ("relative",)}, True, 940),
+    "dropout": ({"dropout_p": 0.1}, True, 1300),
+    "pairs under a cap": ({"dense": ("by_head",), "softcap": 20.0}, False, 1600),
+}
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_scores_keep_their_registers(hopper_kernels, kind):
+    terms, masked, most = SCORED[kind]
+    call = scored.make_call("none", shape=(2, 4, 4, 384, 384), dims=(128, 128), **terms)
+    mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
+    hopper.forward(call.q, call.k, call.v, mask, 0.1, call.scores)
+    (kernel,) = hopper_kernels
+    assert kernel.metadata.shared <= TARGETS["sm_90"][1]
+    assert spilled_bytes(kernel) <= FEW_WIDE_BYTES
+    loops = loops_with_products(kernel)
+    assert len(loops) == LOOPS["_fwd_kernel", 128] * (1 + masked)
+    for body in loops:
+        assert len(body) <= most
+        assert not _has(body, "STL")
+        assert sum(op.startswith("LDL") for op in body) <= FEW_LOADS
+        # exponentials and the generator of dropout run beside the product with v, not after it
+        last = max(i for i, op in enumerate(body) if op.startswith("WARPGROUP.DEPBAR"))
+        assert sum(op.startswith(("MUFU", "IMAD.WIDE")) for op in body[last:]) <= 1
 
 
 @pytest.mark.parametrize(("dim", "v_dim", "masked"), [(192, 128, True), (136, 192, False), (256, 256, True)])

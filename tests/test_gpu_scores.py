@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from anymask.backends import hopper
+from anymask.backends import for_gradients, hopper
 from anymask.backends import triton as backend
+from anymask.backends.hopper import scores as hopper_scores
 from tests.helpers import scored
 from tests.helpers.grid import BF16, F16, F32
 from tests.helpers.scored import DENSE
@@ -123,6 +125,74 @@ def test_nan_of_a_hidden_pair_reaches_nothing(device: str) -> None:
         second = call.scores.dense[1].clone()
         first[..., 5, 9], second[..., 5, 9] = math.nan, -math.inf
         scored.check(backend, scored.without(call, dense=(first, second)))
+
+
+# as if all had been compared, which is what these tests do
+ALL = frozenset({"bias of keys", "bias of queries", "bias of pairs", "table", "softcap", "dropout"})
+
+
+def hopper_for(call: scored.Call) -> Any:
+    """The Hopper kernels, with gradients from wherever `attention` takes them."""
+    gradients = for_gradients(hopper, call.scores).backward_scores
+
+    def why_not(*arguments: Any) -> str | None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hopper_scores, "COMPARED", ALL)
+            return hopper.why_not(*arguments)
+
+    return SimpleNamespace(why_not=why_not, forward=hopper.forward, backward_scores=gradients)
+
+
+# of what the Hopper kernels take: rows of a bias of pairs are aligned, and there is one
+HOPPER_KINDS: dict[str, dict[str, Any]] = {
+    name: kind for name, kind in KINDS.items() if name not in ("window", "everything")
+} | {
+    "everything": {
+        "dense": ("by_sample", "keys_by_head", "queries", "one"), "tables": ("relative_shared", "relative"),
+        "softcap": 3.0, "sinks": True, "dropout_p": 0.1, "hidden": 0.1,
+    },
+    "uncapped": {"dense": ("full", "keys"), "tables": ("relative",), "dropout_p": 0.1, "hidden": 0.1},
+    # most scores are beyond where a polynomial is tanh
+    "low_cap": {"softcap": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("mask", [*MASK_NAMES, "empty_head"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("kind", HOPPER_KINDS)
+def test_kinds_of_the_hopper_kernels(kind: str, dims: tuple[int, int], mask: str, device: str) -> None:
+    dtype = BF16 if mask == "random" else F16
+    heads = (4, 4) if mask == "per_batch_head" else (4, 2)
+    call = scored.make_call(
+        mask, shape=(2, *heads, 300, 352), dims=dims, dtype=dtype, device=device, **HOPPER_KINDS[kind]
+    )
+    first, second = (scored.check(hopper_for(call), call) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), f"{name} has other bits in a second run"
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 2, 9, 352), (3, 8, 1, 1, 704), (2, 2, 2, 129, 8), (1, 2, 1, 1000, 3000)], ids=str
+)
+@pytest.mark.parametrize("kind", ["keys", "relative", "by_head", "dropout"])
+def test_shapes_of_the_hopper_kernels(kind: str, shape: Any, device: str) -> None:
+    call = scored.make_call("none", shape=shape, dims=(80, 96), device=device, **HOPPER_KINDS[kind])
+    scored.check(hopper_for(call), call)
+
+
+@pytest.mark.hopper
+def test_nan_of_a_hidden_pair_reaches_nothing_on_hopper(device: str) -> None:
+    for softcap in (0.0, 2.0):
+        call = scored.make_call(
+            "random", ("by_head", "keys"), shape=(2, 4, 2, 300, 352), dims=(64, 64), device=device, softcap=softcap
+        )
+        assert call.dense_mask is not None
+        unused = ~call.dense_mask.any(0, keepdim=True)
+        pairs, keys = call.scores.dense[0].masked_fill(unused, math.nan), call.scores.dense[1]
+        pairs[..., 5, 9], keys[..., 9] = math.nan, -math.inf
+        scored.check(hopper_for(call), scored.without(call, dense=(pairs, keys)))
 
 
 @pytest.mark.hopper

@@ -40,6 +40,19 @@ def test_every_work_tile_once(swizzle_heads, tiles, heads, samples):
     assert sorted(found) == [(r, h, s) for r in range(tiles) for h in range(heads) for s in range(samples)]
 
 
+@pytest.mark.usefixtures("python_numbers")
+def test_samples_of_a_head_follow_each_other_if_they_share_a_bias():
+    tiles, heads, samples = 5, 3, 4
+    n = tiles * heads * samples
+    decoded = [scheduler.decode_work_tile.fn(i, tiles, heads, n, samples) for i in range(n)]
+    order = [scheduler.samples_together.fn(tile, heads, samples) for tile in decoded]
+    assert len(set(order)) == tiles * heads * samples
+    for first in range(0, len(order), samples):
+        together = order[first : first + samples]
+        assert len({(t.tile, t.head) for t in together}) == 1
+        assert {t.sample for t in together} == set(range(samples))
+
+
 WORK = {
     "causal": lambda rank, tiles: tiles - rank,
     "prefix-LM": lambda rank, tiles: max(tiles - rank, tiles // 4),

@@ -11,6 +11,8 @@ launch and call torch by functions of `anymask.plan`, and `anymask.calls` runs w
 
 A backend that takes `scores` has them as the last argument of `forward`, and `backward_scores(*arguments of backward,
 scores, needs) -> ScoreGrads`, bit-equal from run to run. lse has the sinks in it, and is of the weights before dropout.
+o and lse of one backend may have their gradients from another: `hopper` leaves to `triton` what its backward kernels do
+not have.
 """
 
 from functools import cache
@@ -63,6 +65,12 @@ def choose(
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run this call: {reason}")
     return load(backend)
+
+
+def for_gradients(chosen: ModuleType, scores: Scores) -> ModuleType:
+    """The backend whose `backward_scores` follows the forward pass of `chosen`."""
+    has_less = chosen is load("hopper") and chosen.why_not_gradients(scores) is not None
+    return load("triton") if has_less else chosen
 
 
 def splits(name: str, q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:

@@ -27,6 +27,8 @@ from anymask.backends.gpu.sinks import sink_gradient
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, turns, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
+from anymask.backends.hopper.scores import forward_scores, has_terms, why_not_scores
+from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
 from anymask.layout import empty_as
@@ -46,8 +48,8 @@ WARPGROUP_ROWS = 64
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
     """Why this backend cannot run the call, or None."""
-    if scores is not None and (scores.dense or scores.lookups or scores.softcap or scores.seed is not None):
-        return "the call has a bias, a softcap or dropout, which these kernels do not have"
+    if scores is not None and (reason := why_not_scores(scores, max(q.shape[3], v.shape[3]) > NARROW)):
+        return reason
     if not q.is_cuda:
         return f"the tensors are on {q.device}, the kernels run on a Hopper GPU"
     layout = tuple((t.stride(), t.data_ptr() % 16) for t in (q, k, v))
@@ -104,17 +106,16 @@ class _Forward(NamedTuple):
     pack_gqa: bool
     block_mask: BlockMask | None
     sm_scale: float
-    sinks: Tensor | None
+    scores: Scores | None
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float, scores: Scores | None = None
 ) -> tuple[Tensor, Tensor]:
     """`(o, lse)`."""
-    sinks = None if scores is None else scores.sinks
-    if sinks is None and windows.fits(q, k, v):
+    if scores is None and windows.fits(q, k, v):
         return windows.forward(q, k, v, block_mask, sm_scale)
-    splits = split.count(q, k, block_mask) if sinks is None else 1
+    splits = split.count(q, k, block_mask) if scores is None else 1
     if splits > 1:
         return split.forward(q, k, v, block_mask, sm_scale, splits)
     batch, q_heads, q_len, head_dim = q.shape
@@ -125,14 +126,15 @@ def forward(
         v = zero_unused_rows(v, block_mask, "cols")
     group = q_heads // kv_heads
     # the heads of a group have the same keys, values and mask: their queries are rows of one tile, the PackGQA of
-    # FlashAttention-3 (Shah et al., 2024)
-    if group > 1 and group * q_len <= TILE and (block_mask is None or block_mask.heads == 1):
+    # FlashAttention-3 (Shah et al., 2024); what else happens to their scores differs
+    is_same = (block_mask is None or block_mask.heads == 1) and not has_terms(scores)
+    if group > 1 and group * q_len <= TILE and is_same:
         packed = batch, kv_heads, group * q_len
         # a view, unless there are several queries whose heads follow each other; those few rows are copied
         o_rows = o.reshape(*packed, v_dim)
-        call = _Forward(q.reshape(*packed, head_dim), k, v, o_rows, lse, 1, q_len, True, block_mask, sm_scale, sinks)
+        call = _Forward(q.reshape(*packed, head_dim), k, v, o_rows, lse, 1, q_len, True, block_mask, sm_scale, scores)
     else:
-        call = _Forward(q, k, v, o, lse, group, q_len, False, block_mask, sm_scale, sinks)
+        call = _Forward(q, k, v, o, lse, group, q_len, False, block_mask, sm_scale, scores)
     with device_guard(q.device):
         _launch_forward(call)
         if not is_same_memory(call.o, o):
@@ -148,7 +150,11 @@ def _launch_forward(call: _Forward) -> None:
     q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
     batch, q_heads, q_len, head_dim = q_shape
     dims = _padded_dims(head_dim, v_shape[3])
-    config = tuning.FORWARD[dims if dims[0] != dims[1] else dims[0]]
+    scores = forward_scores(call.scores, call.sm_scale, q, k_shape[2])
+    configs = tuning.FORWARD_TERMS if scores.terms else tuning.FORWARD
+    if scores.pairs is not None:
+        configs = tuning.FORWARD_PAIRS
+    config = configs[dims if dims[0] != dims[1] else dims[0]]
     d_width, v_width = config.widths or dims
     # the producer zeroes rows of v up to these dims; wider ones come with zeros
     kv_has_pair = has_pair(block_mask, "cols") if max(dims) <= NARROW else None
@@ -157,6 +163,7 @@ def _launch_forward(call: _Forward) -> None:
     programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
     if config.is_persistent[block_mask is not None]:
         programs = min(programs, multiprocessors(q.device))
+    swizzle = _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs * config.CONSUMER_PAIRS)
     launch(
         _fwd_kernel,
         (programs, 1, 1),
@@ -176,9 +183,8 @@ def _launch_forward(call: _Forward) -> None:
             k_shape[2],
             call.mask_rows,
             n_work_tiles,
-            _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs * config.CONSUMER_PAIRS),
-            call.sm_scale * LOG2_E,
-            call.sinks,
+            scores.swizzle_heads(swizzle, q),
+            *scores.arguments(WARPGROUP_ROWS, config.BLOCK_N),
         ),
         {
             "D_BLOCKS": dims[0] // d_width,
@@ -186,17 +192,11 @@ def _launch_forward(call: _Forward) -> None:
             "STAGES": config.STAGES,
             "Q_STAGES": config.Q_STAGES,
             "CONSUMER_PAIRS": config.CONSUMER_PAIRS,
+            "BIAS_STAGES": config.BIAS_STAGES,
             "PACK_GQA": call.pack_gqa and block_mask is not None,
             "PLAIN_SOFTMAX": config.PLAIN_SOFTMAX,
         },
-        (
-            q.device,
-            q.dtype,
-            config.BLOCK_N,
-            d_width,
-            v_width,
-            *[x is None for x in (block_mask, kv_has_pair, call.sinks)],
-        ),
+        (q.device, q.dtype, config.BLOCK_N, d_width, v_width, block_mask is None, kv_has_pair is None, *scores.key),
         num_warps=4,
         enable_fp_fusion=True,
     )

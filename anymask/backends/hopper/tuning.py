@@ -24,6 +24,8 @@ class ForwardConfig:
     PLAIN_SOFTMAX: bool = False
     # columns of a block of q and k, and of a block of v and o; None: one block has all
     widths: tuple[int, int] | None = None
+    # stages of a bias of pairs
+    BIAS_STAGES: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,16 @@ FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
     (192, 128): ForwardConfig(128, 1, 2, 1, (True, True), widths=(64, 64)),
     192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
     256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
+}
+# the same with other scores than sinks: what they need beside the rest takes the registers of a second pair
+FORWARD_TERMS: dict[int | tuple[int, int], ForwardConfig] = {
+    64: ForwardConfig(128, 1, 4, 2, (True, True)),
+    128: FORWARD[128],
+}
+# and with a bias of pairs
+FORWARD_PAIRS: dict[int | tuple[int, int], ForwardConfig] = {
+    64: ForwardConfig(128, 1, 3, 2, (True, True), BIAS_STAGES=2),
+    128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=1),
 }
 # of the backward pass above 128
 WIDE_DKDV = {

@@ -11,10 +11,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from anymask.backends.hopper.kernels.blocks import blocks_at, load_blocks
-from anymask.backends.hopper.kernels.compat import tma_store
+from anymask.backends.hopper.kernels.compat import tma_load, tma_store
 from anymask.backends.hopper.kernels.mainloop import mainloop
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
 from anymask.backends.hopper.kernels.records import (
+    BiasPipeline,
     ConsumerPair,
     ForwardConfig,
     ForwardSchedule,
@@ -23,15 +24,18 @@ from anymask.backends.hopper.kernels.records import (
     MaskLists,
     PlaneStrides,
     QPipeline,
+    Scoring,
     Worker,
 )
 from anymask.backends.hopper.kernels.scheduler import (
     first_two_tiles,
+    load_kv_tile,
     num_work_tiles,
     prefetch_tile_range,
     read_tile_range,
     work_tile_at,
 )
+from anymask.backends.hopper.kernels.terms import load_seeds
 from anymask.backends.hopper.kernels.unused import has_unused, used_rows, zero_unused
 from anymask.backends.hopper.kernels.words import ROWS, load_words, zero_words
 
@@ -48,7 +52,7 @@ def _words_of(tile_range, lists):
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, kv_has_pair, pair, schedule, group, cfg: gl.constexpr):
+def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedule, group, cfg: gl.constexpr):
     """The producer warp: loads q of every work tile, then k and v of the steps through its kv tiles.
 
     v runs one step behind k, which is the order that the consumers want them in.
@@ -91,6 +95,8 @@ def _produce(q_desc, k_desc, v_desc, kv_has_pair, pair, schedule, group, cfg: gl
                 last = stage_and_phase(step_base + t - 1, STAGES)[0]
                 is_partial = t <= tile_range.n_partial * STEPS
                 n_zeroed = _load_v(v_desc, sample, kv_head, last_row, kv, last, used, kv_len, is_partial, n_zeroed, cfg)
+            if bias_desc is not None:
+                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, step_base + t)
             last_row = row
         step_base += n
         if n > 0:
@@ -101,6 +107,20 @@ def _produce(q_desc, k_desc, v_desc, kv_has_pair, pair, schedule, group, cfg: gl
             n_zeroed = _load_v(v_desc, sample, kv_head, last_row, kv, last, used, kv_len, is_partial, n_zeroed, cfg)
         tile = next_tile
         tile_range, next_tile = read_tile_range(pending, next_next, schedule, HAS_MASK)
+
+
+@gluon.jit
+def _load_bias(desc, pairs, tile, key, bias, step):
+    """Load the bias of a step's pairs, for each warpgroup its queries."""
+    STAGES: gl.constexpr = bias.full.shape[0]
+    stage, phase = stage_and_phase(step, STAGES)
+    mbarrier.wait(bias.empty.index(stage), phase ^ 1)
+    full = bias.full.index(stage)
+    mbarrier.expect(full, WARPGROUPS * desc.block_type.nbytes)
+    sample, head = tile.sample & pairs.batch, tile.head & pairs.head
+    for g in gl.static_range(WARPGROUPS):
+        buf = bias.bufs.index(stage * WARPGROUPS + g)
+        tma_load(desc, [sample, head, tile.tile * TILE + g * ROWS, key], full, buf)
 
 
 @gluon.jit
@@ -124,22 +144,6 @@ def _load_v(v_desc, sample, kv_head, row, kv, stage, used, kv_len, is_partial, n
 
 
 @gluon.jit
-def load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
-    """The `t`-th kv tile of a work tile, partial ones first; 0 past the end."""
-    n_partial, n_full = tile_range.n_partial, tile_range.n_full
-    if HAS_MASK:
-        if t < n_partial:
-            entry = lists.partial_tiles + (tile_range.partial_begin + t)
-        else:
-            entry = lists.full_tiles + (tile_range.full_begin + t - n_partial)
-        tile = gl.load(entry, mask=t < n_partial + n_full, other=0)
-    else:
-        # the last tile first: it alone can end early
-        tile = gl.where(t == 0, n_full, t) - 1
-    return tile
-
-
-@gluon.jit
 def _add_sinks(l_i, m_i, sinks, head, rows, sizes):
     """Row sums and maxima `[ROWS]` with a sink, a key of every query whose value is 0, and the factor of o for it."""
     # heads that are packed follow each other
@@ -154,7 +158,7 @@ def _add_sinks(l_i, m_i, sinks, head, rows, sizes):
 
 
 @gluon.jit
-def _consume(o_desc, per_row, pair, schedule, qk_scale, cfg: gl.constexpr, WARPGROUP: gl.constexpr):
+def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr, WARPGROUP: gl.constexpr):
     """A consumer warpgroup: ROWS queries of every work tile, their `o` and `lse`.
 
     `per_row`: the pointer to lse, and that to the sinks if there are any.
@@ -169,6 +173,7 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, cfg: gl.constexpr, WARPG
     R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     W_LAYOUT: gl.constexpr = zero_words(BLOCK_N, S_LAYOUT).type.layout
     step_base = 0
+    seeds = load_seeds(terms)
     tile_range, tile, next_tile = first_two_tiles(pair.worker, schedule, HAS_MASK)
     w = zero_words(BLOCK_N, S_LAYOUT)
     if HAS_MASK:
@@ -190,8 +195,9 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, cfg: gl.constexpr, WARPG
         m_i = l_i
         mbarrier.wait(q.full.index(q_stage), q_phase)
         if n > 0:
+            scoring = Scoring(qk_scale, terms, tile, lists, tile_range, seeds, pair.bias)
             acc, l_i, m_i = mainloop(
-                q_blocks, pair.kv, words, w, n_partial, n, sizes, qk_scale, step_base, acc, cfg, WARPGROUP
+                q_blocks, pair.kv, words, w, n_partial, n, sizes, scoring, step_base, acc, cfg, WARPGROUP
             )
         step_base += n
         q_tile = tile.tile
@@ -210,6 +216,9 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, cfg: gl.constexpr, WARPG
             l_i, m_i, alpha = _add_sinks(l_i, m_i, per_row[1], head, rows, sizes)
         lse_rows = lse + (sample * sizes.q_heads + head).to(gl.int64) * sizes.q_len + rows
         gl.store(lse_rows, (m_i + gl.log2(l_i)) * LN_2, mask=rows < sizes.q_len)
+        if len(terms) > 0:  # noqa: SIM102
+            if len(terms.dropout) == 1:
+                alpha *= terms.dropout[0].scale
         scale = gl.convert_layout(alpha / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
         o_buf = pair.o_bufs.index(WARPGROUP)
         for c in gl.static_range(cfg.V_BLOCKS):
@@ -229,7 +238,15 @@ def _first_words(tile_range, lists, sizes, cfg: gl.constexpr, WARPGROUP: gl.cons
 
 
 @gluon.jit
-def _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg: gl.constexpr, PAIR: gl.constexpr, CONSUMER_PAIRS: gl.constexpr):
+def _allocate_bias(desc, STAGES: gl.constexpr):
+    bufs = gl.allocate_shared_memory(desc.dtype, [STAGES * WARPGROUPS] + desc.block_type.shape, desc.layout)
+    return BiasPipeline(bufs, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, WARPGROUPS))
+
+
+@gluon.jit
+def _allocate_pair(
+    q_desc, k_desc, v_desc, o_desc, bias_desc, cfg: gl.constexpr, PAIR: gl.constexpr, CONSUMER_PAIRS: gl.constexpr
+):
     """What a pair of consumer warpgroups of a program shares with its producer."""
     STAGES: gl.constexpr = cfg.STAGES
     Q_STAGES: gl.constexpr = cfg.Q_STAGES
@@ -242,8 +259,9 @@ def _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg: gl.constexpr, PAIR: gl.c
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
     k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES + 1, 1)
     kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS))
+    bias = () if bias_desc is None else _allocate_bias(bias_desc, cfg.BIAS_STAGES)
     worker = Worker(gl.program_id(0) * CONSUMER_PAIRS + PAIR, gl.num_programs(0) * CONSUMER_PAIRS)
-    return ConsumerPair(q, kv, o_bufs, worker)
+    return ConsumerPair(q, kv, bias, o_bufs, worker)
 
 
 @gluon.jit(
@@ -296,15 +314,23 @@ def _fwd_kernel(
     swizzle_heads,
     qk_scale,
     sinks,
+    terms,
+    bias_desc,
     D_BLOCKS: gl.constexpr,
     V_BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     CONSUMER_PAIRS: gl.constexpr,
+    BIAS_STAGES: gl.constexpr,
     PACK_GQA: gl.constexpr,
     PLAIN_SOFTMAX: gl.constexpr,
 ):
-    """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md. `sinks`: fp32, one for each query head, or None.
+    """Writes `o` and `lse`; equations (1) to (4) of docs/kernels.md.
+
+    `sinks`: fp32, one for each query head, or None. `terms`: `Terms`, or () if nothing else happens to scores.
+    `bias_desc`: of their `pairs`, `[batch or 1, heads or 1, q_len, kv_len]` with blocks `[1, 1, ROWS, BLOCK_N]`, or
+    None.
+
 
     Grid: (programs), so many that there is a work tile for each, `n_work_tiles = batch * q_heads * q_tiles`.
     Descriptors are `[batch, heads, length, D]` with blocks `[1, 1, ROWS, width]` for q and o, `[1, 1, BLOCK_N, width]`
@@ -318,37 +344,42 @@ def _fwd_kernel(
     Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory.
     """
     HAS_MASK: gl.constexpr = words is not None
-    cfg: gl.constexpr = ForwardConfig(D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, PACK_GQA, PLAIN_SOFTMAX)
+    cfg: gl.constexpr = ForwardConfig(
+        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, PACK_GQA, PLAIN_SOFTMAX
+    )
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
     else:
         # nothing reads them
         lists = MaskLists(lse, lse, lse, lse, lse, lse)
     sizes = ForwardSizes(q_tiles, q_heads, q_len, kv_len, mask_rows)
-    schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads)
+    strides, samples = PlaneStrides(sample_planes, head_planes), ()
+    if bias_desc is not None:
+        samples = terms.pairs[0].samples
+    schedule = ForwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, samples)
     per_row = (lse,) if sinks is None else (lse, sinks)
-    a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 0, CONSUMER_PAIRS)
+    a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, bias_desc, cfg, 0, CONSUMER_PAIRS)
     # argument lists are written inline (docs/kernels.md, finding 8)
     if CONSUMER_PAIRS == 1:
         gl.warp_specialize(
             [
-                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(0))),
-                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(1))),
-                (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
+                (_produce, (q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, a, schedule, group, cfg)),
             ],
             [4, 1],
             [240, 24],
         )
     else:
-        b = _allocate_pair(q_desc, k_desc, v_desc, o_desc, cfg, 1, CONSUMER_PAIRS)
+        b = _allocate_pair(q_desc, k_desc, v_desc, o_desc, bias_desc, cfg, 1, CONSUMER_PAIRS)
         gl.warp_specialize(
             [
-                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(0))),
-                (_consume, (o_desc, per_row, a, schedule, qk_scale, cfg, gl.constexpr(1))),
-                (_consume, (o_desc, per_row, b, schedule, qk_scale, cfg, gl.constexpr(0))),
-                (_consume, (o_desc, per_row, b, schedule, qk_scale, cfg, gl.constexpr(1))),
-                (_produce, (q_desc, k_desc, v_desc, kv_has_pair, a, schedule, group, cfg)),
-                (_produce, (q_desc, k_desc, v_desc, kv_has_pair, b, schedule, group, cfg)),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
+                (_consume, (o_desc, per_row, b, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
+                (_consume, (o_desc, per_row, b, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
+                (_produce, (q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, a, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, b, schedule, group, cfg)),
             ],
             [4, 4, 4, 1, 1],
             [112, 112, 112, 24, 24],

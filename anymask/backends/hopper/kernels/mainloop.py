@@ -7,10 +7,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from anymask.backends.hopper.kernels.blocks import issue_scores, issue_sums, wait_sums
+from anymask.backends.hopper.kernels.blocks import block_at, issue_scores, issue_sums, wait_sums
 from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
+from anymask.backends.hopper.kernels.scheduler import load_kv_tile
 from anymask.backends.hopper.kernels.softmax import (
+    after,
     exp2,
     exponents,
     mask_exponents,
@@ -22,7 +24,8 @@ from anymask.backends.hopper.kernels.softmax import (
     unpack_halves,
     update_row_max,
 )
-from anymask.backends.hopper.kernels.words import ROWS, load_words, tail_words, zero_words
+from anymask.backends.hopper.kernels.terms import add, factor, keep, load_bias, scored
+from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_words, tail_words, to_quad_view, zero_words
 
 
 @gluon.jit
@@ -33,15 +36,77 @@ def _next_words(words, wanted, mask_rows, WARPGROUP: gl.constexpr, W_LAYOUT: gl.
 
 
 @gluon.jit
+def _start_of(step, scoring, cfg: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The first key of a step of a work tile."""
+    STEPS: gl.constexpr = TILE // BLOCK_N
+    kv_tile = load_kv_tile(step // STEPS, scoring.lists, scoring.tile_range, cfg.HAS_MASK)
+    return kv_tile * TILE + step % STEPS * BLOCK_N
+
+
+@gluon.jit
+def _bias_of(start_k, scoring, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, WARPGROUP: gl.constexpr):
+    """`load_bias` of a step."""
+    tile = scoring.tile
+    start_q = tile.tile * TILE + WARPGROUP * ROWS
+    return load_bias(scoring.terms, tile.sample, tile.head, start_q, start_k, ROWS, BLOCK_N, S_LAYOUT, False)
+
+
+@gluon.jit
+def _pairs_of(step, scoring, S_LAYOUT: gl.constexpr, WARPGROUP: gl.constexpr):
+    """The bias of pairs `[ROWS, N]` of the worker's step, as it lies in memory; its stage is given back. 0 without."""
+    pairs = 0
+    if len(scoring.bias) > 0:
+        full, bufs = scoring.bias.full, scoring.bias.bufs
+        STAGES: gl.constexpr = full.shape[0]
+        stage, phase = stage_and_phase(step, STAGES)
+        mbarrier.wait(full.index(stage), phase)
+        pairs = block_at(bufs, stage * 2 + WARPGROUP).load(S_LAYOUT)
+        mbarrier.arrive(scoring.bias.empty.index(stage))
+    return pairs
+
+
+@gluon.jit
+def _exponents(s, m_i, bias, pairs, scoring):
+    """`z [ROWS, N]` of products s; `bias` of `load_bias` and `pairs` of `_pairs_of`, if terms ask for them."""
+    terms = scoring.terms
+    if len(terms) == 0:
+        z = exponents(s, m_i, scoring.qk_scale)
+    elif len(terms.pairs) == 0:
+        z = exponents(scored(s, bias, scoring.qk_scale, terms), m_i, factor(terms))
+    elif len(terms.keys) + len(terms.queries) + len(terms.diagonals) + len(terms.cap) == 0:
+        LAYOUT: gl.constexpr = s.type.layout
+        minus = m_i.expand_dims(1).expand_dims(3) - to_quad_view(pairs.to(gl.float32)) * terms.pairs[0].unit
+        z = from_quad_view(to_quad_view(s * scoring.qk_scale) - minus, LAYOUT)
+    else:
+        of_pairs = pairs.to(gl.float32) * terms.pairs[0].unit
+        bias = add(bias, of_pairs) if len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0 else of_pairs
+        z = exponents(scored(s, bias, scoring.qk_scale, terms), m_i, factor(terms))
+    return z
+
+
+@gluon.jit
+def _drop(x, start_k, scoring, WARPGROUP: gl.constexpr):
+    """Weights `x [ROWS, N]` of a step where dropout keeps them, else 0."""
+    if len(scoring.terms) > 0:  # noqa: SIM102
+        if len(scoring.terms.dropout) == 1:
+            tile = scoring.tile
+            start_q = tile.tile * TILE + WARPGROUP * ROWS
+            kept = keep(scoring.terms, scoring.seeds, tile.sample, tile.head, start_q, start_k, x, False)
+            x = gl.where(kept, x, 0.0)
+    return x
+
+
+@gluon.jit
 def _steps(
     begin,
     end,
     last_partial,
+    step_base,
     state,
     q,
     kv,
     partial,
-    qk_scale,
+    scoring,
     cfg: gl.constexpr,
     MASK_STEPS: gl.constexpr,
     WARPGROUP: gl.constexpr,
@@ -64,6 +129,11 @@ def _steps(
     dtype: gl.constexpr = kv.k_bufs.dtype
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc[0].type.layout, 2)
     W_LAYOUT: gl.constexpr = m_i.type.layout
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    HAS_TERMS: gl.constexpr = len(scoring.terms) > 0
+    DROPS: gl.constexpr = len(scoring.terms.dropout) == 1 if HAS_TERMS else False
+    if HAS_TERMS:
+        next_k = _start_of(begin - step_base, scoring, cfg, BLOCK_N)
     for i in range(begin, end):
         last = stage_and_phase(i - 1, STAGES)[0]
         stage, phase = stage_and_phase(i, STAGES)
@@ -71,8 +141,14 @@ def _steps(
         s_flying = issue_scores(q, kv.k_bufs, stage)
         p = unpack_halves(p, dtype, P_LAYOUT)
         acc_flying = issue_sums(p, kv.v_bufs, last, acc)
+        step_bias, pairs, start_k = 0.0, 0, 0
+        if HAS_TERMS:
+            # read one step ahead: it is an indirection
+            start_k, next_k = next_k, _start_of(i + 1 - step_base, scoring, cfg, BLOCK_N)
+            step_bias = _bias_of(start_k, scoring, S_LAYOUT, BLOCK_N, WARPGROUP)
+            pairs = _pairs_of(i, scoring, S_LAYOUT, WARPGROUP)
         s = warpgroup_mma_wait(1, deps=[s_flying])
-        z = exponents(s, m_i, qk_scale)
+        z = _exponents(s, m_i, step_bias, pairs, scoring)
         if MASK_STEPS == "all":
             gl.static_assert(STEPS == 1)
             w = w_next
@@ -91,13 +167,18 @@ def _steps(
             z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, PLAIN)
             x = exp2(z)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
-        needed = needs_rescale(alpha, l_i)
+        if DROPS:
+            next_p = pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype)
+            # masked steps have no registers for it
+            needed = needs_rescale(alpha, l_i if MASK_STEPS == "all" else after(l_i, next_p))
+        else:
+            needed = needs_rescale(alpha, l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(kv.v_full.index(stage), phase)
         acc, p = wait_sums(acc_flying, p)
         mbarrier.arrive(kv.empty.index(stage))
         acc = [rescale(block, alpha, needed) for block in acc]
-        p = pack_halves(x, dtype)
+        p = next_p if DROPS else pack_halves(x, dtype)
     return SoftmaxState(p, acc, l_i, m_i)
 
 
@@ -110,7 +191,7 @@ def mainloop(
     n_partial,
     n,
     sizes,
-    qk_scale,
+    scoring,
     step_base,
     acc,
     cfg: gl.constexpr,
@@ -141,23 +222,30 @@ def mainloop(
     stage, phase = stage_and_phase(step_base, STAGES)
     mbarrier.wait(kv.k_full.index(stage), phase)
     s = issue_scores(q, kv.k_bufs, stage)
+    bias, pairs, start_k = 0.0, 0, 0
+    if len(scoring.terms) > 0:
+        start_k = _start_of(0, scoring, cfg, BLOCK_N)
+        bias = _bias_of(start_k, scoring, S_LAYOUT, BLOCK_N, WARPGROUP)
+        pairs = _pairs_of(step_base, scoring, S_LAYOUT, WARPGROUP)
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
-    z = mask_exponents(exponents(s, m_i, qk_scale), w)
+    z = mask_exponents(_exponents(s, m_i, bias, pairs, scoring), w)
     z, m_i, _ = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
     x = exp2(z)
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
     mbarrier.arrive(kv.empty.index(stage))
-    state = SoftmaxState(pack_halves(x, dtype), acc, l_i, m_i)
+    state = SoftmaxState(pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype), acc, l_i, m_i)
     begin, end, last_partial = step_base + 1, step_base + n, step_base + partial_steps - 1
     # one loop for all where two pairs share the multiprocessor: two loops were slower there
     REST: gl.constexpr = "some" if STEPS > 1 else "none"
     if cfg.HAS_MASK and STEPS == 1:
         full_begin = last_partial + 1
-        state = _steps(begin, full_begin, last_partial, state, q, kv, partial, qk_scale, cfg, "all", WARPGROUP)
+        state = _steps(
+            begin, full_begin, last_partial, step_base, state, q, kv, partial, scoring, cfg, "all", WARPGROUP
+        )
         begin = gl.maximum(begin, full_begin)
-    state = _steps(begin, end, last_partial, state, q, kv, partial, qk_scale, cfg, REST, WARPGROUP)
+    state = _steps(begin, end, last_partial, step_base, state, q, kv, partial, scoring, cfg, REST, WARPGROUP)
     last = stage_and_phase(step_base + n - 1, STAGES)[0]
     p = unpack_halves(state.p, dtype, P_LAYOUT)
     acc_flying = issue_sums(p, kv.v_bufs, last, state.acc)

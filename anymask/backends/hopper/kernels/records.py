@@ -61,13 +61,17 @@ class ForwardSizes(NamedTuple):
 
 
 class ForwardSchedule(NamedTuple):
-    """What says which work tiles there are, in which order, and what each of them meets."""
+    """What says which work tiles there are, in which order, and what each of them meets.
+
+    `samples`: their number, if those of a head follow each other, since they share a bias; else ().
+    """
 
     lists: MaskLists
     plane_strides: PlaneStrides
     sizes: ForwardSizes
     n_work_tiles: Any
     swizzle_heads: Any
+    samples: Any
 
 
 class ForwardConfig(NamedTuple):
@@ -78,8 +82,26 @@ class ForwardConfig(NamedTuple):
     HAS_MASK: Any
     STAGES: Any
     Q_STAGES: Any
+    BIAS_STAGES: Any
     PACK_GQA: Any
     PLAIN_SOFTMAX: Any
+
+
+class Scoring(NamedTuple):
+    """How scores are made of products: by `qk_scale` alone if there are no `terms`, (), else by `Terms` of terms.py.
+
+    Terms depend on the work tile and on its kv tiles.
+    """
+
+    qk_scale: Any
+    terms: Any
+    tile: WorkTile
+    lists: MaskLists
+    tile_range: TileRange
+    # `load_seeds`, of dropout
+    seeds: Any
+    # stages of a bias of pairs, or ()
+    bias: Any
 
 
 class QPipeline(NamedTuple):
@@ -104,11 +126,23 @@ class KVPipeline(NamedTuple):
     empty: Any
 
 
+class BiasPipeline(NamedTuple):
+    """Stages of a bias of pairs `[1, 1, ROWS, BLOCK_N]`, a buffer a warpgroup; a full and an empty barrier each."""
+
+    bufs: Any
+    full: Any
+    empty: Any
+
+
 class ConsumerPair(NamedTuple):
-    """Shared memory of a pair of consumer warpgroups and their producer, and which worker they are."""
+    """Shared memory of a pair of consumer warpgroups and their producer, and which worker they are.
+
+    `bias`: a `BiasPipeline`, or () without a bias of pairs.
+    """
 
     q: QPipeline
     kv: KVPipeline
+    bias: Any
     o_bufs: Any
     worker: Worker
 

@@ -61,7 +61,17 @@ def work_tile_at(iteration, worker, schedule):
     """The work tile, by rank, of a worker's iteration; past its last one, one that exists."""
     work = gl.minimum(work_index(iteration, worker), schedule.n_work_tiles - 1)
     sizes = schedule.sizes
-    return decode_work_tile(work, sizes.q_tiles, sizes.q_heads, schedule.n_work_tiles, schedule.swizzle_heads)
+    tile = decode_work_tile(work, sizes.q_tiles, sizes.q_heads, schedule.n_work_tiles, schedule.swizzle_heads)
+    if len(schedule.samples) == 1:
+        tile = samples_together(tile, sizes.q_heads, schedule.samples[0])
+    return tile
+
+
+@gluon.jit
+def samples_together(tile, heads, samples):
+    """The work tile in the place of `tile` where all samples of a head come before the next head."""
+    plane = tile.sample * heads + tile.head
+    return WorkTile(tile.tile, plane // samples, plane % samples)
 
 
 @gluon.jit
@@ -93,6 +103,22 @@ def read_tile_range(pending, next_tile, schedule, HAS_MASK: gl.constexpr):
         n_full = _from_lane(pending, 3) - full_begin
         tile = _from_lane(pending, 4)
     return TileRange(partial_begin, n_partial, full_begin, n_full), WorkTile(tile, next_tile.head, next_tile.sample)
+
+
+@gluon.jit
+def load_kv_tile(t, lists, tile_range, HAS_MASK: gl.constexpr):
+    """The `t`-th kv tile of a work tile, partial ones first; 0 past the end."""
+    n_partial, n_full = tile_range.n_partial, tile_range.n_full
+    if HAS_MASK:
+        if t < n_partial:
+            entry = lists.partial_tiles + (tile_range.partial_begin + t)
+        else:
+            entry = lists.full_tiles + (tile_range.full_begin + t - n_partial)
+        tile = gl.load(entry, mask=t < n_partial + n_full, other=0)
+    else:
+        # the last tile first: it alone can end early
+        tile = gl.where(t == 0, n_full, t) - 1
+    return tile
 
 
 @gluon.jit

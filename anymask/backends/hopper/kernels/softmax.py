@@ -132,6 +132,16 @@ def unpack_halves(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def after(l_i, p):
+    """`l_i [ROWS, 4]`, which ptxas takes to depend on all of `p [ROWS, N // 8, 4]`, 16 bits of weights up to 2**8."""
+    N: gl.constexpr = p.shape[1] * 2
+    any_p = gl.inline_asm_elementwise(ptx.any_asm(N), ptx.any_operands(N), [p], dtype=gl.int32, is_pure=True, pack=N)
+    any_p = gl.convert_layout(gl.sum(any_p, 1), l_i.type.layout, assert_trivial=True)
+    # two of -1, no weights
+    return gl.where(any_p == -1, l_i + 1.0, l_i)
+
+
+@gluon.jit
 def needs_rescale(alpha, l_i):
     """int32 `[ROWS, 4]`: not 0 in a warp in which an `alpha` is not 1.
 

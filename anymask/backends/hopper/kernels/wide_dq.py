@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from anymask.backends.hopper.kernels.blocks import blocks_at, issue_scores, issue_sums, load_blocks, wait_sums
-from anymask.backends.hopper.kernels.forward import WARPGROUPS, load_kv_tile
+from anymask.backends.hopper.kernels.forward import WARPGROUPS
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
 from anymask.backends.hopper.kernels.records import (
     DQConfig,
@@ -23,6 +23,7 @@ from anymask.backends.hopper.kernels.records import (
 )
 from anymask.backends.hopper.kernels.scheduler import (
     first_two_tiles,
+    load_kv_tile,
     num_work_tiles,
     prefetch_tile_range,
     read_tile_range,
@@ -225,7 +226,7 @@ def _wide_dq_kernel(
         # nothing reads them
         lists = MaskLists(lse2, lse2, lse2, lse2, lse2, lse2)
     sizes = ForwardSizes(q_tiles, q_heads, q_len, kv_len, q_len)
-    schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads)
+    schedule = ForwardSchedule(lists, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, swizzle_heads, ())
     worker = Worker(gl.program_id(0), gl.num_programs(0))
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(

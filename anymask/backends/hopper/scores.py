@@ -1,0 +1,183 @@
+"""Scores as the Hopper kernels take them: biases padded to whole tiles, in the unit of scores, those alike summed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anymask.backends.gpu.arguments import LOG2_E
+from anymask.backends.hopper.descriptors import block_of, descriptor
+from anymask.launch import args_key
+from anymask.scores import Scores, dropout
+from anymask.tiles import TILE, tiles_over
+
+# tanh(z / UNIT) is what the kernels compute of a score z
+UNIT = 4.0
+# what of scores, beside sinks, was equal to fp64 on a GPU: no call gets kernels of which that is not known
+COMPARED: frozenset[str] = frozenset()
+# heads that share a bias of pairs and are computed together
+MOST_SHARING = 8
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not_scores(scores: Scores, wide: bool) -> str | None:
+    """Why the kernels cannot take the scores, or None. `wide`: a head_dim of kernels that take sinks alone."""
+    asked = {
+        "bias of keys": any(t.shape[2] == 1 for t in scores.dense),
+        "bias of queries": any(t.shape[2] > 1 == t.shape[3] for t in scores.dense),
+        "bias of pairs": pairs_of(scores) is not None,
+        "table": bool(scores.lookups),
+        "softcap": bool(scores.softcap),
+        "dropout": scores.seed is not None,
+    }
+    unknown = [name for name, is_asked in asked.items() if is_asked and name not in COMPARED]
+    if unknown:
+        return f"the call has a {unknown[0]}, of which these kernels were not compared with fp64 on a GPU yet"
+    pairs = [t for t in scores.dense if min(t.shape[2:]) > 1]
+    for term in scores.dense:
+        if term.dtype not in DTYPES:
+            return f"a bias is {term.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
+    if len(pairs) > 1 or not all(map(_loadable, pairs)):
+        return (
+            "a bias is of pairs, of which the copy engine takes one, of 16 bits and with rows of multiples of 16 bytes"
+        )
+    if not all(x.is_diagonal for x in scores.lookups):
+        return "a table is read by place, the kernels read tables by distance"
+    if wide and has_terms(scores):
+        return "the call has a bias, a softcap or dropout, which these kernels have up to head_dim 128"
+    return None
+
+
+def why_not_gradients(scores: Scores) -> str | None:
+    """Why the backward kernels cannot take scores that the forward kernel takes, or None."""
+    return "the backward kernels have sinks alone" if has_terms(scores) else None
+
+
+def _loadable(t: Tensor) -> bool:
+    """Whether the copy engine can read a bias of pairs: rows of aligned, neighbouring keys."""
+    steps = [2 * step for n, step in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
+    aligned = t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    return t.element_size() == 2 and t.stride(3) == 1 and aligned
+
+
+def has_terms(scores: Scores | None) -> bool:
+    """Whether anything beside sinks happens to the scores."""
+    return scores is not None and bool(scores.dense or scores.lookups or scores.softcap or scores.seed is not None)
+
+
+def pairs_of(scores: Scores | None) -> Tensor | None:
+    """The bias of pairs, if there is one."""
+    return None if scores is None else next((t for t in scores.dense if min(t.shape[2:]) > 1), None)
+
+
+def kernel_terms(
+    scores: Scores | None, sm_scale: float, q_len: int, kv_len: int, samples: int = 1
+) -> tuple[Any, float]:
+    """`Terms` of kernels/terms.py, () where nothing beside sinks happens to scores, and their `qk_scale`.
+
+    `samples`: of the call, for the forward kernel.
+    """
+    if scores is None or not has_terms(scores):
+        return (), sm_scale * LOG2_E
+    from anymask.backends.hopper.kernels.terms import Dropout, Terms
+
+    unit = UNIT / scores.softcap if scores.softcap else LOG2_E
+    keys = [t.squeeze(2) for t in scores.dense if t.shape[2] == 1]
+    queries = [t.squeeze(3) for t in scores.dense if t.shape[2] > 1 == t.shape[3]]
+    pairs, p, seed = pairs_of(scores), scores.dropout_p, scores.seed
+    terms = Terms(
+        _vector(keys, kv_len, unit),
+        _vector(queries, q_len, unit),
+        _diagonals([x.table for x in scores.lookups], q_len, kv_len, unit),
+        () if pairs is None else (_pairs(pairs, samples, unit),),
+        (scores.softcap * LOG2_E,) if scores.softcap else (),
+        () if seed is None else (Dropout(seed, float(dropout.threshold(p)), dropout.keep_scale(p)),),
+    )
+    return terms, sm_scale * unit
+
+
+class ForwardScores(NamedTuple):
+    """The scores of a call as the forward kernel takes them; `pairs`: the bias of pairs, or None."""
+
+    qk_scale: float
+    sinks: Tensor | None
+    terms: Any
+    pairs: Tensor | None
+
+    def arguments(self, rows: int, keys: int) -> tuple[Any, ...]:
+        """In the order of the kernel's parameters; so many are a block of the bias of pairs."""
+        bias = None if self.pairs is None else _descriptor(self.pairs, rows, keys)
+        return self.qk_scale, self.sinks, self.terms, bias
+
+    def swizzle_heads(self, usual: int, q: Tensor) -> int:
+        """How many heads are swizzled together: of those that share a bias of pairs, as many as fit the L2 cache."""
+        if self.pairs is None:
+            return usual
+        sharing = math.prod(n for n, own in zip(q.shape[:2], self.pairs.shape[:2], strict=True) if own == 1)
+        return max(usual, min(sharing, MOST_SHARING))
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the compiled kernel depends on."""
+        return self.sinks is None, None if self.pairs is None else self.pairs.dtype, *args_key((self.terms,))
+
+
+def forward_scores(scores: Scores | None, sm_scale: float, q: Tensor, kv_len: int) -> ForwardScores:
+    """What the forward kernel takes of `scores`, of a call with so many keys."""
+    terms, qk_scale = kernel_terms(scores, sm_scale, q.shape[2], kv_len, q.shape[0])
+    return ForwardScores(qk_scale, None if scores is None else scores.sinks, terms, pairs_of(scores))
+
+
+def _descriptor(bias: Tensor, rows: int, keys: int) -> Any:
+    # the stride of a dimension of 1 is never taken, but has to be a multiple of 16 bytes
+    b, h, m = (step if n > 1 else 8 for n, step in zip(bias.shape[:3], bias.stride()[:3], strict=True))
+    return descriptor(bias, tuple(bias.shape), (b, h, m, 1), block_of((1, 1, rows, keys), bias.dtype))
+
+
+def _pairs(bias: Tensor, samples: int, unit: float) -> Any:
+    from anymask.backends.hopper.kernels.terms import Pairs
+
+    # what samples share, the L2 cache has for all if they come together
+    is_shared = bias.shape[0] < samples
+    return Pairs(-(bias.shape[0] > 1), -(bias.shape[1] > 1), unit, (samples,) if is_shared else ())
+
+
+def _vector(found: list[Tensor], length: int, unit: float) -> tuple[Any, ...]:
+    """`(Vector,)` of the sum of biases `[batch or 1, heads or 1, length or 1]`, () of none."""
+    if not found:
+        return ()
+    from anymask.backends.hopper.kernels.terms import Vector
+
+    total = _sum(found) * unit
+    batch, heads, _ = total.shape
+    padded = total.new_zeros(batch, heads, tiles_over(length) * TILE)
+    padded[:, :, :length] = total
+    strides = (step * (n > 1) for n, step in zip((batch, heads), padded.stride(), strict=False))
+    return (Vector(padded, *strides),)
+
+
+def _diagonals(found: list[Tensor], q_len: int, kv_len: int, unit: float) -> tuple[Any, ...]:
+    """`(Diagonals,)` of the sum of tables `[heads or 1, q_len + kv_len - 1]`, () of none."""
+    if not found:
+        return ()
+    from anymask.backends.hopper.kernels.terms import Diagonals
+
+    total = _sum(found) * unit
+    heads, entries = total.shape
+    rows, keys = tiles_over(q_len) * TILE, tiles_over(kv_len) * TILE
+    # entry 0 is of the first query and the last key
+    padded = total.new_zeros(heads, rows + keys)
+    padded[:, keys - kv_len : keys - kv_len + entries] = total
+    return (Diagonals(padded, padded.shape[1] * (heads > 1), keys - 1),)
+
+
+def _sum(found: list[Tensor]) -> Tensor:
+    """The sum in fp32. -inf hides a pair whatever the others are, NaN too."""
+    total = found[0].float()
+    for term in found[1:]:
+        hidden = (total == -math.inf) | (term == -math.inf)
+        total = (total + term).masked_fill(hidden, -math.inf)
+    return total

@@ -1,0 +1,144 @@
+"""Scores as the Hopper backend takes them: which calls, what its kernels read, where gradients come from. No GPU."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from anymask import backends
+from anymask.backends import hopper
+from anymask.backends.hopper import scores as hopper_scores
+from anymask.backends.hopper.scores import UNIT, forward_scores, kernel_terms, why_not_scores
+from anymask.precision import LOG2_E
+from anymask.scores import Scores
+from tests.helpers import scored
+
+Q_LEN, KV_LEN = 100, 140
+
+
+@pytest.fixture(autouse=True)
+def all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every kind of scores had been compared on a GPU."""
+    kinds = "bias of keys", "bias of queries", "bias of pairs", "table", "softcap", "dropout"
+    monkeypatch.setattr(hopper_scores, "COMPARED", frozenset(kinds))
+
+
+def make(**kinds: Any) -> Scores:
+    return scored.make_call("none", shape=(2, 4, 2, Q_LEN, KV_LEN), **kinds).scores
+
+
+@pytest.mark.parametrize(
+    ("kinds", "reason"),
+    [
+        ({"dense": ("keys", "queries", "one", "keys_by_head"), "tables": ("relative", "relative_shared")}, None),
+        ({"softcap": 20.0, "sinks": True, "dropout_p": 0.1}, None),
+        ({"tables": ("window",)}, "a table is read by place"),
+        ({"dense": ("shared", "full")}, "the copy engine takes one"),
+        ({"dense": ("shared",), "bias_dtype": torch.float32}, "of 16 bits"),
+        ({"dense": ("keys",), "bias_dtype": torch.float64}, "a bias is torch.float64"),
+    ],
+)
+def test_which_scores_it_takes(kinds: dict[str, Any], reason: str | None) -> None:
+    found = why_not_scores(make(**kinds), wide=False)
+    assert found is None if reason is None else found is not None and reason in found
+
+
+def test_what_no_gpu_has_compared_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_scores, "COMPARED", frozenset({"softcap"}))
+    assert why_not_scores(make(softcap=2.0, sinks=True), False) is None
+    assert "the call has a dropout" in str(why_not_scores(make(softcap=2.0, dropout_p=0.1), False))
+
+
+def test_a_bias_of_pairs_has_aligned_rows() -> None:
+    wide = torch.randn(1, 4, Q_LEN, 168).half()
+    assert why_not_scores(Scores((wide[..., :KV_LEN],)), False) is None
+    for bias in (wide[..., 1 : KV_LEN + 1], wide[..., :161:2], torch.randn(1, 1, Q_LEN, 141).half()):
+        assert "multiples of 16 bytes" in str(why_not_scores(Scores((bias,)), False))
+    # the stride of a dimension of 1 is never taken
+    assert (
+        why_not_scores(Scores((wide[:, :1, :, :KV_LEN].as_strided((1, 1, Q_LEN, KV_LEN), (3, 5, 168, 1)),)), False)
+        is None
+    )
+
+
+def test_wide_heads_take_sinks_alone() -> None:
+    assert why_not_scores(make(sinks=True), wide=True) is None
+    assert "up to head_dim 128" in str(why_not_scores(make(softcap=2.0), wide=True))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_kernels_read_the_whole_bias(softcap: float) -> None:
+    """What they read for each pair, by their indices, is the sum of the terms; -inf hides a pair."""
+    dense = ("keys", "keys_by_head", "heads", "one", "queries")
+    scores = make(
+        dense=dense, tables=("relative", "relative_shared"), softcap=softcap, hidden=0.1, bias_dtype=torch.float32
+    )
+    scores.dense[0][0, 0, 0, 5], scores.dense[1][0, :, 0, 5] = math.nan, -math.inf
+    terms, qk_scale = kernel_terms(scores, 0.25, Q_LEN, KV_LEN)
+    unit = UNIT / softcap if softcap else LOG2_E
+    assert qk_scale == pytest.approx(0.25 * unit)
+    assert terms.cap == ((softcap * LOG2_E,) if softcap else ())
+    i, j = torch.arange(Q_LEN)[:, None], torch.arange(KV_LEN)
+    for sample in range(2):
+        for head in range(4):
+            (keys,), (queries,), (by_distance,) = terms.keys, terms.queries, terms.diagonals
+            got = keys.source.flatten()[sample * keys.batch + head * keys.head + j]
+            got = got + queries.source.flatten()[sample * queries.batch + head * queries.head + i]
+            got = got + by_distance.source.flatten()[head * by_distance.head + i - j + by_distance.origin]
+            want = _bias(scores, sample, head) * unit
+            hidden = want == -math.inf
+            assert torch.equal(got == -math.inf, hidden)
+            torch.testing.assert_close(got[~hidden], want[~hidden].float(), atol=1e-5, rtol=1e-5)
+
+
+def _bias(scores: Scores, sample: int, head: int) -> Tensor:
+    total, hidden = torch.zeros(Q_LEN, KV_LEN, dtype=torch.float64), torch.zeros(Q_LEN, KV_LEN, dtype=torch.bool)
+    for term in scores.dense:
+        one = term[min(sample, term.shape[0] - 1), min(head, term.shape[1] - 1)].double()
+        total, hidden = total + one, hidden | (one == -math.inf)
+    for x in scores.lookups:
+        entry = (x.q_code[:, None] - x.k_code[None, :]).long()
+        total = total + x.table[min(head, x.table.shape[0] - 1)][entry]
+    return total.masked_fill(hidden, -math.inf)
+
+
+def test_tiles_beyond_the_lengths_are_there() -> None:
+    terms, _ = kernel_terms(make(dense=("keys", "queries"), tables=("relative",)), 0.25, Q_LEN, KV_LEN)
+    assert terms.keys[0].source.shape == (2, 1, 256)
+    assert terms.queries[0].source.shape == (2, 4, 128)
+    (x,) = terms.diagonals
+    # query 127 with key 0, and query 0 with key 255
+    assert x.origin == 255
+    assert 127 + x.origin < x.source.shape[1]
+    assert all(t.isfinite().all() for t in (terms.keys[0].source, terms.queries[0].source, x.source))
+
+
+def test_nothing_but_sinks_is_no_terms() -> None:
+    for scores in (None, make(sinks=True)):
+        assert kernel_terms(scores, 0.25, Q_LEN, KV_LEN) == ((), pytest.approx(0.25 * LOG2_E))
+    assert forward_scores(make(dense=("shared",)), 0.25, torch.empty(2, 4, Q_LEN, 16), KV_LEN).pairs is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "together", "samples"), [("full", 1, ()), ("by_head", 3, (3,)), ("by_sample", 4, ()), ("shared", 8, (3,))]
+)
+def test_what_shares_a_bias_of_pairs_is_computed_together(kind: str, together: int, samples: tuple[int, ...]) -> None:
+    call = scored.make_call("none", (kind,), shape=(3, 4, 2, Q_LEN, KV_LEN - 4))
+    found = forward_scores(call.scores, 0.25, call.q, KV_LEN - 4)
+    assert found.swizzle_heads(1, call.q) == together
+    assert found.swizzle_heads(20, call.q) == 20
+    assert found.terms.pairs[0].samples == samples
+
+
+def test_where_gradients_come_from() -> None:
+    names = SimpleNamespace(hopper=hopper, triton=backends.load("triton"))
+    assert backends.for_gradients(names.hopper, make(sinks=True)) is names.hopper
+    assert backends.for_gradients(names.hopper, make(softcap=2.0)) is names.triton
+    assert backends.for_gradients(names.triton, make(softcap=2.0)) is names.triton
