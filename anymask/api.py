@@ -118,7 +118,7 @@ def attention(
         return_lse: also return the log-sum-exp of the scores, differentiable.
         deterministic: whether gradients must be bit-equal from run to run; None asks
             `torch.are_deterministic_algorithms_enabled()` when they are computed. Only `hopper` needs to be asked:
-            its backward pass then takes up to a third longer.
+            its backward pass then takes up to a fifth longer.
         backend: a name of `anymask.backends.NAMES`, which raises if it cannot run the call; None takes the first that
             can. `explain` says which.
 

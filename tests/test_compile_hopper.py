@@ -123,8 +123,7 @@ def assert_keeps_its_registers(kernels, dim, masked):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_dq_apart_keeps_its_registers(hopper_kernels, monkeypatch, dim):
-    monkeypatch.setattr(hopper.tuning, "MANY_COLUMNS", 1)
+def test_dq_apart_keeps_its_registers(hopper_kernels, dim):
     kernels = compile_both(hopper_kernels, dim, causal_mask(), apart=True, deterministic=True)
     assert_keeps_its_registers(kernels, dim, True)
 
@@ -133,7 +132,9 @@ def test_dq_apart_keeps_its_registers(hopper_kernels, monkeypatch, dim):
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_keeps_its_registers(hopper_kernels, dim, group, masked, deterministic):
+def test_keeps_its_registers(hopper_kernels, monkeypatch, dim, group, masked, deterministic):
+    # in turns, though columns are short
+    monkeypatch.setattr(hopper.tuning, "SHORT_COLUMN_IN_TURN", 0)
     mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
     kernels = compile_both(hopper_kernels, dim, mask, group=group, deterministic=deterministic)
     assert_keeps_its_registers(kernels, dim, masked)

@@ -15,6 +15,12 @@ from tests.helpers.grid import BF16, F16, cases
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
 
+@pytest.fixture(autouse=True)
+def _in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    # short columns too
+    monkeypatch.setattr("anymask.backends.hopper.tuning.SHORT_COLUMN_IN_TURN", 0)
+
+
 @contextmanager
 def busy() -> Iterator[None]:
     """Products of another stream, which come and go beside what is called."""

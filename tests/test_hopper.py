@@ -85,7 +85,8 @@ def test_work_is_even(kind, tiles, heads):
 )
 def test_which_columns_are_short(mask, length, short):
     block_mask = None if mask is None else pack(mask, q_len=length, kv_len=length)
-    assert hopper._has_short_columns(block_mask) is short
+    assert hopper._has_short_columns(block_mask, 2) is short
+    assert not hopper._has_short_columns(block_mask, 0)
 
 
 def test_without_a_mask_heads_follow_each_other():

@@ -257,8 +257,8 @@ def _gradients(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """`(dq, dk, dv)`, and delta, flat.
 
-    Many columns of few tiles leave dq to the Triton kernel, which is faster there: it computes the scores again and
-    adds in order.
+    Columns of few tiles leave dq to the Triton kernel, which is faster there: it computes the scores again and adds in
+    order.
     """
     batch, q_heads, q_len, head_dim = q.shape
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
@@ -276,7 +276,8 @@ def _gradients(
     n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
     dq_acc = None
-    if not (_has_short_columns(block_mask) and n_work_tiles >= tuning.MANY_COLUMNS * programs):
+    short = tuning.SHORT_COLUMN if n_work_tiles >= tuning.MANY_COLUMNS * programs else 0
+    if not _has_short_columns(block_mask, tuning.SHORT_COLUMN_IN_TURN if deterministic else short):
         # rows of 32 floats, in the order of the kernel
         dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
     with device_guard(q.device):
@@ -398,8 +399,9 @@ def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -
     )
 
 
-def _has_short_columns(block_mask: BlockMask | None) -> bool:
-    return block_mask is not None and block_mask.cols.mean_tiles <= tuning.SHORT_COLUMN
+def _has_short_columns(block_mask: BlockMask | None, limit: int) -> bool:
+    """Whether columns have up to `limit` tiles on average."""
+    return limit > 0 and block_mask is not None and block_mask.cols.mean_tiles <= limit
 
 
 def _swizzle_heads(has_mask: bool, tiles: int, heads: int, num_workers: int) -> int:

@@ -79,8 +79,11 @@ WIDE_DQ = {
 }
 # up to 128: whether a step issues the scores of the next one, and starts its sums of dp at -delta; an H100, 2026-11-28
 SCORES_AHEAD = {64: True, 128: False}
-# the dq pass of the deterministic variant: the Triton kernel, whose other rows are in triton/tuning.py
+# dq from a kernel of its own: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)
 # up to so many tiles a column, on average, dq from its own kernel is faster than as a sum in memory; timed with so many
 # columns a multiprocessor (an H100, 2026-11-27: 0.73 ms instead of 0.97 for 1.5 tiles, 0.81 instead of 1.08 for 2)
 SHORT_COLUMN, MANY_COLUMNS = 2, 30
+# the same of a sum in turns, with any number of columns (an H100, 2026-11-28, docs/journal.md, E25: 0.588 ms instead of
+# 0.822 for 4.5 tiles, 0.931 instead of 0.955 for 9, but 3.19 instead of 2.95 for 32)
+SHORT_COLUMN_IN_TURN = 12
