@@ -312,11 +312,9 @@ def _launch_backward(
     block_d = _block_d(head_dim, v_dim)
     # each consumer warpgroup has 64 x 64 of dq
     block_m = 2 * WARPGROUP_ROWS * 64 // block_d
-    block_q = block_of((1, 1, block_m, block_d), q.dtype)
-    block_kv = block_of((1, 1, TILE, block_d), q.dtype)
-    block_out = block_of((1, 1, WARPGROUP_ROWS, block_d), q.dtype)
-    block_rows = block_of((block_m,), torch.float32)
-    padded = batch * q_heads * tiles_over(q_len) * TILE
+    blocks = (block_of((1, 1, rows, block_d), q.dtype) for rows in (block_m, TILE, WARPGROUP_ROWS))
+    (block_q, block_kv, block_out), block_rows = blocks, block_of((block_m,), torch.float32)
+    padded = call.lse2.numel()
     dq_tiles, maps = None, (call.q_has_pair, call.kv_has_pair)
     if dq_acc is not None:
         dq_shape = padded * block_d // 32, 32
@@ -355,13 +353,7 @@ def _launch_backward(
             "SCORES_AHEAD": tuning.SCORES_AHEAD[block_d],
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
-        (
-            q.device,
-            q.dtype,
-            do.dtype,
-            q_heads // kv_heads,
-            *[x is None for x in (dq_acc, in_turn, block_mask, *maps)],
-        ),
+        (q.device, q.dtype, do.dtype, q_heads // kv_heads, *[x is None for x in (dq_acc, in_turn, block_mask, *maps)]),
         num_warps=4,
         enable_fp_fusion=True,
         # a program that waits for one that cannot start would wait for ever
