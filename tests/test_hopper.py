@@ -129,7 +129,10 @@ def test_takes_what_the_copy_engine_can_move(monkeypatch, change, reason):
     ("dims", "padded"),
     [
         ((40, 64), (64, 64)),
-        ((72, 8), (128, 128)),
+        ((72, 8), (96, 128)),
+        ((80, 80), (96, 128)),
+        ((96, 128), (96, 128)),
+        ((104, 72), (128, 128)),
         ((128, 128), (128, 128)),
         ((136, 128), (192, 128)),
         ((192, 128), (192, 128)),
@@ -140,6 +143,9 @@ def test_takes_what_the_copy_engine_can_move(monkeypatch, change, reason):
 )
 def test_what_dims_are_padded_to(dims, padded):
     assert hopper._padded_dims(*dims) == padded
+    if padded == (96, 128):
+        # which has no row for scores beside the mask
+        assert hopper._padded_dims(*dims, hopper.tuning.FORWARD_TERMS) == (128, 128)
 
 
 @pytest.mark.gpu

@@ -149,12 +149,12 @@ def _launch_forward(call: _Forward) -> None:
     # Triton unpacks them for each descriptor: of a tuple in half the time of a `torch.Size`
     q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
     batch, q_heads, q_len, head_dim = q_shape
-    dims = _padded_dims(head_dim, v_shape[3])
     scores = forward_scores(call.scores, call.sm_scale, q, k_shape[2])
     configs = tuning.FORWARD_TERMS if scores.terms else tuning.FORWARD
     if scores.pairs is not None:
         configs = tuning.FORWARD_PAIRS
-    config = configs[dims if dims[0] != dims[1] else dims[0]]
+    dims = _padded_dims(head_dim, v_shape[3], configs)
+    config = configs[_row(dims)]
     d_width, v_width = config.widths or dims
     # the producer zeroes rows of v up to these dims; wider ones come with zeros
     kv_has_pair = has_pair(block_mask, "cols") if max(dims) <= NARROW else None
@@ -408,9 +408,15 @@ def _swizzle_heads(has_mask: bool, tiles: int, heads: int, num_workers: int) -> 
     return -(-heads // (blocks - (blocks % 2 == 0)))
 
 
-def _padded_dims(head_dim: int, v_dim: int) -> tuple[int, int]:
-    """What head_dim and v_dim are padded to: the smallest of the pairs that kernels exist for."""
-    return next(dims for dims in tuning.DIMS if head_dim <= dims[0] and v_dim <= dims[1])
+def _padded_dims(head_dim: int, v_dim: int, configs: tuning.Forward = tuning.FORWARD) -> tuple[int, int]:
+    """What head_dim and v_dim are padded to: the smallest of the pairs that `configs` has a row for."""
+    fitting = (dims for dims in tuning.DIMS if head_dim <= dims[0] and v_dim <= dims[1])
+    return next(dims for dims in fitting if _row(dims) in configs)
+
+
+def _row(dims: tuple[int, int]) -> int | tuple[int, int]:
+    """The row of a table for padded dims."""
+    return dims if dims[0] != dims[1] else dims[0]
 
 
 def _block_d(head_dim: int, v_dim: int) -> int:

@@ -6,6 +6,7 @@ again. Those above 128 are the fastest of two to four each on an NVIDIA H100 (Tr
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from anymask.backends.gpu.arguments import TileConfig
 
@@ -47,22 +48,25 @@ class DQConfig:
 
 
 # padded head_dim and v_dim that there are kernels for, the smallest first
-DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
+DIMS = ((64, 64), (96, 128), (128, 128), (192, 128), (192, 192), (256, 256))
 # padded head_dim, or both of DIMS where they differ -> options
-FORWARD: dict[int | tuple[int, int], ForwardConfig] = {
+Forward: TypeAlias = dict[int | tuple[int, int], ForwardConfig]
+FORWARD: Forward = {
     64: ForwardConfig(64, 2, 4, 2, (False, True)),
+    # q and k in three blocks of 32 columns, on an H100 (docs/journal.md, E26)
+    (96, 128): ForwardConfig(128, 1, 3, 1, (True, True), widths=(32, 128)),
     128: ForwardConfig(128, 1, 2, 2, (True, True)),
     (192, 128): ForwardConfig(128, 1, 2, 1, (True, True), widths=(64, 64)),
     192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
     256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
 }
 # the same with other scores than sinks: what they need beside the rest takes the registers of a second pair
-FORWARD_TERMS: dict[int | tuple[int, int], ForwardConfig] = {
+FORWARD_TERMS: Forward = {
     64: ForwardConfig(128, 1, 4, 2, (True, True)),
     128: FORWARD[128],
 }
 # and with a bias of pairs
-FORWARD_PAIRS: dict[int | tuple[int, int], ForwardConfig] = {
+FORWARD_PAIRS: Forward = {
     64: ForwardConfig(128, 1, 3, 2, (True, True), BIAS_STAGES=2),
     128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=1),
 }
