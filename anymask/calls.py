@@ -151,8 +151,9 @@ def _backward(
     q, k, v, o, lse, do, *dlse = operands
     q, k, v, do = (unit_last_stride(t) for t in (q, k, v, do))
     chosen = backends.choose(q, k, v, block_mask, backend)
-    # the turns of Hopper's deterministic pass come of the mask's lists, which no plan knows
-    if not _is_planned(chosen) or (deterministic and _name(chosen) == "hopper"):
+    # a plan does not know how long the mask's lists are
+    reads_lists = deterministic and _name(chosen) == "hopper" and chosen.takes_turns(q, k, v, block_mask)
+    if reads_lists or not _is_planned(chosen):
         return chosen, None
     of_lse = dlse[0] if dlse else None
     plan.finish(chosen.backward(q, k, v, o, lse, do, of_lse, block_mask, sm_scale, deterministic))

@@ -158,6 +158,7 @@ def _trades() -> list[Case]:
     packed = [Shape(b, 16, n, 128, BF16) for b, n in ((128, 256), (64, 512), (32, 1024), (16, 2048))]
     cached = [Shape(b, 32, 1, 128, BF16, 8, n) for b, n in ((1, 8192), (1, 131072), (4, 131072))]
     fa4 = [Shape(2, heads, 8192, dim) for heads, dim in ((16, 128), (32, 64))]
+    long, short = Shape(1, 16, 32768, 128, kv_heads=4), Shape(4, 32, 1024, 128)
     return [
         Case("fp32, random", Shape(2, 16, 2048, 64, F32), RANDOM, ("efficient", "math")),
         Case("D256, causal", d256, CAUSAL, CUDNN_CAUSAL),
@@ -172,8 +173,7 @@ def _trades() -> list[Case]:
         *(Case(f"decoding B{s.batch} {s.kv_len}", s, DECODE, CUDNN, passes=("forward",)) for s in cached),
         *(Case(f"FA4, none D{s.head_dim}", s, None, ("fa4", "cudnn")) for s in fa4),
         *(Case(f"FA4, causal D{s.head_dim}", s, CAUSAL, ("fa4", *CUDNN_CAUSAL)) for s in fa4),
-        Case("FA4, causal L32768", Shape(1, 16, 32768, 128, kv_heads=4), CAUSAL, ("fa4", *CUDNN_CAUSAL)),
-        Case("FA4, causal L1024", Shape(4, 32, 1024, 128), CAUSAL, ("fa4", *CUDNN_CAUSAL)),
+        *(Case(f"FA4, causal L{s.q_len}", s, CAUSAL, ("fa4", *CUDNN_CAUSAL)) for s in (long, short)),
     ]
 
 
@@ -200,7 +200,6 @@ def _build() -> list[Case]:
     return [
         *(case(m, 32768, ways, flex) for m in (masks.documents(8), CAUSAL)),
         *(case(RANDOM, n, ("pack",), ("copy", "flex:build-dense")) for n in (8192, 32768)),
-        # no [length, length] anything: 256 documents of 4096 tokens in one row
         case(masks.documents(256), 2**20, ("pack:named",), ()),
     ]
 

@@ -275,9 +275,8 @@ def _gradients(
     block_d = _block_d(head_dim, v_dim)
     n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
-    dq_acc = None
-    short = tuning.SHORT_COLUMN if n_work_tiles >= tuning.MANY_COLUMNS * programs else 0
-    if not _has_short_columns(block_mask, tuning.SHORT_COLUMN_IN_TURN if deterministic else short):
+    dq_acc, short = None, tuning.SHORT_COLUMN if n_work_tiles >= tuning.MANY_COLUMNS * programs else 0
+    if takes_turns(q, k, v, block_mask) if deterministic else not _has_short_columns(block_mask, short):
         # rows of 32 floats, in the order of the kernel
         dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
     with device_guard(q.device):
@@ -389,6 +388,12 @@ def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -
         num_warps=4,
         enable_fp_fusion=True,
     )
+
+
+def takes_turns(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> bool:
+    """Whether a deterministic backward pass adds dq in turns, which it reads from the mask's lists."""
+    is_wide = max(q.shape[3], v.shape[3]) > NARROW
+    return not (is_wide or windows.fits(q, k, v) or _has_short_columns(block_mask, tuning.SHORT_COLUMN_IN_TURN))
 
 
 def _has_short_columns(block_mask: BlockMask | None, limit: int) -> bool:

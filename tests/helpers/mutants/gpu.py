@@ -80,8 +80,8 @@ GPU: tuple[Mutant, ...] = (
     _bug(
         "forward: a row without a key divided by its sum",
         FORWARD,
-        "1.0 / gl.where(l_i == 0.0, 1.0, l_i)",
-        "1.0 / l_i",
+        "alpha / gl.where(l_i == 0.0, 1.0, l_i)",
+        "alpha / l_i",
         "test_masks and hopper-empty_rows-q513 and bf16",
     ),
     _bug(
