@@ -252,7 +252,7 @@ class TestHopperSaysNo:
 
     def test_to_dims_and_dtypes(self, device: str) -> None:
         assert "head_dim is 32" in self.why(*make_qkv(1, 1, 1, 9, 9, 32, dtype=F16, device=device))
-        assert "head_dim is 192" in self.why(*make_qkv(1, 1, 1, 9, 9, 192, dtype=F16, device=device))
+        assert "head_dim is 264" in self.why(*make_qkv(1, 1, 1, 9, 9, 264, dtype=F16, device=device))
         assert "dtype is torch.float32" in self.why(*make_qkv(1, 1, 1, 9, 9, 64, device=device))
 
     def test_to_keys_unused_in_one_head_of_a_group(self, device: str) -> None:

@@ -41,7 +41,8 @@ def check_split(case: Case, backend: Backend, device: str) -> None:
         Case(m, q, kv, 128, F16, batch=1, q_heads=h, kv_heads=g)
         for m in MASKS
         for q, kv, h, g in ((1, 5000, 8, 2), (3, 513, 4, 4), (17, 3000, 8, 1), (64, 4096, 4, 2))
-        if (m, q) != ("empty_rows", 1)
+        # of one query, these masks give the heads of a group unused keys of their own, which Hopper's kernels refuse
+        if (m, q) not in (("empty_rows", 1), ("per_head", 1), ("strided", 1))
     ],
 )
 def test_masks_and_lengths(backend: Backend, case: Case, device: str) -> None:

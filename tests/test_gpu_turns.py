@@ -87,13 +87,12 @@ def test_turns_of_a_long_line(device: str) -> None:
         return torch.autograd.grad(o, leaves, do)
 
     expected, first = gradients(False), gradients(True)
-    assert torch.equal(first[1], expected[1])
-    assert torch.equal(first[2], expected[2])
-    # another order of the same fp32 sum, rounded once to bf16
-    assert (first[0].float() - expected[0].float()).abs().max() <= 0.01 * expected[0].float().abs().max()
+    # another order of the same fp32 sums, rounded once to bf16
+    for found, wanted in zip(first, expected, strict=True):
+        assert (found.float() - wanted.float()).abs().max() <= 0.01 * wanted.float().abs().max()
     with busy():
         for _ in range(5):
-            assert torch.equal(gradients(True)[0], first[0])
+            assert all(torch.equal(a, b) for a, b in zip(gradients(True), first, strict=True))
 
 
 def test_turns_within_a_graph(device: str) -> None:

@@ -56,7 +56,7 @@ FORWARD: Forward = {
     # q and k in three blocks of 32 columns, on an H100 (docs/journal.md, E26)
     (96, 128): ForwardConfig(128, 1, 3, 1, (True, True), widths=(32, 128)),
     128: ForwardConfig(128, 1, 2, 2, (True, True)),
-    (192, 128): ForwardConfig(128, 1, 2, 1, (True, True), widths=(64, 64)),
+    (192, 128): ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 128)),
     192: ForwardConfig(64, 1, 3, 1, (True, True), widths=(64, 64)),
     256: ForwardConfig(64, 1, 2, 1, (True, True), widths=(128, 128)),
 }

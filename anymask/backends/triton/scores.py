@@ -38,8 +38,8 @@ MAX_PARTS, MAX_PAIRS = 64, 2**24
 MAX_STRIPS = 2**28
 
 DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# whether one term of a call goes through the copy engine: equal to fp64 in the interpreter, not compared on a GPU yet
-USES_COPY_ENGINE = False
+# whether one term of a call goes through the copy engine
+USES_COPY_ENGINE = True
 
 
 def why_not_scores(scores: Scores | None) -> str | None:
