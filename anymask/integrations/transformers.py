@@ -185,13 +185,14 @@ class _Plane:
 
         The graph makes them as it does for sdpa.
         """
-        from transformers import masking_utils
+        # of the submodule: dynamo takes no lazy module, as transformers itself is, before torch 2.13
+        from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-        if fn is masking_utils.causal_mask_function:
+        if fn is causal_mask_function:
             return self.causal()
-        if fn is masking_utils.bidirectional_mask_function:
+        if fn is bidirectional_mask_function:
             return EVERYTHING
-        pairs = masking_utils.sdpa_mask(
+        pairs = sdpa_mask(
             batch_size=self.batch,
             q_length=self.q_len,
             kv_length=self.kv_len,
