@@ -65,7 +65,6 @@ def test_masks(kind: str, mask: str) -> None:
 def test_terms_that_the_copy_engine_reads(kind: dict[str, Any], mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # q, k and v come through pointers as ever here
     monkeypatch.setattr("anymask.backends.triton.has_tma", lambda target: True)
-    monkeypatch.setattr(kernel_terms, "USES_COPY_ENGINE", True)
     read = []
     descriptor = kernel_terms._descriptor
     monkeypatch.setattr(kernel_terms, "_descriptor", lambda t, *block: read.append(t.shape) or descriptor(t, *block))
@@ -77,7 +76,6 @@ def test_terms_that_the_copy_engine_reads(kind: dict[str, Any], mask: str, monke
 
 def test_a_term_that_the_copy_engine_cannot_read_goes_through_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anymask.backends.triton.has_tma", lambda target: True)
-    monkeypatch.setattr(kernel_terms, "USES_COPY_ENGINE", True)
     monkeypatch.setattr(kernel_terms, "_descriptor", lambda *_: pytest.fail("it has rows of 286 bytes"))
     scored.check(backend, scored.make_call(shape=(1, 2, 1, 40, 143), dense=("full",)))
 

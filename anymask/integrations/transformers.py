@@ -185,7 +185,7 @@ class _Plane:
 
         The graph makes them as it does for sdpa.
         """
-        # of the submodule: dynamo takes no lazy module, as transformers itself is, before torch 2.13
+        # of the submodule: dynamo of torch 2.11 takes no lazy module, as transformers itself is
         from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
         if fn is causal_mask_function:

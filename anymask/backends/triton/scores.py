@@ -38,8 +38,6 @@ MAX_PARTS, MAX_PAIRS = 64, 2**24
 MAX_STRIPS = 2**28
 
 DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# whether one term of a call goes through the copy engine
-USES_COPY_ENGINE = True
 
 
 def why_not_scores(scores: Scores | None) -> str | None:
@@ -60,7 +58,7 @@ class KernelTerms:
         self._dense, self._tables = list(scores.dense), list(scores.lookups)
         # the term that the copy engine reads, and its query tiles if it is one of strips
         self._tiled: tuple[Tensor, tuple[int, ...]] | None = None
-        if use_tma and USES_COPY_ENGINE:
+        if use_tma:
             self._choose_tiled(q_len, kv_len)
 
     def _choose_tiled(self, q_len: int, kv_len: int) -> None:
