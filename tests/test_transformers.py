@@ -198,12 +198,22 @@ def test_a_function_of_scalars_is_called_with_scalars() -> None:
     assert torch.equal(integration.mask(**sizes).to_dense(), expected)
 
 
-def test_none_stands_for_plain_masks_only() -> None:
-    assert integration.mask(1, 5, 5) is None
-    assert integration.mask(1, 5, 9) is None
-    assert integration.mask(1, 5, 9, 4) is not None
-    assert integration.mask(1, 5, 5, allow_is_causal_skip=False) is not None
-    assert integration.mask(1, 5, 5, attention_mask=torch.ones(1, 5, dtype=torch.bool)) is not None
+def test_a_causal_mask_is_packed_once() -> None:
+    found = integration.mask(1, 5, 9, allow_is_causal_skip=True)
+    assert torch.equal(found.to_dense()[0, 0], torch.ones(5, 9, dtype=torch.bool).tril())
+    assert integration.mask(3, 5, 9) is found
+    assert integration.mask(1, 5, 9, 4) is not found
+
+
+def test_a_layer_that_does_not_say_it_is_causal() -> None:
+    models = _llama()
+    for layer in models[1].model.layers:
+        layer.self_attn.is_causal = False
+    assert_twins_agree(models, padded("none"), True)
+
+
+def test_none_stands_for_all_pairs_only() -> None:
+    assert integration.mask(1, 5, 5) is not None
     every = masking.bidirectional_mask_function
     assert integration.mask(1, 5, 5, mask_function=every) is not None
     assert integration.mask(1, 5, 5, mask_function=every, allow_is_bidirectional_skip=True) is None

@@ -21,7 +21,7 @@ from anymask.block_mask import BlockMask
 from anymask.drop_in import mask_and_bias
 from anymask.mask import Mask, causal, document, from_dense, from_function, key_padding
 from anymask.mask.leaves import Band, Between
-from anymask.packing import pack
+from anymask.packing import cache, pack
 from anymask.scores.bias import Bias, as_bias
 
 # farther than any position
@@ -122,7 +122,6 @@ def mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | BlockMask | None = None,
     *,
-    allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
@@ -135,7 +134,8 @@ def mask(
         q_offset, kv_offset: positions of the first query and of the first key.
         mask_function: `fn(b, h, q, k)` of positions; default causal.
         attention_mask: bool `[batch, keys]`, False for padding; or a `BlockMask`, which is returned as it is.
-        allow_is_causal_skip, allow_is_bidirectional_skip: whether None may stand for causal, or for all pairs.
+        allow_is_bidirectional_skip: whether None may stand for all pairs. It never stands for causal: not every layer
+            that asks for a causal mask says that it is one (the decoder of UMT5 in transformers 5.17 does not).
         use_vmap: whether `mask_function` must be called with scalars.
         device: where q, k and v are.
     """
@@ -144,11 +144,11 @@ def mask(
     plane = _Plane(batch_size, q_length, kv_length, q_offset, kv_offset, use_vmap, torch.device(device))
     meant = plane.causal() if mask_function is None else plane.read(mask_function)
     if attention_mask is None:
-        square = isinstance(q_offset, int) and q_offset == kv_offset and (q_length == kv_length or not q_offset)
-        if allow_is_causal_skip and square and meant == CAUSAL:
-            return None
         if allow_is_bidirectional_skip and meant is EVERYTHING:
             return None
+        if meant == CAUSAL and not torch.compiler.is_compiling():
+            # of sizes alone: one for all forward passes
+            return cache.masks.pack(CAUSAL, q_length, kv_length, plane.device)
     else:
         meant = plane.both(meant, plane.padding(attention_mask))
     return pack(meant, q_len=q_length, kv_len=kv_length, device=device)
