@@ -98,12 +98,17 @@ class Mask(ABC):
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with all its tensors on `device`; itself if they are there."""
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
-        # fields that share a tensor share its copy
-        moved = {id(x): x.to(device) for x in tensors.values()}
-        if all(moved[id(x)] is x for x in tensors.values()):
+        # no `vars` and no `id`, which dynamo of torch 2.11 does not know
+        values = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+        moved: dict[str, Tensor] = {}
+        for name, x in tensors.items():
+            # fields that share a tensor share its copy
+            shared = [copy for other, copy in moved.items() if tensors[other] is x]
+            moved[name] = shared[0] if shared else x.to(device)
+        if all(moved[name] is x for name, x in tensors.items()):
             return self
-        return cast(Mask, replace(cast(Any, self), **{name: moved[id(x)] for name, x in tensors.items()}))
+        return cast(Mask, replace(cast(Any, self), **moved))
 
     def check_once(self, q_len: int, kv_len: int) -> None:
         """`check`, unless it was asked for these lengths the last time; packing checks the mask again."""
