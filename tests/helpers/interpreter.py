@@ -42,10 +42,25 @@ def interpreter() -> Iterator[None]:
         assert a.dtype.scalar == b.dtype.scalar, f"dot of {a.dtype} and {b.dtype}"
         return create_dot(self, widened(a), widened(b), *rest)
 
+    patch_lang, patched = interpreter._patch_lang, set[Any]()
+
+    def patch_lang_once(fn: Any) -> Any:
+        # the interpreter patches all of triton.language at each call of a function, which takes longer than the call
+        languages = {id(x) for x in fn.__globals__.values() if x is tl or x is tl.core}
+        if languages <= patched:
+            return interpreter._LangPatchScope()
+        is_launch, scope = not patched, patch_lang(fn)
+        patched.update(languages)
+        if is_launch:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
     debug = builder.options.debug
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+        patch.setattr(interpreter, "_patch_lang", patch_lang_once)
         # int32 arithmetic is checked for overflow
         object.__setattr__(builder.options, "debug", True)
         # the interpreter takes as long for few rows
