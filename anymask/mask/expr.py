@@ -99,13 +99,11 @@ class Mask(ABC):
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with all its tensors on `device`; itself if they are there."""
         # no `vars` and no `id`, which dynamo of torch 2.11 does not know
-        values = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
-        tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+        tensors = {f.name: x for f in fields(cast(Any, self)) if isinstance(x := getattr(self, f.name), Tensor)}
         moved: dict[str, Tensor] = {}
         for name, x in tensors.items():
             # fields that share a tensor share its copy
-            shared = [copy for other, copy in moved.items() if tensors[other] is x]
-            moved[name] = shared[0] if shared else x.to(device)
+            moved[name] = ([moved[other] for other in moved if tensors[other] is x] or [x.to(device)])[0]
         if all(moved[name] is x for name, x in tensors.items()):
             return self
         return cast(Mask, replace(cast(Any, self), **moved))
