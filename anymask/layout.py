@@ -45,13 +45,18 @@ def dense_strides(shape: Sequence[int], strides: Sequence[int], dim: int | None 
     step: int = shape[3] if dim is None else dim
     found = {3: 1}
     for d in reversed(lead):
-        found[d] = torch.sym_max(step, 1)
-        step = step * torch.sym_max(shape[d], 1)
+        found[d] = _at_least_1(step)
+        step = step * _at_least_1(shape[d])
     return found[0], found[1], found[2], 1
 
 
 # asked at every call, for few different layouts
 _remembered = lru_cache(maxsize=1024)(dense_strides)
+
+
+def _at_least_1(size: int) -> int:
+    # dynamo of torch 2.11 takes no `sym_max` of two numbers
+    return max(size, 1) if isinstance(size, int) else torch.sym_max(size, 1)
 
 
 def _surely(holds: bool | torch.SymBool, unknown: bool) -> bool:

@@ -221,6 +221,9 @@ def check_packed(q: Tensor, k: Tensor, mask: BlockMask) -> None:
 
 def _of_elsewhere(mask: Any, q_len: int, kv_len: int) -> Mask | None:
     """The `Mask` of a mask object of another library; None if it is no such object."""
+    if callable(mask):
+        # a function, whose type dynamo of torch 2.11 cannot ask for its module
+        return None
     where, name = type(mask).__module__, type(mask).__name__
     if where == "torch.nn.attention.flex_attention":
         from anymask import formats

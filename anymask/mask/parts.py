@@ -149,7 +149,8 @@ def as_mask(mask: Any, allowed: str) -> Mask:
         return mask
     if not isinstance(mask, Tensor):
         kind = type(mask)
-        if kind.__module__ == "torch.nn.attention.flex_attention":
+        # of the type of a function dynamo of torch 2.11 cannot ask
+        if not callable(mask) and kind.__module__ == "torch.nn.attention.flex_attention":
             raise TypeError(f"mask is a {kind.__name__} of {kind.__module__}; convert it by anymask.formats.from_flex")
         raise TypeError(f"mask is a {kind.__name__}; allowed are {allowed}")
     return bools(mask, "mask")
