@@ -152,12 +152,37 @@ class TestTransforms:
         rule = from_function(lambda b, h, i, j: ids[0][i] == ids[0][j])
         assert torch.vmap(lambda x: attention(x, x, x, rule))(q).isfinite().all()
 
-    def test_batched_gradients(self) -> None:
-        q = torch.randn(1, 2, 20, 8, requires_grad=True)
-        for lse in (False, True):
-            o = attention(q, q, q, return_lse=True)[lse]
-            with pytest.raises(NotImplementedError, match=r"no batched gradients \(is_grads_batched=True"):
-                torch.autograd.grad(o, q, torch.randn(3, *o.shape), is_grads_batched=True)
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_batched_gradients(self, mask: str) -> None:
+        qkv = make_qkv(2, 4, 2, 20, 20, 8, 6, dtype=torch.float64, requires_grad=True)
+        outputs = attention(*qkv, self.MASKS[mask](), return_lse=True)
+        into = [torch.randn(3, *t.shape, dtype=t.dtype) for t in outputs]
+        for at in (slice(0, 1), slice(1, 2), slice(0, 2)):
+            rest = {"retain_graph": True, "materialize_grads": True}
+            got = torch.autograd.grad(outputs[at], qkv, into[at], is_grads_batched=True, **rest)
+            for i in range(3):
+                want = torch.autograd.grad(outputs[at], qkv, [t[i] for t in into[at]], **rest)
+                for a, b in zip(got, want, strict=True):
+                    torch.testing.assert_close(a[i], b)
+
+    def test_gradients_that_are_batched_twice_raise(self) -> None:
+        q = torch.randn(1, 1, 4, 8, requires_grad=True)
+        o = attention(q, q, q)
+
+        def grad(do: Tensor) -> Tensor:
+            return torch.autograd.grad(o, q, do, is_grads_batched=True, retain_graph=True)[0]
+
+        with pytest.raises(NotImplementedError, match="batched twice"):
+            torch._vmap_internals._vmap(grad)(torch.randn(2, 3, *o.shape))
+
+    @pytest.mark.parametrize("vectorize", [False, True])
+    def test_functional_jacobians(self, vectorize: bool) -> None:
+        qkv = make_qkv(1, 2, 1, 3, 4, 2, dtype=torch.float64)
+        jacobian = torch.autograd.functional.jacobian
+        got = jacobian(lambda *x: attention(*x, causal(1)), qkv, vectorize=vectorize)
+        want = jacobian(lambda *x: attention(*x, causal(1), backend="reference"), qkv)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 class TestMappedMasks:
