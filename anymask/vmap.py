@@ -166,6 +166,14 @@ def pack_rule_of(op: Any) -> Callable[..., Any]:
     return rule
 
 
+def refuse_slices(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """The rule of the operator that cuts a mask by samples: those of a slice of two levels lie in no row."""
+    raise NotImplementedError(
+        "mask is mapped by torch.vmap inside torch.vmap, in a call whose slices run one by one: under dropout with "
+        "randomness='same', or with parts that fit no one call; allowed is a mask that one of them maps"
+    )
+
+
 def over_gradients(call: Callable[..., Sequence[Tensor]], *grads: Tensor | None) -> Sequence[Tensor]:
     """`call(*grads)`, also where `is_grads_batched` has batched them, which no operator can see.
 

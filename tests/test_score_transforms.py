@@ -214,6 +214,20 @@ class TestOthers:
         want = [torch.autograd.grad([o, lse], leaves, [g[i] for g in into], retain_graph=True) for i in range(N)]
         assert_same(got, [torch.stack(parts) for parts in zip(*want, strict=True)], "batched")
 
+    @pytest.mark.compile
+    def test_inside_a_compiled_function(self) -> None:
+        q, k, v = _qkv(N)
+        t, slopes = _random(H, L, M), _random(H)
+
+        def call(t: Tensor, slopes: Tensor) -> Any:
+            grad = torch.func.grad(lambda t, s, *qkv: _loss(*qkv, mask=causal(2), bias=alibi(s) + t, sinks=s), (0, 1))
+            return torch.vmap(grad, (None, None, 0, 0, 0))(t, slopes, q, k, v)
+
+        torch.compiler.reset()
+        assert_same(torch.compile(call, backend="aot_eager", fullgraph=True)(t, slopes), call(t, slopes), "compiled")
+        with pytest.raises((NotImplementedError, torch._dynamo.exc.TorchDynamoException), match="forward-mode"):
+            torch.compile(lambda t: torch.func.jvp(lambda t: attention(q[0], k[0], v[0], bias=t), (t,), (t,)))(t)
+
     def test_a_score_mod(self) -> None:
         q, k, v = _qkv(N)
         table = _random(H, L, M)
@@ -298,3 +312,13 @@ class TestDropout:
         for i in range(N):
             torch.manual_seed(3)
             assert_same([got[i]], [self._call(q[i], k[i], v[i], mask=masks[i])], i)
+
+    def test_a_mask_of_two_levels_raises(self) -> None:
+        q, k, v = _qkv(N)
+        masks = torch.rand(2, N, B, 1, L, M) < 0.7
+
+        def inner(m: Tensor) -> Tensor:
+            return torch.vmap(lambda *a: self._call(*a[:3], mask=a[3]), randomness="same")(q, k, v, m)
+
+        with pytest.raises(NotImplementedError, match=r"mask is mapped by torch\.vmap inside"):
+            torch.vmap(inner, randomness="different")(masks)

@@ -20,6 +20,7 @@ from anymask import (
     spans,
 )
 from anymask.backends import cpu
+from anymask.packing import definition
 from anymask.testing import make_qkv
 
 # torch.compile imports parts of torch that warn on their own
@@ -139,8 +140,19 @@ class TestTransforms:
         spread = BlockMask(20, 20, *(t.expand(3, *t.shape) for t in packed.tensors()))
         cases: list[tuple[Any, Any, type[Exception], str]] = [
             (lambda m: m, spread, NotImplementedError, "mask is a BlockMask that torch.vmap maps; allowed are"),
-            (pack, masks, NotImplementedError, "a BlockMask has no mapped planes; allowed is the mask itself"),
+            (
+                lambda m: pack(m).to_dense(),
+                masks,
+                NotImplementedError,
+                "packed inside torch.vmap has the tiles of all slices",
+            ),
             (lambda m: from_function(lambda b, h, i, j: m[i] == m[j]), ids, NotImplementedError, "function reads"),
+            (
+                lambda m: pack(from_function(lambda b, h, i, j: m[i] == m[j]), q_len=20, kv_len=20),
+                ids,
+                NotImplementedError,
+                "function reads",
+            ),
             (lambda m: document(cu_seqlens=m), ids, ValueError, "cu_seqlens is mapped by torch.vmap"),
         ]
         for rule, mapped, error, text in cases:
@@ -277,6 +289,30 @@ class TestMappedMasks:
             got = torch.vmap(lambda x, m, rule=rule: attention(x, x, x, rule(m)))(q, mapped)
             for i in range(n):
                 torch.testing.assert_close(got[i], attention(q[i], q[i], q[i], rule(mapped[i])))
+
+    @pytest.mark.parametrize("planes", PLANES)
+    def test_packed_inside(self, planes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        packed: list[Any] = []
+        honest = definition.pack_mask
+        monkeypatch.setattr(definition, "pack_mask", lambda *a: packed.append(a) or honest(*a))
+        q, masks = self._qkv(3)[0], _random(3, *self.PLANES[planes], 20, 20)
+
+        def loss(x: Tensor, m: Tensor) -> Tensor:
+            mask = pack(causal() & from_dense(m), q_len=20, kv_len=20)
+            # a level that maps no mask
+            again = torch.vmap(lambda y: attention(y, y, y, mask, softcap=2.0))(torch.stack([x, 2 * x]))
+            assert "torch.vmap" in str(mask)
+            return attention(x, x, x, mask).sin().sum() + again.sum()
+
+        got = torch.vmap(torch.func.grad(loss))(q, masks)
+        assert len(packed) == 1
+        for x, mask, grad in zip(q, masks, got, strict=True):
+            leaf, inside = x.clone().requires_grad_(), mask & torch.ones(20, 20).tril().bool()
+            o = attention(leaf, leaf, leaf, inside).sin().sum()
+            o = o + sum(attention(y, y, y, inside, softcap=2.0).sum() for y in (leaf, 2 * leaf))
+            torch.testing.assert_close(grad, torch.autograd.grad(o, leaf)[0])
+        with pytest.raises(ValueError, match=r"torch\.vmap returns no BlockMask"):
+            torch.vmap(pack)(masks)
 
     @pytest.mark.parametrize("planes", PLANES)
     def test_one_call(self, planes: str, monkeypatch: pytest.MonkeyPatch) -> None:

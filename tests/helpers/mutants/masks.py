@@ -375,8 +375,8 @@ MASKS: tuple[Mutant, ...] = (
     Mutant(
         "vmap: the mask of a slice taken for that of all",
         VMAP,
-        "mask[LISTS].detach()",
-        "mask[LISTS]",
+        "self.tensors[LISTS].detach()",
+        "self.tensors[LISTS]",
         seen_by("test_transforms", "made_inside"),
     ),
 )

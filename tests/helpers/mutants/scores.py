@@ -126,8 +126,8 @@ SCORES: tuple[Mutant, ...] = (
     Mutant(
         "operators: gradients of tables by the flags of dense terms",
         OPS,
-        "[*needed[4], *needed[5][::_PARTS], needed[7]]",
-        "[*needed[4], *needed[5][1::_PARTS], needed[7]]",
+        "[*of_dense, *of_lookups[::_PARTS], of_sinks]",
+        "[*of_dense, *of_lookups[1::_PARTS], of_sinks]",
         seen_by("test_scores", "test_only_what_is_needed"),
     ),
     Mutant(
