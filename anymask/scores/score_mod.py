@@ -63,13 +63,19 @@ class ScoreMod(Bias):
 
     def _hint(self, pairs: Tensor) -> str:
         """What to write instead, where fn is a softcap."""
+        cap = self.cap(pairs)
+        return "" if cap is None else f": this is attention(..., softcap={cap:g})"
+
+    def cap(self, pairs: Tensor) -> float | None:
+        """c, if fn is `c tanh(score / c)` at these pairs."""
         cap = float(self._at(pairs[:1], 1e9))
         if not 0 < cap < 1e8:
-            return ""
-        for part in (0.5, -0.5, 2.0):
-            if not torch.allclose(self._at(pairs, part * cap) / cap, torch.tensor(part).tanh().double(), rtol=1e-5):
-                return ""
-        return f": this is attention(..., softcap={cap:g})"
+            return None
+        for part in (0.0, 0.1, 0.5, -0.5, 2.0):
+            expected = torch.tensor(part, dtype=torch.float64, device=pairs.device).tanh()
+            if not torch.allclose(self._at(pairs, part * cap) / cap, expected, rtol=1e-5, atol=1e-9):
+                return None
+        return cap
 
     def _at(self, pairs: Tensor, score: float) -> Tensor:
         """fp64 `[n]` of indices `[n, 4]`."""
@@ -85,6 +91,15 @@ class ScoreMod(Bias):
         rows = max(1, PAIRS // (sizes[0] * sizes[1] * sizes[3]))
         parts = [fn(score, b, h, some, k).to(found.compute) for some in q.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def softcap_of(fn: Callable[..., Any], device: torch.device) -> float | None:
+    """c, if fn is `c tanh(score / c)` whatever the indices; None if it is not, or gradients would reach it."""
+    if torch.compiler.is_compiling() or any(torch.compiler.disable(_reads)(fn, device)):
+        return None
+    pair = torch.zeros(1, len(_INDICES), dtype=torch.int64, device=device)
+    mod = ScoreMod(fn)
+    return None if mod._at(pair, 1.0).requires_grad else mod.cap(pair)
 
 
 def _checked(changed: Any) -> Tensor:
