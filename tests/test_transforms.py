@@ -158,8 +158,6 @@ class TestTransforms:
         for rule, mapped, error, text in cases:
             with pytest.raises(error, match=text):
                 torch.vmap(lambda x, m, rule=rule: attention(x, x, x, rule(m)))(q, mapped)
-        with pytest.raises(NotImplementedError, match="whose values are needed"):
-            torch.vmap(lambda x, m: scaled_dot_product_attention(x, x, x, attn_mask=m))(q, torch.zeros(3, 20, 20))
         # one that reads nothing mapped
         rule = from_function(lambda b, h, i, j: ids[0][i] == ids[0][j])
         assert torch.vmap(lambda x: attention(x, x, x, rule))(q).isfinite().all()
@@ -195,6 +193,33 @@ class TestTransforms:
         want = jacobian(lambda *x: attention(*x, causal(1), backend="reference"), qkv)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, -2.0], ids=["mask", "bias"])
+def test_floats_of_sdpa(lowest: float) -> None:
+    """Under a transform they are added, whatever they hold: values that are mapped, or that get a gradient."""
+    q, floats = torch.randn(3, 2, 20, 8), torch.zeros(3, 1, 20, 20).masked_fill(~_random(3, 1, 20, 20), lowest)
+    floats[..., 0] = 0
+
+    def call(x: Tensor, m: Tensor, sdpa: Any = scaled_dot_product_attention) -> Tensor:
+        return sdpa(x[None], x[None], x[None], attn_mask=m)
+
+    torch.testing.assert_close(
+        torch.vmap(call)(q, floats), torch.stack([call(x, m) for x, m in zip(q, floats, strict=True)])
+    )
+    theirs = torch.nn.functional.scaled_dot_product_attention
+
+    def of_first(m: Tensor) -> Tensor:
+        return call(q[0], m)
+
+    def of_all(m: Tensor) -> Tensor:
+        return torch.vmap(lambda x: call(x, m))(q)
+
+    for function, rows in ((of_first, q[:1]), (of_all, q)):
+        got = torch.func.grad(lambda m, f=function: f(m).sin().sum())(floats[0])
+        leaf = floats[0].clone().requires_grad_()
+        want = torch.autograd.grad([call(x, leaf, theirs).sin().sum() for x in rows], leaf)[0]
+        torch.testing.assert_close(got.masked_fill(floats[0] == -torch.inf, 0), want.nan_to_num())
 
 
 class TestMappedMasks:
