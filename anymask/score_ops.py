@@ -1,4 +1,4 @@
-"""What torch sees of a call with scores: two opaque operators with fakes and autograd. No arithmetic of pairs here.
+"""What torch sees of a call with scores: two opaque operators with fakes, autograd, vmap. No arithmetic of pairs here.
 
 They are those of `ops` with the tensors of `Scores` beside the mask. A call without scores comes nowhere near.
 """

@@ -161,13 +161,10 @@ def _read(n: int, in_dims: Sequence[Any], args: Sequence[Any], n_tensors: int, n
         t = moved(t, dim)
         return _Term(t[None] if dim is None else t[:, None], dim is not None, next(flags), True, is_sinks)
 
-    if any(d is not None for place, d in enumerate(lookup_dims or ()) if place % PARTS):
+    if any(d is not None for place, d in enumerate(lookup_dims) if place % PARTS):
         raise NotImplementedError("codes of a table are mapped by torch.vmap; allowed are those of all slices")
-    terms = [
-        _Term(moved(t, d), d is not None, next(flags))
-        for t, d in zip(dense, dense_dims or (None,) * len(dense), strict=True)
-    ]
-    tables = [table(t, d) for t, d in zip(lookups[::PARTS], lookup_dims[::PARTS] if lookups else (), strict=True)]
+    terms = [_Term(moved(t, d), d is not None, next(flags)) for t, d in zip(dense, dense_dims, strict=True)]
+    tables = [table(t, d) for t, d in zip(lookups[::PARTS], lookup_dims[::PARTS], strict=True)]
     return _Call(
         n,
         tensors,
