@@ -217,10 +217,10 @@ class TestOthers:
     @pytest.mark.compile
     def test_inside_a_compiled_function(self) -> None:
         q, k, v = _qkv(N)
-        t, slopes = _random(H, L, M), _random(H)
+        t, slopes, mask = _random(H, L, M), _random(H), pack(causal(2), q_len=L, kv_len=M)
 
         def call(t: Tensor, slopes: Tensor) -> Any:
-            grad = torch.func.grad(lambda t, s, *qkv: _loss(*qkv, mask=causal(2), bias=alibi(s) + t, sinks=s), (0, 1))
+            grad = torch.func.grad(lambda t, s, *qkv: _loss(*qkv, mask=mask, bias=alibi(s) + t, sinks=s), (0, 1))
             return torch.vmap(grad, (None, None, 0, 0, 0))(t, slopes, q, k, v)
 
         torch.compiler.reset()
