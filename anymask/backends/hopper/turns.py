@@ -20,6 +20,8 @@ from anymask.block_mask import BlockMask
 
 # of the mask's tiles, times the heads that share it, whose turns are sorted at once
 CHUNK = 2**22
+# what a work tile takes beyond its tiles, in tiles
+WORK_TILE = 0
 
 
 class Grid(NamedTuple):
@@ -122,7 +124,7 @@ def starts(counts: Tensor, block_mask: BlockMask, grid: Grid) -> Tensor:
     column = head * tiles + order[head, rank]
     # [batch, kv_heads, group, tiles]
     each = counts.view(*planes, tiles).expand(batch, q_heads, tiles).reshape(batch, kv_heads, group, tiles)
-    loads = each.sum(2).flatten()[column]
+    loads = each.sum(2).flatten()[column] + WORK_TILE
     # waves of work tiles, every second one backwards: then a column is what a worker takes
     waves = torch.nn.functional.pad(loads, (0, -n % num_workers)).view(-1, num_workers)
     waves[1::2] = waves[1::2].flip(1)
