@@ -27,6 +27,7 @@ from anymask.backends.gpu.sinks import sink_gradient
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, turns, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
+from anymask.backends.hopper.order import swizzle_heads
 from anymask.backends.hopper.scores import forward_scores, has_terms, why_not_scores
 from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
 from anymask.block_mask import BlockMask
@@ -163,7 +164,8 @@ def _launch_forward(call: _Forward) -> None:
     programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
     if config.is_persistent[block_mask is not None]:
         programs = min(programs, multiprocessors(q.device))
-    swizzle = _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs * config.CONSUMER_PAIRS)
+    workers = programs * config.CONSUMER_PAIRS
+    swizzle = swizzle_heads(_mean_tiles(block_mask, "rows"), q_tiles, batch * q_heads, workers)
     launch(
         _fwd_kernel,
         (programs, 1, 1),
@@ -284,8 +286,9 @@ def _gradients(
         # the producer zeroes these
         unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
         call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
-        swizzle_heads = _swizzle_heads(block_mask is not None, tiles_over(k.shape[2]), batch * k.shape[1], programs)
-        grid = turns.Grid(batch, k.shape[1], q_heads // k.shape[1], programs, swizzle_heads)
+        kv_heads, mean_tiles = k.shape[1], _mean_tiles(block_mask, "cols")
+        swizzle = swizzle_heads(mean_tiles, tiles_over(k.shape[2]), batch * kv_heads, programs)
+        grid = turns.Grid(batch, kv_heads, q_heads // kv_heads, programs, swizzle)
         in_turn = None
         if deterministic and dq_acc is not None:
             in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
@@ -363,15 +366,17 @@ def _launch_backward(
 def _launch_wide(call: BackwardCall, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """All gradients, with a head_dim or v_dim above NARROW."""
     dims = _padded_dims(call.q.shape[3], call.v.shape[3])
-    wide.launch_dkdv(call, dk, dv, dims, _wide_grid(call, call.k, wide.HALVES))
-    wide.launch_dq(call, dq, dims, _wide_grid(call, call.q, 1))
+    wide.launch_dkdv(call, dk, dv, dims, _wide_grid(call, "cols", wide.HALVES))
+    wide.launch_dq(call, dq, dims, _wide_grid(call, "rows", 1))
 
 
-def _wide_grid(call: BackwardCall, t: Tensor, parts: int) -> wide.Grid:
-    """Programs for all tiles of `t [batch, heads, length, dim]`, of `parts` work tiles each."""
+def _wide_grid(call: BackwardCall, view: str, parts: int) -> wide.Grid:
+    """Programs for all columns of kv heads, or rows of query heads, of `parts` work tiles each."""
+    t = call.k if view == "cols" else call.q
     tiles, heads = tiles_over(t.shape[2]) * parts, t.shape[0] * t.shape[1]
     programs = min(tiles * heads, multiprocessors(t.device))
-    return wide.Grid(programs, tiles * heads, _swizzle_heads(call.block_mask is not None, tiles, heads, programs))
+    swizzle = swizzle_heads(_mean_tiles(call.block_mask, view), tiles, heads, programs)
+    return wide.Grid(programs, tiles * heads, swizzle)
 
 
 def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
@@ -396,21 +401,14 @@ def takes_turns(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -
     return not (is_wide or windows.fits(q, k, v) or _has_short_columns(block_mask, tuning.SHORT_COLUMN_IN_TURN))
 
 
+def _mean_tiles(block_mask: BlockMask | None, view: str) -> int | None:
+    """Tiles of the mean row or column, None without a mask."""
+    return None if block_mask is None else getattr(block_mask, view).mean_tiles
+
+
 def _has_short_columns(block_mask: BlockMask | None, limit: int) -> bool:
     """Whether columns have up to `limit` tiles on average."""
     return limit > 0 and block_mask is not None and block_mask.cols.mean_tiles <= limit
-
-
-def _swizzle_heads(has_mask: bool, tiles: int, heads: int, num_workers: int) -> int:
-    """How many heads are swizzled together, of `tiles` work tiles each; see `decode_work_tile`.
-
-    Without a mask one: all work tiles are equal. Else so many that their work tiles are about four waves, and an odd
-    number of such blocks: with an even one, what each leaves uneven adds up.
-    """
-    if not has_mask:
-        return 1
-    blocks = max(1, tiles * heads // (4 * num_workers))
-    return -(-heads // (blocks - (blocks % 2 == 0)))
 
 
 def _padded_dims(head_dim: int, v_dim: int, configs: tuning.Forward = tuning.FORWARD) -> tuple[int, int]:
