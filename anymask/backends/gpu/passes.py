@@ -80,6 +80,24 @@ def launch_dq(
     launch_gradient(_bwd_dq_kernel, grid, call, "rows", (dq,), constants, options, sums)
 
 
+def launch_dkdv(
+    call: BackwardCall,
+    dk: Tensor,
+    dv: Tensor,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    sums: Tensor | None = None,
+) -> None:
+    """Write dk and dv, summed by columns of tiles.
+
+    `sums`: fp32 `[batch, q_heads, kv_len]` for the sums of ds over queries.
+    """
+    from anymask.backends.gpu.kernels.dkdv import _bwd_dkdv_kernel
+
+    grid = tiles_over(dk.shape[2]) * TILE // constants["BLOCK_N"], dk.shape[1], dk.shape[0]
+    launch_gradient(_bwd_dkdv_kernel, grid, call, "cols", (dk, dv), constants, options, sums)
+
+
 def launch_gradient(
     kernel: Any,
     grid: tuple[int, int, int],

@@ -22,11 +22,12 @@ from anymask.backends.gpu.arguments import (
     plane_strides,
     zero_unused_rows,
 )
-from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
+from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dkdv, launch_dq
 from anymask.backends.gpu.sinks import sink_gradient
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, turns, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
+from anymask.backends.hopper.dq_sum import empty_sum, launch_cast
 from anymask.backends.hopper.order import swizzle_heads
 from anymask.backends.hopper.scores import forward_scores, has_terms, why_not_scores
 from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
@@ -260,7 +261,7 @@ def _gradients(
     """`(dq, dk, dv)`, and delta, flat.
 
     Columns of few tiles leave dq to the Triton kernel, which is faster there: it computes the scores again and adds in
-    order.
+    order. At head_dim 64 they leave it all gradients.
     """
     batch, q_heads, q_len, head_dim = q.shape
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
@@ -274,29 +275,32 @@ def _gradients(
             call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
             _launch_wide(call, dq, dk, dv)
         return (dq, dk, dv), call.delta
-    block_d = _block_d(head_dim, v_dim)
-    n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
+    block_d, kv_heads = _block_d(head_dim, v_dim), k.shape[1]
+    n_work_tiles = tiles_over(k.shape[2]) * kv_heads * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
-    dq_acc, short = None, tuning.SHORT_COLUMN if n_work_tiles >= tuning.MANY_COLUMNS * programs else 0
-    if takes_turns(q, k, v, block_mask) if deterministic else not _has_short_columns(block_mask, short):
-        # rows of 32 floats, in the order of the kernel
-        dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
+    is_short = n_work_tiles >= tuning.MANY_COLUMNS * programs
+    is_short = is_short and _has_short_columns(block_mask, tuning.SHORT_COLUMN[block_d])
+    dq_acc = None
+    if takes_turns(q, k, v, block_mask) if deterministic else not is_short:
+        dq_acc = empty_sum(q, lse, block_d)
     with device_guard(q.device):
         rows = launch_delta(o, do, lse, dlse, dq_acc)
         # the producer zeroes these
         unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
         call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
-        kv_heads, mean_tiles = k.shape[1], _mean_tiles(block_mask, "cols")
-        swizzle = swizzle_heads(mean_tiles, tiles_over(k.shape[2]), batch * kv_heads, programs)
-        grid = turns.Grid(batch, kv_heads, q_heads // kv_heads, programs, swizzle)
-        in_turn = None
-        if deterministic and dq_acc is not None:
-            in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
-        _launch_backward(call, dk, dv, dq_acc, grid, in_turn)
+        if is_short and dq_acc is None and block_d in tuning.SHORT_DKDV:
+            launch_dkdv(call, dk, dv, *kernel_options(tuning.SHORT_DKDV[block_d], head_dim, v_dim, True))
+        else:
+            swizzle = swizzle_heads(_mean_tiles(block_mask, "cols"), tiles_over(k.shape[2]), batch * kv_heads, programs)
+            grid = turns.Grid(batch, kv_heads, q_heads // kv_heads, programs, swizzle)
+            in_turn = None
+            if deterministic and dq_acc is not None:
+                in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
+            _launch_backward(call, dk, dv, dq_acc, grid, in_turn)
         if dq_acc is None:
             launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
         else:
-            _launch_dq_cast(dq_acc, dq, block_d, sm_scale)
+            launch_cast(dq_acc, dq, block_d, sm_scale)
     return (dq, dk, dv), call.delta
 
 
@@ -377,22 +381,6 @@ def _wide_grid(call: BackwardCall, view: str, parts: int) -> wide.Grid:
     programs = min(tiles * heads, multiprocessors(t.device))
     swizzle = swizzle_heads(_mean_tiles(call.block_mask, view), tiles, heads, programs)
     return wide.Grid(programs, tiles * heads, swizzle)
-
-
-def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
-    from anymask.backends.hopper.kernels.dq_sum import _dq_kernel
-
-    _, q_heads, q_len, head_dim = dq.shape
-    steps = [stride // 8 for stride in dq.stride()[:3]]
-    launch(
-        _dq_kernel,
-        (dq_acc.numel() // (block_d * 64), 1, 1),
-        (dq_acc, dq, *steps, q_heads, q_len, sm_scale),
-        {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
-        (dq.device, dq.dtype, *[step < 2**31 for step in steps]),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
 
 
 def takes_turns(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> bool:

@@ -85,10 +85,11 @@ WIDE_DQ = {
 SCORES_AHEAD = {64: True, 128: False}
 # dq from a kernel of its own: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)
-# up to so many tiles a column, on average, dq from its own kernel is faster than as a sum in memory; timed with so many
-# columns a multiprocessor (an H100, 2026-11-28: 0.73 ms instead of 0.97 for 1.5 tiles, 0.81 instead of 1.08 for 2, and
-# 0.588 instead of 0.819 for 4.5 with 15 columns; but 0.931 instead of 0.862 for 9)
-SHORT_COLUMN, MANY_COLUMNS = 5, 15
+# up to so many tiles a column, on average, dq from its own kernel is faster than as a sum in memory, by the padded
+# head_dim, with so many columns a multiprocessor
+SHORT_COLUMN, MANY_COLUMNS = {64: 5, 128: 5}, 15
+# dk and dv of those columns, where the Triton kernel takes less time than this backend's
+SHORT_DKDV = {64: TileConfig(64, 64, 4, 3)}
 # the same of a sum in turns, with any number of columns (an H100, 2026-11-28, docs/journal.md, E25: 0.588 ms instead of
 # 0.822 for 4.5 tiles, 0.931 instead of 0.955 for 9, but 3.19 instead of 2.95 for 32)
 SHORT_COLUMN_IN_TURN = 12
