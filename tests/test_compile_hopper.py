@@ -58,12 +58,13 @@ def compile_both(
     deterministic=False,
     apart=False,
 ):
-    """Forward and backward over zeros; returns the four kernels by name; `apart`: dq has a kernel of its own."""
+    """Forward and backward over zeros; returns the kernels by name; `apart`: dq has a kernel of its own."""
     q, k = (torch.zeros(2, heads, length, dim, dtype=dtype) for heads in (2 * group, 2))
     v = torch.zeros(2, 2, length, v_dim or dim, dtype=dtype)
     o, lse = hopper.forward(q, k, v, mask, scale)
     hopper.backward(q, k, v, o, lse, o, None, mask, scale, deterministic)
-    names = [*KERNELS[:3], "_bwd_dq_kernel"] if apart else KERNELS
+    # delta comes from the kernel of dq
+    names = ["_fwd_kernel", "_bwd_dq_kernel", "_bwd_kernel"] if apart else KERNELS
     names = WIDE_KERNELS if max(dim, v_dim or dim) > 128 else names
     assert [x.metadata.name for x in kernels] == names
     return dict(zip(names, kernels, strict=True))
@@ -127,6 +128,16 @@ def assert_keeps_its_registers(kernels, dim, masked):
 def test_dq_apart_keeps_its_registers(hopper_kernels, dim):
     kernels = compile_both(hopper_kernels, dim, causal_mask(), apart=True, deterministic=True)
     assert_keeps_its_registers(kernels, dim, True)
+    assert kernels["_bwd_dq_kernel"].metadata.shared <= TARGETS["sm_90"][1]
+    assert spilled_bytes(kernels["_bwd_dq_kernel"]) == 0
+
+
+def test_short_columns_take_the_triton_kernels(hopper_kernels, monkeypatch):
+    monkeypatch.setattr(hopper.tuning, "MANY_COLUMNS", 0)
+    q = torch.zeros(2, 2, 384, 64, dtype=torch.bfloat16)
+    hopper.backward(q, q, q, q, torch.zeros(2, 2, 384), q, None, causal_mask(), 0.1, False)
+    assert [kernel.metadata.name for kernel in hopper_kernels] == ["_bwd_dq_kernel", "_bwd_dkdv_kernel"]
+    assert [spilled_bytes(kernel) for kernel in hopper_kernels] == [0, 0]
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])

@@ -22,7 +22,7 @@ from anymask.backends.gpu.arguments import (
     plane_strides,
     zero_unused_rows,
 )
-from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dkdv, launch_dq
+from anymask.backends.gpu.passes import BackwardCall, RowsOf, empty_rows, launch_delta, launch_dkdv, launch_dq
 from anymask.backends.gpu.sinks import sink_gradient
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, turns, wide
@@ -284,10 +284,15 @@ def _gradients(
     if takes_turns(q, k, v, block_mask) if deterministic else not is_short:
         dq_acc = empty_sum(q, lse, block_d)
     with device_guard(q.device):
-        rows = launch_delta(o, do, lse, dlse, dq_acc)
+        is_fused = dq_acc is None and tuning.DELTA_IN_DQ
+        rows = empty_rows(lse) if is_fused else launch_delta(o, do, lse, dlse, dq_acc)
         # the producer zeroes these
         unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
         call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
+        if dq_acc is None:
+            # it makes delta as well
+            rows_of = RowsOf(o, lse, dlse) if is_fused else None
+            launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True), rows_of=rows_of)
         if is_short and dq_acc is None and block_d in tuning.SHORT_DKDV:
             launch_dkdv(call, dk, dv, *kernel_options(tuning.SHORT_DKDV[block_d], head_dim, v_dim, True))
         else:
@@ -297,9 +302,7 @@ def _gradients(
             if deterministic and dq_acc is not None:
                 in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
             _launch_backward(call, dk, dv, dq_acc, grid, in_turn)
-        if dq_acc is None:
-            launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
-        else:
+        if dq_acc is not None:
             launch_cast(dq_acc, dq, block_d, sm_scale)
     return (dq, dk, dv), call.delta
 

@@ -88,6 +88,8 @@ DQ = TileConfig(128, 64, 8, 3)
 # up to so many tiles a column, on average, dq from its own kernel is faster than as a sum in memory, by the padded
 # head_dim, with so many columns a multiprocessor
 SHORT_COLUMN, MANY_COLUMNS = {64: 5, 128: 5}, 15
+# whether a kernel of dq makes delta too, for which it has do at hand
+DELTA_IN_DQ = True
 # dk and dv of those columns, where the Triton kernel takes less time than this backend's
 SHORT_DKDV = {64: TileConfig(64, 64, 4, 3)}
 # the same of a sum in turns, with any number of columns (an H100, 2026-11-28, docs/journal.md, E25: 0.588 ms instead of
