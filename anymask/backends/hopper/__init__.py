@@ -261,7 +261,7 @@ def _gradients(
     """`(dq, dk, dv)`, and delta, flat.
 
     Columns of few tiles leave dq to the Triton kernel, which is faster there: it computes the scores again and adds in
-    order. At head_dim 64 they leave it all gradients.
+    order. At head_dim 64 they leave dk and dv as well.
     """
     batch, q_heads, q_len, head_dim = q.shape
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
@@ -278,21 +278,20 @@ def _gradients(
     block_d, kv_heads = _block_d(head_dim, v_dim), k.shape[1]
     n_work_tiles = tiles_over(k.shape[2]) * kv_heads * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
-    is_short = n_work_tiles >= tuning.MANY_COLUMNS * programs
-    is_short = is_short and _has_short_columns(block_mask, tuning.SHORT_COLUMN[block_d])
+    is_short = n_work_tiles >= tuning.MANY_COLUMNS * programs and _leaves_short_columns(block_mask, block_d)
     dq_acc = None
     if takes_turns(q, k, v, block_mask) if deterministic else not is_short:
         dq_acc = empty_sum(q, lse, block_d)
     with device_guard(q.device):
-        is_fused = dq_acc is None and tuning.DELTA_IN_DQ
+        is_fused = dq_acc is None and tuning.DELTA_IN_DQ[block_d]
         rows = empty_rows(lse) if is_fused else launch_delta(o, do, lse, dlse, dq_acc)
         # the producer zeroes these
         unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
         call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
         if dq_acc is None:
-            # it makes delta as well
-            rows_of = RowsOf(o, lse, dlse) if is_fused else None
-            launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True), rows_of=rows_of)
+            # first, as it makes delta
+            options = kernel_options(tuning.SHORT_DQ[block_d] if is_short else tuning.DQ, head_dim, v_dim, True)
+            launch_dq(call, dq, *options, rows_of=RowsOf(o, lse, dlse) if is_fused else None)
         if is_short and dq_acc is None and block_d in tuning.SHORT_DKDV:
             launch_dkdv(call, dk, dv, *kernel_options(tuning.SHORT_DKDV[block_d], head_dim, v_dim, True))
         else:
@@ -395,6 +394,15 @@ def takes_turns(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -
 def _mean_tiles(block_mask: BlockMask | None, view: str) -> int | None:
     """Tiles of the mean row or column, None without a mask."""
     return None if block_mask is None else getattr(block_mask, view).mean_tiles
+
+
+def _leaves_short_columns(block_mask: BlockMask | None, block_d: int) -> bool:
+    """Whether columns leave gradients to the Triton kernels, if there are many.
+
+    At head_dim 64 they do where samples differ: their small programs even out what a static order does not know.
+    """
+    is_static = block_mask is None or (block_d == 64 and block_mask.batch == 1)
+    return not is_static and _has_short_columns(block_mask, tuning.SHORT_COLUMN)
 
 
 def _has_short_columns(block_mask: BlockMask | None, limit: int) -> bool:

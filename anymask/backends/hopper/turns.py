@@ -20,8 +20,8 @@ from anymask.block_mask import BlockMask
 
 # of the mask's tiles, times the heads that share it, whose turns are sorted at once
 CHUNK = 2**22
-# what a work tile takes beyond its tiles, in tiles
-WORK_TILE = 0
+# what a work tile takes beyond its tiles, in tiles (docs/journal.md, E29)
+WORK_TILE = 2
 
 
 class Grid(NamedTuple):
