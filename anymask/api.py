@@ -130,9 +130,8 @@ def attention(
     Raises:
         ValueError: shape, dtype, device, number, mask or backend that does not fit, naming it and what is allowed.
         TypeError: an argument of the wrong type, or a keyword of another library, naming what to write.
-        NotImplementedError: a second or a forward-mode derivative, which `backend="reference"` has, or gradients
-            batched by `is_grads_batched`; the transforms `grad`, `vjp`, `jacrev` and `vmap` of `torch.func` work. With
-            a bias, softcap, sinks or dropout none of these.
+        NotImplementedError: a second or a forward-mode derivative, which `backend="reference"` has without scores.
+            The transforms `grad`, `vjp`, `jacrev` and `vmap` of `torch.func` and batched gradients work.
         RuntimeError: while a CUDA graph is captured, a mask that would have to be packed.
 
     FlashAttention-2 (Dao, 2023) over the non-empty 128 x 128 tiles of the mask; equations in docs/kernels.md.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from anymask import formats, mask_ops, validate
 from anymask.api import attention
@@ -65,12 +66,14 @@ def scaled_dot_product_attention(
 def mask_and_bias(attn_mask: Any) -> tuple[Any, Tensor | None]:
     """A mask of torch as `attention` takes it: floats of 0 and -inf are a mask, and others a bias.
 
-    Floats are read once for as long as they hold the same, and not at all where gradients reach them or a function is
-    traced: there they are a bias.
+    Floats are read once for as long as they hold the same, and not at all where gradients or a transform of torch.func
+    reach them, or a function is traced: there they are a bias.
     """
     if not isinstance(attn_mask, Tensor) or not attn_mask.is_floating_point():
         return attn_mask, None
     if mask_ops.is_traced() or attn_mask.requires_grad or mask_ops.has_no_values(attn_mask):
+        return None, attn_mask
+    if _functorch.is_functorch_wrapped_tensor(attn_mask):
         return None, attn_mask
     found = cache.masks.build(("from_additive", "or None"), (attn_mask,), lambda: _additive_or_none(attn_mask))
     return (None, attn_mask) if found is None else (found, None)

@@ -170,3 +170,4 @@ torch.library.register_fake("anymask::attended", lambda mask: mask.new_empty(mas
 
 _LIBRARY.impl("attended", _attended_kernel, "CompositeExplicitAutograd")
 torch.library.register_vmap("anymask::pack", vmap.pack_rule_of(pack_op))
+torch.library.register_vmap("anymask::slice_planes", vmap.refuse_slices)

@@ -37,6 +37,8 @@ forward_op = torch.ops.anymask.forward.default
 # `(dq, dk, dv)`, in the layouts of q, k and v
 backward_op = torch.ops.anymask.backward.default
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NO_FORWARD_MODE = "attention has no forward-mode derivative (jvp); allowed is reverse mode, or backend='reference'"
+_TWICE = "attention was differentiated twice; allowed is one derivative, or backend='reference'"
 
 
 def dispatch(
@@ -53,7 +55,7 @@ def dispatch(
     Without it a call takes a third of the host time.
     """
     compiling = torch.compiler.is_compiling()
-    if compiling or not _is_unwatched(q, k, v):
+    if compiling or not is_unwatched(q, k, v):
         if not compiling:
             flops.register()
         if backend == "reference" and not compiling and forward_ad._current_level >= 0:
@@ -63,7 +65,7 @@ def dispatch(
             sm_scale, scale = _number_and_tensor(sm_scale) if compiling else (sm_scale, None)
             output = forward_op(q, k, v, mask_tensors(block_mask), sm_scale, backend, deterministic, scale)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        output = _apply(Attention, None, q, k, v, block_mask, sm_scale, backend, deterministic, None)
+        output = apply(Attention, None, q, k, v, block_mask, sm_scale, backend, deterministic, None)
     else:
         output = run_forward(q, k, v, block_mask, sm_scale, backend)
     outputs: tuple[Tensor, Tensor] = output
@@ -78,7 +80,7 @@ def _number_and_tensor(sm_scale: Any) -> tuple[float, Tensor | None]:
     return 1.0, torch.ones((), dtype=torch.float64, device="cpu") * sm_scale
 
 
-def _is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a call means the same without torch's dispatcher: no subclass, mode, transform or forward derivative."""
     return (
         type(q) in _PLAIN
@@ -150,8 +152,8 @@ class Attention(_SingleLevelFunction):
         if keyset is None:
             o, lse = run_forward(q, k, v, block_mask, sm_scale, backend)
         else:
-            with _outer_levels_record():
-                o, lse = _below_autograd(forward_op, keyset, q, k, v, mask, sm_scale, backend, deterministic, scale)
+            with outer_levels_record():
+                o, lse = below_autograd(forward_op, keyset, q, k, v, mask, sm_scale, backend, deterministic, scale)
         ctx.rest = sm_scale, backend, deterministic
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, o, lse, scale, *mask)
@@ -161,32 +163,34 @@ class Attention(_SingleLevelFunction):
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         """Gradients of q, k and v; the mask has none."""
         q, k, v, o, lse, scale, *mask = ctx.saved_tensors
-        refuse_batched(do, dlse)
-        if do is None:
-            do = torch.zeros_like(o)
-        # a gradient that is recorded would be differentiated again: the operator says no, and operations of torch yes
-        direct = ctx.rest[1] == "reference" if torch.is_grad_enabled() else _is_unwatched(q, k, do)
-        direct = direct and not torch.compiler.is_compiling()
-        call: Any = run_backward if direct else backward_op
-        grads = call(q, k, v, o, lse, do, dlse, mask, *ctx.rest, scale)
-        return None, *grads, None, None, None, None, None
+
+        def gradients(do: Tensor | None, dlse: Tensor | None) -> Any:
+            if do is None:
+                do = torch.zeros_like(o)
+            # a gradient that is recorded would be differentiated again: the operator says no, operations of torch yes
+            direct = ctx.rest[1] == "reference" if torch.is_grad_enabled() else is_unwatched(q, k, do)
+            direct = direct and not torch.compiler.is_compiling()
+            call: Any = run_backward if direct else backward_op
+            return call(q, k, v, o, lse, do, dlse, mask, *ctx.rest, scale)
+
+        return None, *vmap.over_gradients(gradients, do, dlse), None, None, None, None, None
 
 
-class _Once(_SingleLevelFunction):
-    """The gradients of attention, which have none."""
+class Once(_SingleLevelFunction):
+    """An operator's gradients, which have none."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        """`(dq, dk, dv)`."""
-        with _outer_levels_record():
-            return _below_autograd(backward_op, keyset, *args)
+    def forward(ctx: Any, keyset: Any, op: Any, refusal: str, args: tuple[Any, ...], *tensors: Tensor) -> Any:
+        """What `op(*args)` returns; `tensors` are all of `args`, those of lists too, for torch to see."""
+        ctx.refusal = refusal
+        with outer_levels_record():
+            found = below_autograd(op, keyset, *args)
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Raise NotImplementedError."""
-        raise NotImplementedError(
-            "attention was differentiated twice; allowed is one derivative, or backend='reference'"
-        )
+        raise NotImplementedError(ctx.refusal)
 
 
 def _forward_autograd(
@@ -201,47 +205,48 @@ def _forward_autograd(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rest = sm_scale, backend, deterministic, scale
-    if _is_recorded(q, k, v):
-        with _one_level():
-            output: tuple[Tensor, Tensor] = _apply(Attention, keyset, q, k, v, block_mask_of(mask, q, k), *rest)
+    if is_recorded(_NO_FORWARD_MODE, q, k, v):
+        with one_level():
+            output: tuple[Tensor, Tensor] = apply(Attention, keyset, q, k, v, block_mask_of(mask, q, k), *rest)
             return output
-    if _is_unwatched(q, k, v):
+    if is_unwatched(q, k, v):
         # what a compiled graph runs: nothing is below but the kernel
         return _forward_kernel(q, k, v, mask, *rest)
-    outputs: tuple[Tensor, Tensor] = _below_autograd(forward_op, keyset, q, k, v, mask, *rest)
+    outputs: tuple[Tensor, Tensor] = below_autograd(forward_op, keyset, q, k, v, mask, *rest)
     return outputs
 
 
 def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if _is_recorded(*[t for t in args if isinstance(t, Tensor)]):
-        with _one_level():
-            output: tuple[Tensor, Tensor, Tensor] = _apply(_Once, keyset, *args)
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    if is_recorded(_NO_FORWARD_MODE, *tensors):
+        with one_level():
+            output: tuple[Tensor, Tensor, Tensor] = apply(Once, keyset, backward_op, _TWICE, args, *tensors)
             return output
-    if _is_unwatched(*args[:3]) and type(args[5]) is Tensor:
+    if is_unwatched(*args[:3]) and type(args[5]) is Tensor:
         return run_backward(*args)
-    grads: tuple[Tensor, Tensor, Tensor] = _below_autograd(backward_op, keyset, *args)
+    grads: tuple[Tensor, Tensor, Tensor] = below_autograd(backward_op, keyset, *args)
     return grads
 
 
-def _apply(function: Any, *args: Any) -> Any:
+def apply(function: Any, *args: Any) -> Any:
+    """What an autograd function returns."""
     return function.apply(*args)
 
 
-def _is_recorded(*tensors: Tensor) -> bool:
+def is_recorded(refusal: str, *tensors: Tensor) -> bool:
     """Whether gradients are recorded; raises NotImplementedError for a forward-mode derivative, which would be lost."""
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(
-            "attention has no forward-mode derivative (jvp); allowed is reverse mode, or backend='reference'"
-        )
+        raise NotImplementedError(refusal)
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _below_autograd(op: Any, keyset: Any, *args: Any) -> Any:
+def below_autograd(op: Any, keyset: Any, *args: Any) -> Any:
+    """What an operator returns to its own autograd kernel."""
     with _C._AutoDispatchBelowAutograd():
         return op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
 
-def _one_level() -> AbstractContextManager[Any]:
+def one_level() -> AbstractContextManager[Any]:
     """What torch.func asks for where one of its transforms reaches an autograd function of a single level."""
     if not _C._are_functorch_transforms_active():
         return nullcontext()
@@ -251,7 +256,7 @@ def _one_level() -> AbstractContextManager[Any]:
     return context
 
 
-def _outer_levels_record() -> AbstractContextManager[Any]:
+def outer_levels_record() -> AbstractContextManager[Any]:
     """Inside an autograd function, where torch records nothing: the outer transforms of torch.func do, at their level.
 
     Without it a second derivative by two of them would be 0.
@@ -304,15 +309,6 @@ _LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
 
 torch.library.register_vmap("anymask::forward", vmap.rule_of(forward_op, 3))
 torch.library.register_vmap("anymask::backward", vmap.rule_of(backward_op, 7))
-
-
-def refuse_batched(*grads: Tensor | None) -> None:
-    """Raise NotImplementedError for gradients of several outputs at once, whose batch no operator can see."""
-    if any(grad is not None and _C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
-        raise NotImplementedError(
-            "attention has no batched gradients (is_grads_batched=True, vectorize=True); allowed are a loop, and, "
-            "without bias, softcap, sinks and dropout, torch.func.vmap over the function of torch.func.vjp"
-        )
 
 
 def mask_tensors(block_mask: BlockMask | None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What torch sees of a call with scores: two opaque operators with fakes and autograd. No arithmetic of pairs here.
+"""What torch sees of a call with scores: two opaque operators with fakes, autograd, vmap. No arithmetic of pairs here.
 
 They are those of `ops` with the tensors of `Scores` beside the mask. A call without scores comes nowhere near.
 """
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
-from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-from anymask import backends, flops, ops
+from anymask import backends, flops, ops, score_vmap, vmap
 from anymask.block_mask import BlockMask
 from anymask.calls import no_autocast, unit_last_stride
 from anymask.layout import dense_strides
@@ -32,8 +32,10 @@ _LIBRARY.define(
 forward_op = torch.ops.anymask.scored_forward.default
 # `[dq, dk, dv]` and, in their order, the gradients of those dense terms, tables and sinks that are needed
 backward_op = torch.ops.anymask.scored_backward.default
-# tensors of a lookup
-_PARTS = 3
+_PARTS = score_vmap.PARTS
+_WHAT = "attention with bias, softcap, sinks or dropout"
+_NO_FORWARD_MODE = f"{_WHAT} has no forward-mode derivative (jvp); allowed is reverse mode"
+_TWICE = f"{_WHAT} was differentiated twice; allowed is one derivative"
 
 
 def dispatch(
@@ -46,24 +48,9 @@ def dispatch(
     deterministic: bool,
     scores: Scores,
 ) -> tuple[Tensor, Tensor]:
-    """`(o, lse)` of validated inputs.
-
-    Raises:
-        NotImplementedError: under a transform of torch.func, or with a forward-mode derivative.
-    """
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        if _C._are_functorch_transforms_active():
-            raise NotImplementedError(
-                "bias, softcap, sinks and dropout have no transforms of torch.func (vmap, grad, ...); allowed are "
-                "torch.autograd, and a batch instead of vmap"
-            )
-        if forward_ad._current_level >= 0:
-            raise NotImplementedError(
-                "attention with bias, softcap, sinks or dropout has no forward-mode derivative; allowed is reverse mode"
-            )
-        if _C._len_torch_dispatch_stack():
-            flops.register()
+    """`(o, lse)` of validated inputs."""
+    if not torch.compiler.is_compiling() and _C._len_torch_dispatch_stack():
+        flops.register()
     outputs: tuple[Tensor, Tensor] = forward_op(
         q, k, v, ops.mask_tensors(block_mask), *tensors_of(scores), sm_scale, *_numbers(scores), backend, deterministic
     )
@@ -200,38 +187,96 @@ def _empty_as(t: Tensor, dim: int | None = None) -> Tensor:
     return t.new_empty_strided(shape, dense_strides(t.shape, t.stride(), dim))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, dense, lookups, diagonal, sinks, seed, *numbers = inputs
-    ctx.set_materialize_grads(False)
-    ctx.counts, ctx.diagonal, ctx.numbers = (len(mask), len(dense)), diagonal, numbers
-    ctx.save_for_backward(q, k, v, *output, sinks, seed, *mask, *dense, *lookups)
+class ScoredAttention(_SingleLevelFunction):
+    """The autograd of attention with scores, as `ops.Attention` is without."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, keyset: Any, counts: tuple[int, int], diagonal: int, numbers: tuple[Any, ...], *tensors: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`(o, lse)`; `tensors` are q, k, v, sinks, seed, and in a row mask, dense, lookups, `counts` of those two."""
+        q, k, v, sinks, seed, *lists = tensors
+        args = q, k, v, *_cut(lists, counts), diagonal, sinks, seed, *numbers
+        with ops.outer_levels_record():
+            o, lse = ops.below_autograd(forward_op, keyset, *args)
+        ctx.rest = counts, diagonal, numbers
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, o, lse)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        """Gradients of q, k, v, sinks, and of those dense terms and tables that want one."""
+        counts, diagonal, numbers = ctx.rest
+        q, k, v, sinks, seed, *lists, o, lse = ctx.saved_tensors
+        mask, dense, lookups = _cut(lists, counts)
+        # behind keyset, counts, diagonal and numbers
+        *_, of_sinks, _ = ctx.needs_input_grad[4:9]
+        _, of_dense, of_lookups = _cut(ctx.needs_input_grad[9:], counts)
+        flags = [*of_dense, *of_lookups[::_PARTS], of_sinks]
+
+        def gradients(do: Tensor | None, dlse: Tensor | None) -> Any:
+            if do is None:
+                do = torch.zeros_like(o)
+            found: list[Tensor] = backward_op(
+                q, k, v, o, lse, do, dlse, mask, dense, lookups, diagonal, sinks, seed, *numbers, flags
+            )
+            terms = zip([t for t, needed in zip(dense, of_dense, strict=True) if needed], found[3:], strict=False)
+            d_dense = [grad.to(t.dtype) for t, grad in terms]
+            return *found[:3], *d_dense, *found[3 + len(d_dense) :]
+
+        dq, dk, dv, *others = vmap.over_gradients(gradients, do, dlse)
+        of_terms = iter(others)
+        d_terms = [next(of_terms) if needed else None for needed in (*of_dense, *of_lookups)]
+        d_sinks = next(of_terms) if of_sinks else None
+        return *[None] * 4, dq, dk, dv, d_sinks, None, *[None] * len(mask), *d_terms
 
 
-def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    ops.refuse_batched(do, dlse)
-    q, k, v, o, lse, sinks, seed, *lists = ctx.saved_tensors
-    n_mask, n_dense = ctx.counts
-    mask, dense, lookups = lists[:n_mask], lists[n_mask : n_mask + n_dense], lists[n_mask + n_dense :]
-    needed = ctx.needs_input_grad
-    flags = [*needed[4], *needed[5][::_PARTS], needed[7]]
-    do = torch.zeros_like(o) if do is None else do
-    dq, dk, dv, *others = backward_op(
-        q, k, v, o, lse, do, dlse, mask, dense, lookups, ctx.diagonal, sinks, seed, *ctx.numbers, flags
+def _cut(values: Sequence[Any], counts: tuple[int, int]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Those of the mask, of dense terms, and of lookups."""
+    mask, end = counts[0], sum(counts)
+    return list(values[:mask]), list(values[mask:end]), list(values[end:])
+
+
+def _forward_autograd(
+    keyset: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: list[Tensor],
+    dense: list[Tensor],
+    lookups: list[Tensor],
+    diagonal: int,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    scored = [t for t in (q, k, v, sinks, *dense, *lookups) if t is not None]
+    if ops.is_recorded(_NO_FORWARD_MODE, *scored):
+        counts = len(mask), len(dense)
+        with ops.one_level():
+            output: tuple[Tensor, Tensor] = ops.apply(
+                ScoredAttention, keyset, counts, diagonal, numbers, q, k, v, sinks, seed, *mask, *dense, *lookups
+            )
+            return output
+    outputs: tuple[Tensor, Tensor] = ops.below_autograd(
+        forward_op, keyset, q, k, v, mask, dense, lookups, diagonal, sinks, seed, *numbers
     )
-    of_terms = iter(others)
-    d_dense = [next(of_terms).to(t.dtype) if n else None for t, n in zip(dense, needed[4], strict=True)]
-    d_lookups = [next(of_terms) if n else None for n in needed[5]]
-    d_sinks = next(of_terms) if needed[7] else None
-    return dq, dk, dv, [None] * n_mask, d_dense, d_lookups, None, d_sinks, *[None] * 6
+    return outputs
 
 
-def _refuse_second(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "attention with bias, softcap, sinks or dropout was differentiated twice; allowed is one derivative"
-    )
+def _backward_autograd(keyset: Any, *args: Any) -> list[Tensor]:
+    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, Tensor)]
+    if ops.is_recorded(_NO_FORWARD_MODE, *tensors):
+        with ops.one_level():
+            return list(ops.apply(ops.Once, keyset, backward_op, _TWICE, args, *tensors))
+    found: list[Tensor] = ops.below_autograd(backward_op, keyset, *args)
+    return found
 
 
 _LIBRARY.impl("scored_forward", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("scored_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_autograd("anymask::scored_forward", _differentiate, setup_context=_save)
-torch.library.register_autograd("anymask::scored_backward", _refuse_second)
+_LIBRARY.impl("scored_forward", _forward_autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl("scored_backward", _backward_autograd, "Autograd", with_keyset=True)
+torch.library.register_vmap("anymask::scored_forward", score_vmap.forward_rule_of(forward_op))
+torch.library.register_vmap("anymask::scored_backward", score_vmap.backward_rule_of(backward_op))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,15 +34,24 @@ _ELSEWHERE = {
     "enable_gqa": "leave it out: k and v may have fewer heads than q",
     "dropout": "write dropout_p=...",
     "score_mod": "write bias=from_score_mod(score_mod); a mask_mod is mask=from_function(mask_mod)",
-    **dict.fromkeys(("return_attn_probs", "return_softmax_lse"), "write return_lse=..."),
+    **dict.fromkeys(("return_attn_probs", "return_softmax_lse", "return_aux"), "write return_lse=..."),
+    "key_padding_mask": "write mask=key_padding(~key_padding_mask)",
+    "mask_mod": "write mask=from_function(mask_mod)",
+    **dict.fromkeys(
+        ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), "attention_varlen takes documents in a row"
+    ),
+    **dict.fromkeys(("need_weights", "output_attentions"), "leave it out: no kernel has the weights"),
+    "kernel_options": "leave it out: tile sizes are chosen by shape",
 }
+_KEYWORDS = "mask, bias, scale, softcap, sinks, dropout_p, is_causal, return_lse, deterministic and backend"
 
 
-def refuse_keywords(unknown: dict[str, Any]) -> None:
-    """Raise TypeError for the first keyword that is not an argument."""
+def refuse_keywords(
+    unknown: dict[str, Any], allowed: str = _KEYWORDS, others: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Raise TypeError for the first keyword that is not an argument; `others` are hints before those of `attention`."""
     for name in unknown:
-        hint = _ELSEWHERE.get(name)
-        allowed = "mask, bias, scale, softcap, sinks, dropout_p, is_causal, return_lse, deterministic and backend"
+        hint = others.get(name) or _ELSEWHERE.get(name)
         raise TypeError(f"{name} is no argument; " + (hint or f"allowed keywords are {allowed}"))
 
 

@@ -17,6 +17,19 @@ from anymask.mask.parts import as_mask
 from anymask.packing import cache
 from anymask.scores import Bias
 
+_KEYWORDS = (
+    "cu_seqlens_q, cu_seqlens_k, mask, causal, window, bias, scale, softcap, sinks, dropout_p, return_lse, "
+    "deterministic and backend"
+)
+# keyword of another library, or of `attention` -> what to do here
+_ELSEWHERE = {
+    "is_causal": "write causal=...",
+    **dict.fromkeys(("window_size", "sliding_window"), "write window=(before, after)"),
+    "cu_seqlens": "write cu_seqlens_q=...",
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), "leave it out: the bounds say it"),
+    **dict.fromkeys(("block_table", "page_table"), "keys lie in a row"),
+}
+
 
 @overload
 def attention_varlen(
@@ -96,6 +109,7 @@ def attention_varlen(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: Backend | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within documents that lie in a row, as flash-attn's varlen calls have it; no token is padded or moved.
 
@@ -129,13 +143,15 @@ def attention_varlen(
 
     Raises:
         ValueError: a shape, dtype, window or bounds that do not fit, naming it and what is allowed. TypeError: an
-            argument of the wrong type.
+            argument of the wrong type, or a keyword of another library, naming what to write.
 
     >>> import torch
     >>> q = k = v = torch.randn(7, 2, 16)
     >>> attention_varlen(q, k, v, torch.tensor([0, 3, 7]), causal=True).shape
     torch.Size([7, 2, 16])
     """
+    if unknown:
+        validate.refuse_keywords(unknown, _KEYWORDS, _ELSEWHERE)
     for name, t in (("q", q), ("k", k), ("v", v)):
         validate.check_tensor(name, t)
         if t.dim() != 3:

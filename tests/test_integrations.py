@@ -324,6 +324,21 @@ class TestFlex:
         o = flex_attention(q, k, v, score_mod if form == "function" else alibi(slopes), mask)
         torch.testing.assert_close(o, want)
 
+    def test_a_score_mod_that_caps(self) -> None:
+        q, k, v = (torch.randn(2, 2, 140, 8) for _ in range(3))
+        mask, cap = self.masks()["torch"], torch.tensor(0.75)
+        for score_mod in (
+            lambda s, b, h, i, j: 0.75 * torch.tanh(s / 0.75),
+            lambda s, b, h, i, j: cap * (s / cap).tanh(),
+        ):
+            o = flex_attention(q, k, v, score_mod, mask)
+            torch.testing.assert_close(o, torch_flex_attention(q, k, v, score_mod, mask))
+            assert not torch.allclose(o, flex_attention(q, k, v, None, mask), atol=1e-2)
+        # of which a number would have no gradient
+        cap.requires_grad_()
+        with pytest.raises(ValueError, match=r"this is attention\(..., softcap=0.75\)"):
+            flex_attention(q, k, v, lambda s, b, h, i, j: cap * (s / cap).tanh(), mask)
+
     def test_gradients_reach_what_a_score_mod_has_captured(self) -> None:
         q, bias = torch.randn(1, 2, 20, 8), torch.randn(20, 20, requires_grad=True)
         o = flex_attention(q, q, q, lambda s, b, h, i, j: s + bias[i, j])
@@ -335,7 +350,8 @@ class TestFlex:
         ("changes", "kind", "message"),
         [
             ({"score_mod": lambda s, b, h, q, k: s * 2}, ValueError, "allowed are functions that add a bias"),
-            ({"score_mod": lambda s, b, h, q, k: 5 * (s / 5).tanh()}, ValueError, r"attention\(..., softcap=5\)"),
+            ({"score_mod": lambda s, b, h, q, k: 5 * ((s + q) / 5).tanh()}, ValueError, "functions that add a bias"),
+            ({"query": torch.randn(2, 140, 8)}, ValueError, r"query has shape \(2, 140, 8\); allowed are 4 dimensions"),
             ({"score_mod": 3}, TypeError, "fn is a int"),
             ({"key": torch.randn(1, 1, 140, 8)}, ValueError, "query has 2 heads and key has 1; allowed are equal"),
             ({"return_aux": AuxRequest(lse=True, max_scores=True)}, ValueError, "return_aux asks for max_scores"),

@@ -17,6 +17,7 @@ LAYERS = {
     "drop_in": 5, "varlen": 5, "api": 5, "score_ops": 4, "ops": 4, "mask_ops": 4, "validate": 4, "calls": 4,
     "backends": 3, "formats": 3, "packing": 2, "viz": 2, "flops": 2, "mask": 1, "block_mask": 1, "scores": 1,
     "direct": 0, "launch": 0, "layout": 0, "plan": 0, "precision": 0, "shapes": 0, "tiles": 0, "vmap": 0,
+    "score_vmap": 0,
 }  # fmt: skip
 BACKENDS = ["reference", "cpu", "triton", "hopper"]
 # beside the backends: what those on a GPU share

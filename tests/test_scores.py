@@ -220,21 +220,6 @@ class TestGradients:
         with pytest.raises(NotImplementedError, match="differentiated twice"):
             grad.sum().backward()
 
-    def test_batched_gradients_are_refused(self) -> None:
-        q = leaf(1, 1, 4, 4)
-        with pytest.raises(NotImplementedError, match="no batched gradients"):
-            torch.autograd.grad(attention(q, q, q, softcap=1.0), q, torch.ones(3, 1, 1, 4, 4), is_grads_batched=True)
-
-    def test_transforms_are_refused(self) -> None:
-        q = torch.randn(3, 1, 1, 4, 4)
-        with pytest.raises(NotImplementedError, match=r"no transforms of torch\.func"):
-            torch.vmap(lambda q: attention(q, q, q, softcap=1.0))(q)
-        with (
-            pytest.raises(NotImplementedError, match="no forward-mode derivative"),
-            torch.autograd.forward_ad.dual_level(),
-        ):
-            attention(q[0], q[0], q[0], softcap=1.0)
-
 
 class TestHiddenPairs:
     @pytest.mark.parametrize("backend", BACKENDS)

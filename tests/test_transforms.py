@@ -20,6 +20,7 @@ from anymask import (
     spans,
 )
 from anymask.backends import cpu
+from anymask.packing import definition
 from anymask.testing import make_qkv
 
 # torch.compile imports parts of torch that warn on their own
@@ -139,25 +140,86 @@ class TestTransforms:
         spread = BlockMask(20, 20, *(t.expand(3, *t.shape) for t in packed.tensors()))
         cases: list[tuple[Any, Any, type[Exception], str]] = [
             (lambda m: m, spread, NotImplementedError, "mask is a BlockMask that torch.vmap maps; allowed are"),
-            (pack, masks, NotImplementedError, "a BlockMask has no mapped planes; allowed is the mask itself"),
+            (
+                lambda m: pack(m).to_dense(),
+                masks,
+                NotImplementedError,
+                "packed inside torch.vmap has the tiles of all slices",
+            ),
             (lambda m: from_function(lambda b, h, i, j: m[i] == m[j]), ids, NotImplementedError, "function reads"),
+            (
+                lambda m: pack(from_function(lambda b, h, i, j: m[i] == m[j]), q_len=20, kv_len=20),
+                ids,
+                NotImplementedError,
+                "function reads",
+            ),
             (lambda m: document(cu_seqlens=m), ids, ValueError, "cu_seqlens is mapped by torch.vmap"),
         ]
         for rule, mapped, error, text in cases:
             with pytest.raises(error, match=text):
                 torch.vmap(lambda x, m, rule=rule: attention(x, x, x, rule(m)))(q, mapped)
-        with pytest.raises(NotImplementedError, match="whose values are needed"):
-            torch.vmap(lambda x, m: scaled_dot_product_attention(x, x, x, attn_mask=m))(q, torch.zeros(3, 20, 20))
         # one that reads nothing mapped
         rule = from_function(lambda b, h, i, j: ids[0][i] == ids[0][j])
         assert torch.vmap(lambda x: attention(x, x, x, rule))(q).isfinite().all()
 
-    def test_batched_gradients(self) -> None:
-        q = torch.randn(1, 2, 20, 8, requires_grad=True)
-        for lse in (False, True):
-            o = attention(q, q, q, return_lse=True)[lse]
-            with pytest.raises(NotImplementedError, match=r"no batched gradients \(is_grads_batched=True"):
-                torch.autograd.grad(o, q, torch.randn(3, *o.shape), is_grads_batched=True)
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_batched_gradients(self, mask: str) -> None:
+        qkv = make_qkv(2, 4, 2, 20, 20, 8, 6, dtype=torch.float64, requires_grad=True)
+        outputs = attention(*qkv, self.MASKS[mask](), return_lse=True)
+        into = [torch.randn(3, *t.shape, dtype=t.dtype) for t in outputs]
+        for at in (slice(0, 1), slice(1, 2), slice(0, 2)):
+            rest = {"retain_graph": True, "materialize_grads": True}
+            got = torch.autograd.grad(outputs[at], qkv, into[at], is_grads_batched=True, **rest)
+            for i in range(3):
+                want = torch.autograd.grad(outputs[at], qkv, [t[i] for t in into[at]], **rest)
+                for a, b in zip(got, want, strict=True):
+                    torch.testing.assert_close(a[i], b)
+
+    def test_gradients_that_are_batched_twice_raise(self) -> None:
+        q = torch.randn(1, 1, 4, 8, requires_grad=True)
+        o = attention(q, q, q)
+
+        def grad(do: Tensor) -> Tensor:
+            return torch.autograd.grad(o, q, do, is_grads_batched=True, retain_graph=True)[0]
+
+        with pytest.raises(NotImplementedError, match="batched twice"):
+            torch._vmap_internals._vmap(grad)(torch.randn(2, 3, *o.shape))
+
+    @pytest.mark.parametrize("vectorize", [False, True])
+    def test_functional_jacobians(self, vectorize: bool) -> None:
+        qkv = make_qkv(1, 2, 1, 3, 4, 2, dtype=torch.float64)
+        jacobian = torch.autograd.functional.jacobian
+        got = jacobian(lambda *x: attention(*x, causal(1)), qkv, vectorize=vectorize)
+        want = jacobian(lambda *x: attention(*x, causal(1), backend="reference"), qkv)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, -2.0], ids=["mask", "bias"])
+def test_floats_of_sdpa(lowest: float) -> None:
+    """Under a transform they are added, whatever they hold: values that are mapped, or that get a gradient."""
+    q, floats = torch.randn(3, 2, 20, 8), torch.zeros(3, 1, 20, 20).masked_fill(~_random(3, 1, 20, 20), lowest)
+    floats[..., 0] = 0
+
+    def call(x: Tensor, m: Tensor, sdpa: Any = scaled_dot_product_attention) -> Tensor:
+        return sdpa(x[None], x[None], x[None], attn_mask=m)
+
+    torch.testing.assert_close(
+        torch.vmap(call)(q, floats), torch.stack([call(x, m) for x, m in zip(q, floats, strict=True)])
+    )
+    theirs = torch.nn.functional.scaled_dot_product_attention
+
+    def of_first(m: Tensor) -> Tensor:
+        return call(q[0], m)
+
+    def of_all(m: Tensor) -> Tensor:
+        return torch.vmap(lambda x: call(x, m))(q)
+
+    for function, rows in ((of_first, q[:1]), (of_all, q)):
+        got = torch.func.grad(lambda m, f=function: f(m).sin().sum())(floats[0])
+        leaf = floats[0].clone().requires_grad_()
+        want = torch.autograd.grad([call(x, leaf, theirs).sin().sum() for x in rows], leaf)[0]
+        torch.testing.assert_close(got.masked_fill(floats[0] == -torch.inf, 0), want.nan_to_num())
 
 
 class TestMappedMasks:
@@ -252,6 +314,30 @@ class TestMappedMasks:
             got = torch.vmap(lambda x, m, rule=rule: attention(x, x, x, rule(m)))(q, mapped)
             for i in range(n):
                 torch.testing.assert_close(got[i], attention(q[i], q[i], q[i], rule(mapped[i])))
+
+    @pytest.mark.parametrize("planes", PLANES)
+    def test_packed_inside(self, planes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        packed: list[Any] = []
+        honest = definition.pack_mask
+        monkeypatch.setattr(definition, "pack_mask", lambda *a: packed.append(a) or honest(*a))
+        q, masks = self._qkv(3)[0], _random(3, *self.PLANES[planes], 20, 20)
+
+        def loss(x: Tensor, m: Tensor) -> Tensor:
+            mask = pack(causal() & from_dense(m), q_len=20, kv_len=20)
+            # a level that maps no mask
+            again = torch.vmap(lambda y: attention(y, y, y, mask, softcap=2.0))(torch.stack([x, 2 * x]))
+            assert "torch.vmap" in str(mask)
+            return attention(x, x, x, mask).sin().sum() + again.sum()
+
+        got = torch.vmap(torch.func.grad(loss))(q, masks)
+        assert len(packed) == 1
+        for x, mask, grad in zip(q, masks, got, strict=True):
+            leaf, inside = x.clone().requires_grad_(), mask & torch.ones(20, 20).tril().bool()
+            o = attention(leaf, leaf, leaf, inside).sin().sum()
+            o = o + sum(attention(y, y, y, inside, softcap=2.0).sum() for y in (leaf, 2 * leaf))
+            torch.testing.assert_close(grad, torch.autograd.grad(o, leaf)[0])
+        with pytest.raises(ValueError, match=r"torch\.vmap returns no BlockMask"):
+            torch.vmap(pack)(masks)
 
     @pytest.mark.parametrize("planes", PLANES)
     def test_one_call(self, planes: str, monkeypatch: pytest.MonkeyPatch) -> None:

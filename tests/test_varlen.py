@@ -220,6 +220,11 @@ ERRORS: list[Any] = [
     ({"return_lse": 1}, TypeError, "return_lse is 1"),
     ({"scale": float("nan")}, ValueError, "scale is nan"),
     ({"backend": "cudnn"}, ValueError, "backend is"),
+    ({"max_seqlen_q": 6}, TypeError, "max_seqlen_q is no argument; leave it out"),
+    ({"window_size": (3, 0)}, TypeError, r"window_size is no argument; write window=\(before, after\)"),
+    ({"softmax_scale": 0.3}, TypeError, "softmax_scale is no argument; write scale"),
+    ({"is_causal": True}, TypeError, "is_causal is no argument; write causal"),
+    ({"causl": True}, TypeError, "causl is no argument; allowed keywords are cu_seqlens_q, cu_seqlens_k, mask, causal"),
 ]
 
 
@@ -289,6 +294,27 @@ class TestFlashAttn:
             grads = (torch.autograd.grad(t.sin().sum(), leaves, retain_graph=True) for t in (o, want))
             for a, b in zip(*grads, strict=True):
                 torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+    @pytest.mark.parametrize(("q_len", "window"), [(140, (-1, -1)), (20, (-1, -1)), (140, (30, 0))])
+    def test_slopes_of_samples(self, q_len: int, window: tuple[int, int]) -> None:
+        q, k, v = packed((2, q_len, 4, 8), (2, 140, 2, 8), (2, 140, 2, 8))
+        slopes = torch.rand(2, 4, requires_grad=True)
+        given: Any = {"causal": True, "window_size": window, "return_attn_probs": True}
+        o, lse, _ = flash_attn_func(q, k, v, alibi_slopes=slopes, **given)
+        want = [
+            flash_attn_func(q[i : i + 1], k[i : i + 1], v[i : i + 1], alibi_slopes=slopes[i], **given) for i in range(2)
+        ]
+        leaves = q, k, v, slopes
+        for a, b in ((o, torch.cat([w[0] for w in want])), (lse, torch.cat([w[1] for w in want]))):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+            grads = (
+                torch.autograd.grad(t.sin().sum(), leaves, retain_graph=True, materialize_grads=True) for t in (a, b)
+            )
+            for x, y in zip(*grads, strict=True):
+                torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+        for changes in ({"causal": False}, {"alibi_slopes": torch.rand(1, 4)}):
+            with pytest.raises(ValueError, match=r"alibi_slopes has shape .*allowed are \[q_heads\], and with causal"):
+                flash_attn_func(q, k, v, **{"causal": True, "alibi_slopes": slopes, **changes})
 
     def test_slopes_count_within_documents_of_equal_bounds_alone(self) -> None:
         q, k = torch.randn(6, 2, 8), torch.randn(9, 2, 8)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anymask.block_mask import parts, text
 from anymask.block_mask.bits import unpack_bits
-from anymask.block_mask.checks import contradiction_of
+from anymask.block_mask.checks import contradiction_of, is_mapped, refuse_mapped
 from anymask.block_mask.files import read_safetensors, write_safetensors
 from anymask.block_mask.full import full_lists
 from anymask.block_mask.structure import Structure, structure_of
@@ -121,6 +121,7 @@ class BlockMask:
         return found
 
     def _remember(self, view: str) -> TileLists:
+        refuse_mapped(self.q_has_pair)
         tensors = self.lists, self.words, self.q_has_pair, self.kv_has_pair
         found = parts.view_of(view, tensors, self.q_len, self.kv_len)
         # not while torch traces: what is made there is no tensor
@@ -161,6 +162,7 @@ class BlockMask:
     @property
     def tile_counts(self) -> tuple[int, int, int]:
         """Tiles over all planes, (empty, partial, full)."""
+        refuse_mapped(self.q_has_pair)
         n_rows, n_cols = (self.batch * self.heads * tiles_over(n) for n in (self.q_len, self.kv_len))
         partial = self.words.shape[1]
         full = parts.full_tiles_in(self.lists.shape[0], n_rows, n_cols, partial)
@@ -402,15 +404,18 @@ class BlockMask:
         self.__post_init__()
 
     def __str__(self) -> str:
+        if is_mapped(self.q_has_pair):
+            return repr(self)
         kinds = self.tile_kinds()
         scale = text.scale(kinds)
         return f"{self!r}\n{scale} x {scale} tiles to a character: {text.LEGEND}\n{text.draw(kinds)}"
 
     def __repr__(self) -> str:
         kinds = {type(t).__name__ for t in self.tensors() if not isinstance(t, Tensor)}
-        if kinds:
+        if kinds or is_mapped(self.q_has_pair):
             # what tree_map made of one; torch prints it in its errors
-            return f"BlockMask(q_len={self.q_len}, kv_len={self.kv_len}, of {', '.join(sorted(kinds))})"
+            of = ", ".join(sorted(kinds)) or "slices that torch.vmap maps"
+            return f"BlockMask(q_len={self.q_len}, kv_len={self.kv_len}, of {of})"
         empty, partial, full = self.tile_counts
         return (
             f"BlockMask(q_len={self.q_len}, kv_len={self.kv_len}, planes={self.batch}x{self.heads}, "

@@ -1,10 +1,11 @@
-"""Whether two views can be those of one mask."""
+"""Whether two views can be those of one mask, and whether `torch.vmap` has made one that has none."""
 
 import torch
 from torch import Tensor
 
 from anymask.block_mask.tile_lists import TileLists
 from anymask.tiles import FULL, PARTIAL, tiles_over
+from anymask.vmap import is_mapped_tensor
 
 
 def contradiction_of(rows: TileLists, cols: TileLists, q_len: int, kv_len: int) -> str | None:
@@ -30,6 +31,19 @@ def contradiction_of(rows: TileLists, cols: TileLists, q_len: int, kv_len: int) 
         if not torch.equal(by_column.sort().values, by_row):
             return f"cols.{name}_tiles"
     return "rows.partial_tiles" if (torch.cat(places).sort().values.diff() == 0).any() else None
+
+
+def is_mapped(q_has_pair: Tensor) -> bool:
+    """Whether a mask was packed inside `torch.vmap`: its lists are those of all slices."""
+    return not torch.compiler.is_compiling() and is_mapped_tensor(q_has_pair)
+
+
+def refuse_mapped(q_has_pair: Tensor) -> None:
+    """Raise NotImplementedError for such a mask, which nothing but attention knows to read."""
+    if is_mapped(q_has_pair):
+        raise NotImplementedError(
+            "a BlockMask packed inside torch.vmap has the tiles of all slices; allowed is attention under it there"
+        )
 
 
 def _tiles(lists: TileLists, kind: int) -> Tensor:

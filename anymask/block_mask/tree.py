@@ -28,7 +28,7 @@ def put_together(tensors: Any, lengths: tuple[int, int]) -> BlockMask:
             f"a BlockMask was put together from tensors that do not fit: {wrong} has shape "
             f"{tuple(getattr(mask, wrong).shape)} beside q_has_pair of shape {tuple(mask.q_has_pair.shape)}. "
             "Micro-batches of torch.distributed.pipelining split each of its tensors along dimension 0; keep it "
-            "out of what they split, and cut it by block_mask[i:j]"
+            "out of what they split, and cut it by block_mask[i:j]. torch.vmap returns no BlockMask"
         )
     return mask
 

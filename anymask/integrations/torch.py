@@ -21,9 +21,9 @@ from anymask.packing import cache
 def replace_sdpa() -> Iterator[None]:
     """Within it `torch.nn.functional.scaled_dot_product_attention` is anymask's, for all threads.
 
-    `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` call it, with their masks as floats of 0 and -inf. Their
-    fast path, which has an attention of its own, is off meanwhile. Code that took the function by name before keeps
-    torch's.
+    `nn.MultiheadAttention`, with `need_weights=False`, and `nn.TransformerEncoderLayer` call it, with their masks as
+    floats of 0 and -inf. With weights the former computes all of it by itself. Their fast path, which has an attention
+    of its own, is off meanwhile. Code that took the function by name before keeps torch's.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, dropout=0.0, batch_first=True)

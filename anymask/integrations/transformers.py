@@ -10,6 +10,7 @@ evaluated, and inside `torch.compile` all are, but causal ones and padding. Ever
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +87,7 @@ def attention_forward(
         ValueError: the weights are asked for, or a soft cap beside a bias, which transformers adds to what is capped
             already; or what `attention` raises.
     """
-    if output_attentions:
+    if output_attentions or _is_recorded(module):
         raise ValueError(f"{type(module).__name__} asks for output_attentions; anymask has no weights: use eager")
     found: Tensor | Mask | BlockMask | None = attention_mask
     bias: Tensor | Bias | None = position_bias
@@ -111,6 +112,22 @@ def attention_forward(
         query, key, value = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
     o = attention(query, key, value, found, bias=bias, scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout)
     return o.transpose(1, 2).contiguous(), None
+
+
+def _is_recorded(module: torch.nn.Module) -> bool:
+    """Whether a model that tells its layers nothing records the weights that this one returns."""
+    # versions without it ask the layers
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None or not module._forward_hooks:
+        return False
+    # what its hook on this layer does too, so that a compiler finds nothing new in it
+    collected = capturing._active_collector.get()
+    if not collected:
+        return False
+    if torch.compiler.is_compiling():
+        return any("attentions" in key for key in collected)
+    keys = [_closure(hook).get("key") for hook in module._forward_hooks.values()]
+    return any(key in collected and "attentions" in key for key in keys if isinstance(key, str))
 
 
 def mask(

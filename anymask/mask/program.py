@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from anymask.mask.expr import PROGRAM, Binary, Mask, Not, from_postfix, postfix
+from anymask.mask.expr import PROGRAM, Binary, Mask, Not, TileGrid, from_postfix, postfix
 from anymask.vmap import is_mapped_tensor
 
 # farther than any two positions are, and a sum of two such fits int64
@@ -156,6 +156,18 @@ def is_mapped(mask: Mask) -> bool:
     """Whether `torch.vmap` maps a tensor of the mask, at whatever level; what a function reads is not known."""
     program = program_of(mask) if torch._C._are_functorch_transforms_active() else None
     return program is not None and any(map(is_mapped_tensor, program.tensors))
+
+
+def refuse_mapped_functions(mask: Mask, grid: TileGrid) -> None:
+    """Raise NotImplementedError if a function reads what `torch.vmap` maps, which the value of one pair shows."""
+    if not torch._C._are_functorch_transforms_active() or not (grid.q_len and grid.kv_len):
+        return
+    first = torch.zeros(1, 1, dtype=torch.int64, device=grid.device)
+    if program_of(mask) is None and is_mapped_tensor(mask.evaluate(grid, first, first, first, first)):
+        raise NotImplementedError(
+            "mask is a from_function mask whose function reads a tensor that torch.vmap maps; allowed is a mask by "
+            "name, or from_dense"
+        )
 
 
 def near(n: int | None, unbounded: int = 0) -> int:

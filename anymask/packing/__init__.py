@@ -9,7 +9,7 @@ from anymask.mask.arguments import check_natural
 from anymask.mask.expr import TileGrid
 from anymask.mask.leaves import Dense
 from anymask.mask.parts import as_mask
-from anymask.mask.program import is_mapped, program_of
+from anymask.mask.program import is_mapped, program_of, refuse_mapped_functions
 from anymask.packing.changes import extend as extend
 from anymask.packing.changes import slice_queries as slice_queries
 from anymask.packing.device import implementation
@@ -40,9 +40,11 @@ def pack(
         pair of a dense tensor.
         On a GPU it synchronises with the host once, for a function more often. There the first mask of each structure,
         whatever its numbers and tensors, compiles two kernels.
+        Inside `torch.vmap`, of tensors that it maps: all slices packed at once, a mask for `attention` there alone.
 
     Raises:
         ValueError: dtype, rank or shape of a tensor that cannot be a mask of these lengths. TypeError: no mask at all.
+        NotImplementedError: a function that reads what `torch.vmap` maps.
     """
     mask = as_mask(mask, "a bool tensor and a Mask")
     if isinstance(mask, Dense):
@@ -60,16 +62,13 @@ def pack(
     place = torch.device(device or "cpu")
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
-    if torch.compiler.is_compiling():
-        # one operator of `anymask.mask_ops`, which compilers do not look into
+    grid = TileGrid(q_len, kv_len, place)
+    if torch.compiler.is_compiling() or is_mapped(mask):
+        # one operator of `anymask.mask_ops`, which compilers do not look into, and which has a rule for torch.vmap
         program = program_of(mask.to(place))
         assert program is not None
         return BlockMask(q_len, kv_len, *torch.ops.anymask.pack(*program, q_len, kv_len, place))
-    if is_mapped(mask):
-        raise NotImplementedError(
-            "mask is made of a tensor that torch.vmap maps, and a BlockMask has no mapped planes; allowed is the mask "
-            "itself as an argument of attention"
-        )
+    refuse_mapped_functions(mask, grid)
     # tensors of inference mode could not be saved for a backward pass
     with torch.inference_mode(False):
-        return implementation(place).pack_mask(mask.to(place), TileGrid(q_len, kv_len, place))
+        return implementation(place).pack_mask(mask.to(place), grid)

@@ -18,9 +18,8 @@ from torch._C import _functorch
 from anymask.block_mask import BlockMask
 from anymask.mask import Mask
 from anymask.mask.expr import TileGrid, fold
-from anymask.mask.program import program_of
+from anymask.mask.program import program_of, refuse_mapped_functions
 from anymask.packing import pack
-from anymask.vmap import is_mapped_tensor
 
 # None, where tensors are found to be no mask
 Built = TypeVar("Built", Mask, Mask | None)
@@ -221,13 +220,12 @@ class MaskCache:
         """
         if torch._C._are_functorch_transforms_active():
             mask = _unwrapped(mask)
+            refuse_mapped_functions(mask, TileGrid(q_len, kv_len, device))
         program = program_of(mask)
         leaves = () if program is None else program.tensors
         keys = [key for key in map(_tensor_key, leaves) if key is not None]
         on_cuda = device.type == "cuda"
         capturing = on_cuda and torch.cuda.is_current_stream_capturing()
-        if program is None and torch._C._are_functorch_transforms_active() and q_len and kv_len:
-            _refuse_mapped_functions(mask, TileGrid(q_len, kv_len, device))
         # what a function has captured may change
         if program is None or len(keys) < len(leaves) or (capturing and keys):
             return _pack(mask, q_len, kv_len, device, capturing, check)
@@ -319,16 +317,6 @@ def _apart() -> Iterator[None]:
 
             stack.enter_context(temporarily_clear_interpreter_stack())
         yield
-
-
-def _refuse_mapped_functions(mask: Mask, grid: TileGrid) -> None:
-    """Raise NotImplementedError if a function reads what `torch.vmap` maps, which the value of one pair shows."""
-    first = torch.zeros(1, 1, dtype=torch.int64, device=grid.device)
-    if is_mapped_tensor(mask.evaluate(grid, first, first, first, first)):
-        raise NotImplementedError(
-            "mask is a from_function mask whose function reads a tensor that torch.vmap maps; allowed is a mask by "
-            "name, or from_dense"
-        )
 
 
 def _unwrapped(mask: Mask) -> Mask:

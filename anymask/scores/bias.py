@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 from anymask.scores.record import Lookup
 
@@ -175,8 +176,11 @@ def _sum(*terms: Bias | Tensor) -> Sum:
 def _once(t: Tensor) -> Tensor:
     """`t` with size 1 where it is expanded, so that nothing repeats what it holds."""
     sizes = [1 if stride == 0 else size for size, stride in zip(t.shape, t.stride(), strict=True)]
-    # a compiled function sees no strides of its inputs that may be others at its next call
+    # a compiled function sees no strides of its inputs that may be others at its next call, and a transform of
+    # torch.func, or a forward-mode derivative, not what lies behind an autograd function
     if torch.compiler.is_compiling() or sizes == list(t.shape):
+        return t
+    if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return t
     once: Any = _Once
     found: Tensor = once.apply(t, sizes)

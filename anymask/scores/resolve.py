@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from anymask.layout import dense_strides
 from anymask.scores.bias import Bias, Found, as_bias, check_floats
@@ -47,8 +47,26 @@ def resolve(
         q, k = _with_columns(q, k, found)
     if not (found.dense or found.diagonals or found.lookups or cap or logits is not None or p):
         return q, k, None
-    seed = torch.randint(2**63 - 1, (2,), device=q.device) if p else None
+    seed = _seed(q.device, p) if p else None
     return q, k, Scores(tuple(found.dense), _lookups(found), cap, logits, p, seed)
+
+
+def _seed(device: torch.device, p: float) -> Tensor:
+    """Seed and offset of a call's dropout; `torch.vmap` maps them if each slice has its own.
+
+    Raises:
+        ValueError: inside a `torch.vmap` that does not say whether each has.
+    """
+    if not torch.compiler.is_compiling() and _C._are_functorch_transforms_active():
+        from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
+
+        for level in retrieve_all_functorch_interpreters():
+            if isinstance(level, VmapInterpreter) and level.randomness() == "error":
+                raise ValueError(
+                    f"dropout_p is {p:g} inside torch.vmap(..., randomness='error'); allowed are 'different', other "
+                    "pairs in each slice, and 'same'"
+                )
+    return torch.randint(2**63 - 1, (2,), device=device)
 
 
 def _number(name: str, value: Any, allowed: str) -> float:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
+from anymask import vmap
 from anymask.scores.bias import Bias, Found
 
 # pairs that are evaluated together: 16 MiB of fp32 for each result inside fn
@@ -34,7 +36,8 @@ class ScoreMod(Bias):
                 "bias is a from_score_mod inside a traced function; allowed are tensors, and biases by name such as "
                 "alibi and relative"
             )
-        reads = _reads(self.fn, found.device)
+        # a compiler would look into what it left for the error above, and knows no levels of torch.func
+        reads = torch.compiler.disable(_reads)(self.fn, found.device)
         sizes = tuple(size if read else 1 for size, read in zip(found.shape, reads, strict=True))
         if 0 in found.shape:
             return
@@ -60,13 +63,19 @@ class ScoreMod(Bias):
 
     def _hint(self, pairs: Tensor) -> str:
         """What to write instead, where fn is a softcap."""
+        cap = self.cap(pairs)
+        return "" if cap is None else f": this is attention(..., softcap={cap:g})"
+
+    def cap(self, pairs: Tensor) -> float | None:
+        """c, if fn is `c tanh(score / c)` at these pairs."""
         cap = float(self._at(pairs[:1], 1e9))
         if not 0 < cap < 1e8:
-            return ""
-        for part in (0.5, -0.5, 2.0):
-            if not torch.allclose(self._at(pairs, part * cap) / cap, torch.tensor(part).tanh().double(), rtol=1e-5):
-                return ""
-        return f": this is attention(..., softcap={cap:g})"
+            return None
+        for part in (0.0, 0.1, 0.5, -0.5, 2.0):
+            expected = torch.tensor(part, dtype=torch.float64, device=pairs.device).tanh()
+            if not torch.allclose(self._at(pairs, part * cap) / cap, expected, rtol=1e-5, atol=1e-9):
+                return None
+        return cap
 
     def _at(self, pairs: Tensor, score: float) -> Tensor:
         """fp64 `[n]` of indices `[n, 4]`."""
@@ -77,14 +86,20 @@ class ScoreMod(Bias):
     def _tensor(self, found: Found, sizes: tuple[int, ...]) -> Tensor:
         """`fn(0, ...)` of all pairs, some rows of queries at a time."""
         score = torch.zeros((), dtype=found.compute, device=found.device)
-        fn: Callable[..., Tensor] = self.fn
-        for dim in (3, 2, 1, 0):
-            # innermost first, so that the results are [b, h, q, k]
-            fn = torch.vmap(fn, in_dims=(None, *(0 if d == dim else None for d in range(4))))
+        fn = _of_all_pairs(self.fn)
         b, h, q, k = (torch.arange(n, device=found.device) for n in sizes)
         rows = max(1, PAIRS // (sizes[0] * sizes[1] * sizes[3]))
         parts = [fn(score, b, h, some, k).to(found.compute) for some in q.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def softcap_of(fn: Callable[..., Any], device: torch.device) -> float | None:
+    """c, if fn is `c tanh(score / c)` whatever the indices; None if it is not, or gradients would reach it."""
+    if torch.compiler.is_compiling() or any(torch.compiler.disable(_reads)(fn, device)):
+        return None
+    pair = torch.zeros(1, len(_INDICES), dtype=torch.int64, device=device)
+    mod = ScoreMod(fn)
+    return None if mod._at(pair, 1.0).requires_grad else mod.cap(pair)
 
 
 def _checked(changed: Any) -> Tensor:
@@ -95,18 +110,36 @@ def _checked(changed: Any) -> Tensor:
 
 
 def _reads(fn: Callable[..., Any], device: torch.device) -> tuple[bool, ...]:
-    """Which indices the result of fn depends on, by the graph of its operations."""
-    from torch.fx.experimental.proxy_tensor import make_fx
+    """Which indices the result of fn depends on: those whose `torch.vmap` has mapped it.
+
+    Raises:
+        NotImplementedError: it depends on what an outer `torch.vmap` maps.
+    """
+    mapped_by: set[int] = set()
+
+    def probe(score: Tensor, *pair: Tensor) -> Tensor:
+        changed = _checked(fn(score, *pair))
+        innermost = _functorch.maybe_current_level()
+        assert innermost is not None
+        mapped_by.update(level - innermost for level in vmap.levels_of(changed))
+        return changed
 
     score, index = torch.zeros((), device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    one_pair = torch.vmap(lambda *pair: _checked(fn(*pair)), in_dims=(None, 0, 0, 0, 0))
     with torch.no_grad():
-        graph = make_fx(one_pair)(score, *[index.clone() for _ in _INDICES]).graph
-    left = [node for node in graph.nodes if node.op == "output"]
-    needed = set(left)
-    while left:
-        new = set(left.pop().all_input_nodes) - needed
-        needed |= new
-        left += new
-    inputs = [node in needed for node in graph.nodes if node.op == "placeholder"]
-    return tuple(inputs[1:])
+        _of_all_pairs(probe)(score, *[index] * len(_INDICES))
+    # of the innermost level, of the last index, 0
+    places = [level + len(_INDICES) - 1 for level in mapped_by]
+    if min(places, default=0) < 0:
+        raise NotImplementedError(
+            "bias is a from_score_mod whose fn reads a tensor that torch.vmap maps; allowed are tensors, and biases by "
+            "name such as relative"
+        )
+    return tuple(place in places for place in range(len(_INDICES)))
+
+
+def _of_all_pairs(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`fn` of a score and of four rows of indices, whose results are `[b, h, q, k]`."""
+    for dim in reversed(range(len(_INDICES))):
+        # innermost first
+        fn = torch.vmap(fn, in_dims=(None, *(0 if d == dim else None for d in range(len(_INDICES)))))
+    return fn

@@ -354,9 +354,16 @@ MASKS: tuple[Mutant, ...] = (
     Mutant(
         "vmap: samples that share a plane are no heads",
         VMAP,
-        '"samples" if is_mapped else "heads"',
-        '"heads"',
+        "1 if batch == heads == 1 else self.batch * self.heads",
+        "self.batch * self.heads",
         seen_by("test_transforms", "TestMappedMasks and one"),
+    ),
+    Mutant(
+        "vmap: planes of slices taken in another order than they were packed",
+        VMAP,
+        'is_in_order = not self.is_mapped or fold.into != "heads" or self.planes[0] == 1',
+        "is_in_order = True",
+        seen_by("test_score_transforms", "masks_that_are_mapped"),
     ),
     Mutant(
         "vmap: a tensor of samples that is not mapped counted once",
@@ -368,8 +375,8 @@ MASKS: tuple[Mutant, ...] = (
     Mutant(
         "vmap: the mask of a slice taken for that of all",
         VMAP,
-        "mask[LISTS].detach()",
-        "mask[LISTS]",
+        "self.tensors[LISTS].detach()",
+        "self.tensors[LISTS]",
         seen_by("test_transforms", "made_inside"),
     ),
 )

@@ -2,8 +2,9 @@
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
-SCORED, SMALL, WEIGHTS, OPS = (
-    f"anymask/{name}.py" for name in ("backends/cpu/scored", "backends/cpu/small_scored", "scores/weights", "score_ops")
+SCORED, SMALL, WEIGHTS, OPS, VMAP = (
+    f"anymask/{name}.py"
+    for name in ("backends/cpu/scored", "backends/cpu/small_scored", "scores/weights", "score_ops", "score_vmap")
 )
 BIAS, BUILDERS, RESOLVE, SCORE_MOD, DROPOUT = (
     f"anymask/scores/{name}.py" for name in ("bias", "builders", "resolve", "score_mod", "dropout")
@@ -125,8 +126,8 @@ SCORES: tuple[Mutant, ...] = (
     Mutant(
         "operators: gradients of tables by the flags of dense terms",
         OPS,
-        "[*needed[4], *needed[5][::_PARTS], needed[7]]",
-        "[*needed[4], *needed[5][1::_PARTS], needed[7]]",
+        "[*of_dense, *of_lookups[::_PARTS], of_sinks]",
+        "[*of_dense, *of_lookups[1::_PARTS], of_sinks]",
         seen_by("test_scores", "test_only_what_is_needed"),
     ),
     Mutant(
@@ -188,9 +189,37 @@ SCORES: tuple[Mutant, ...] = (
     Mutant(
         "score_mod: head not read",
         SCORE_MOD,
-        "tuple(inputs[1:])",
-        "(inputs[1], False, *inputs[3:])",
+        "tuple(place in places for place",
+        "tuple(place in places and place != 1 for place",
         seen_by("test_score_builders", "test_only_what_fn_reads"),
+    ),
+    Mutant(
+        "vmap: gradient of what slices share summed over them",
+        VMAP,
+        "self.needed and for_gradients",
+        "False",
+        seen_by("test_score_transforms", "TestBias and vmap"),
+    ),
+    Mutant(
+        "vmap: the same pairs dropped by other numbers of samples",
+        VMAP,
+        "self.seed is not None and not self.seed_is_mapped",
+        "False",
+        seen_by("test_score_transforms", "TestDropout"),
+    ),
+    Mutant(
+        "vmap: pairs dropped backward that were kept forward",
+        VMAP,
+        'self.seed is not None and fold.into != "heads" and any(t.is_table for t in self.terms)',
+        "False",
+        seen_by("test_score_transforms", "TestDropout"),
+    ),
+    Mutant(
+        "vmap: a mask of each slice taken for the first one's",
+        VMAP,
+        "bounds = i * batch, (i + 1) * batch, 0, heads",
+        "bounds = 0, batch, 0, heads",
+        seen_by("test_score_transforms", "one_by_one or same_under"),
     ),
     Mutant(
         "dropout: the same bits for two runs of 8 queries",
