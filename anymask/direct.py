@@ -104,10 +104,10 @@ class Direct:
             _encode(encode, start + offset, tile, options)
             self._maps.append((start + offset, tile.slot))
             offset += MAP_BYTES
-        self._slots, self._offset = [*addresses, *[slot for _, slot in self._maps]], offset
-        # where the parameters and the launch come from that are in memory now: addresses in the order of slots, stream
+        self._n_addresses, self._offset = len(addresses), offset
+        self._slots = [*addresses, *[slot for _, slot in self._maps]]
+        # the addresses that are in memory now, of `_slots`
         self._written: list[int] | None = None
-        self._n_addresses = len(addresses)
         self._pack = struct.Struct(f"{len(addresses)}Q").pack_into
         rest = offset + CELL * len(addresses)
         pointers, next_address = [], offset
@@ -143,25 +143,22 @@ class Direct:
     def __call__(self, tensors: Sequence[Tensor]) -> bool:
         """Launch the kernel; False if the driver refused, and nothing was launched."""
         wanted = [tensors[slot].data_ptr() for slot in self._slots]
-        wanted.append(self._stream(self._device))
         # the driver copies the parameters before it returns
         with self._lock:
             # calls of a loop find most of their memory where the calls before had it
-            if wanted != self._written and not self._write(wanted):
-                return False
+            written = self._written
+            if wanted != written:
+                self._written, at, failed = None, self._n_addresses, 0
+                self._pack(self._memory, self._offset, *wanted[:at])
+                for place, _ in self._maps:
+                    if written is None or wanted[at] != written[at]:
+                        failed |= self._replace(place, wanted[at])
+                    at += 1
+                if failed:
+                    return False
+                self._written = wanted
+            self._config.stream = self._stream(self._device)
             return not self._launch(*self._call)
-
-    def _write(self, wanted: list[int]) -> bool:
-        """Write addresses and stream to where the driver reads them; False if it refused one. The lock is held."""
-        self._written, n = None, self._n_addresses
-        self._pack(self._memory, self._offset, *wanted[:n])
-        failed = 0
-        for (place, _), address in zip(self._maps, wanted[n:-1], strict=True):
-            failed |= self._replace(place, address)
-        self._config.stream = wanted[-1]
-        if not failed:
-            self._written = wanted
-        return not failed
 
 
 def _check(metadata: Any) -> None:

@@ -201,7 +201,7 @@ def _forward_autograd(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rest = sm_scale, backend, deterministic, scale
-    if _is_recorded(q, k, v):
+    if _may_record() and _is_recorded(q, k, v):
         with _one_level():
             output: tuple[Tensor, Tensor] = _apply(Attention, keyset, q, k, v, block_mask_of(mask, q, k), *rest)
             return output
@@ -213,7 +213,7 @@ def _forward_autograd(
 
 
 def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if _is_recorded(*[t for t in args if isinstance(t, Tensor)]):
+    if _may_record() and _is_recorded(*[t for t in args if isinstance(t, Tensor)]):
         with _one_level():
             output: tuple[Tensor, Tensor, Tensor] = _apply(_Once, keyset, *args)
             return output
@@ -225,6 +225,11 @@ def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]
 
 def _apply(function: Any, *args: Any) -> Any:
     return function.apply(*args)
+
+
+def _may_record() -> bool:
+    """Not in a compiled graph, which is most of what operators are called by."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def _is_recorded(*tensors: Tensor) -> bool:
