@@ -436,6 +436,22 @@ def test_two_threads_do_not_share_a_launch(driver: Driver, warm: Tensor, monkeyp
     assert set(_inputs(driver)) == {(q.data_ptr(),) * 3 for q in inputs}
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_memory_on_cuda(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a method of a tensor of the call."""
+    twin = torch._C._dynamo.guards._empty_strided_cpu
+    monkeypatch.setattr(plan, "empty_on_cuda", twin if there else None)
+    made = plan.Plan(torch.device("cuda", 0))
+    wanted = made.allocate([2, 3, 5], [1, 2, 6], torch.float16)
+    for q in (torch.zeros(1), torch.zeros(1, dtype=torch.float16)):
+        tensors = [q]
+        made._steps[0](tensors)
+        t = tensors[1]
+        assert (t.shape, t.stride(), t.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert t.device == q.device
+        assert not t.requires_grad
+
+
 def test_plans_are_few_and_hold_no_tensor(driver: Driver) -> None:
     q = torch.zeros(1, 2, 300, 64, dtype=torch.float16, requires_grad=True)
     mask = pack(causal(), q_len=300, kv_len=300)
