@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from anymask import backends, mask_ops, ops, score_ops, validate
 from anymask.block_mask import BlockMask, Stats
@@ -16,6 +17,7 @@ from anymask.mask import Mask, causal
 from anymask.scores import Bias, resolve
 from anymask.shapes import LSE, K, O, Q, V
 from anymask.tiles import TILE
+from anymask.traced import attend, is_simple
 
 
 @overload
@@ -143,6 +145,10 @@ def attention(
     """
     if unknown:
         validate.refuse_keywords(unknown)
+    if is_compiling() and scale is None and backend is None and is_causal is False:
+        scored = bias is not None or softcap is not None or sinks is not None or dropout_p != 0.0
+        if not scored and is_simple(q, k, v, mask, return_lse, deterministic):
+            return attend(q, k, v, mask, return_lse, deterministic)
     q, k, v = validate.autocast(q, k, v)
     scale = validate.check_call(q, k, v, scale, is_causal, mask, return_lse, deterministic)
     backends.check_name(backend)

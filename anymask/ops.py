@@ -205,7 +205,7 @@ def _forward_autograd(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rest = sm_scale, backend, deterministic, scale
-    if is_recorded(_NO_FORWARD_MODE, q, k, v):
+    if may_record() and is_recorded(_NO_FORWARD_MODE, q, k, v):
         with one_level():
             output: tuple[Tensor, Tensor] = apply(Attention, keyset, q, k, v, block_mask_of(mask, q, k), *rest)
             return output
@@ -217,7 +217,7 @@ def _forward_autograd(
 
 
 def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = [t for t in args if isinstance(t, Tensor)]
+    tensors = [t for t in args if isinstance(t, Tensor)] if may_record() else []
     if is_recorded(_NO_FORWARD_MODE, *tensors):
         with one_level():
             output: tuple[Tensor, Tensor, Tensor] = apply(Once, keyset, backward_op, _TWICE, args, *tensors)
@@ -231,6 +231,11 @@ def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]
 def apply(function: Any, *args: Any) -> Any:
     """What an autograd function returns."""
     return function.apply(*args)
+
+
+def may_record() -> bool:
+    """Not in a compiled graph, which is most of what operators are called by."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def is_recorded(refusal: str, *tensors: Tensor) -> bool:

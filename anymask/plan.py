@@ -17,6 +17,10 @@ from torch import _C, Tensor
 from anymask import launch as now
 from anymask.direct import Address, Direct, TileMap
 
+# memory of sizes, strides and dtype on the current device: what compiled graphs of torch allocate with, in half of the
+# time of a tensor's method; None in a torch without it
+empty_on_cuda: Any = getattr(_C._dynamo.guards, "_empty_strided_cuda", None)
+
 
 class Operand:
     """A tensor of a plan. Its address is known modulo 16."""
@@ -109,11 +113,16 @@ class Plan:
     def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Any:
         """Memory of the plan's device, aligned."""
         shape, strides = tuple(shape), tuple(strides)
+        on_cuda: Any = empty_on_cuda if self.device.type == "cuda" else None
 
         def step(tensors: list[Any]) -> None:
             tensors.append(tensors[0].new_empty_strided(shape, strides, dtype=dtype))
 
-        self._steps.append(step)
+        def step_on_cuda(tensors: list[Any]) -> None:
+            # the device of the plan is the current one
+            tensors.append(on_cuda(shape, strides, dtype))
+
+        self._steps.append(step if on_cuda is None else step_on_cuda)
         return self.operand(shape, strides, dtype, 0)
 
     def finish(self, outputs: tuple[Any, ...]) -> None:

@@ -61,7 +61,7 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_tensor("k", k)
     check_tensor("v", v)
     # torch raises for the device meta, which has no autocast
-    if q.is_meta or not torch.is_autocast_enabled(q.device.type):
+    if not _C._is_any_autocast_enabled() or q.is_meta or not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
@@ -95,11 +95,10 @@ def check_call(
     scale_name: str = "scale",
 ) -> float:
     """The scale to use, once every argument but the mask's shape is known to fit."""
-    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack():
-        # of sizes that may be symbols, which nothing may remember
-        _check_qkv(*_traits(q), *_traits(k), *_traits(v))
-    else:
-        _check_qkv_once(*_traits(q), *_traits(k), *_traits(v))
+    watched = torch.compiler.is_compiling() or _C._len_torch_dispatch_stack()
+    # of sizes that may be symbols nothing may be remembered
+    check = _check_qkv if watched else _check_qkv_once
+    check(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device)
     if not (isinstance(is_causal, bool) and isinstance(return_lse, bool)):
         name, flag = ("return_lse", return_lse) if isinstance(is_causal, bool) else ("is_causal", is_causal)
         raise TypeError(f"{name} is {flag!r} of type {type(flag).__name__}; allowed is a bool")
@@ -134,10 +133,6 @@ def has_static_value(number: Any) -> bool:
     from torch.fx.experimental import symbolic_shapes
 
     return symbolic_shapes.has_static_value(number)
-
-
-def _traits(t: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return t.shape, t.dtype, t.device
 
 
 def _check_qkv(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from anymask import calls, testing
+from anymask import calls, plan, testing
 
 INT_GARBAGE = 0x6B6B6B6B6B6B6B6B
 
@@ -46,6 +46,8 @@ def _poisoned_memory() -> Iterator[None]:
         ):
             for name in names:
                 patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        if plan.empty_on_cuda is not None:
+            patch.setattr(plan, "empty_on_cuda", poisoned(plan.empty_on_cuda))
         yield
 
 

@@ -58,12 +58,13 @@ def compile_both(
     deterministic=False,
     apart=False,
 ):
-    """Forward and backward over zeros; returns the four kernels by name; `apart`: dq has a kernel of its own."""
+    """Forward and backward over zeros; returns the kernels by name; `apart`: dq has a kernel of its own."""
     q, k = (torch.zeros(2, heads, length, dim, dtype=dtype) for heads in (2 * group, 2))
     v = torch.zeros(2, 2, length, v_dim or dim, dtype=dtype)
     o, lse = hopper.forward(q, k, v, mask, scale)
     hopper.backward(q, k, v, o, lse, o, None, mask, scale, deterministic)
-    names = [*KERNELS[:3], "_bwd_dq_kernel"] if apart else KERNELS
+    # delta comes from the kernel of dq at head_dim 128
+    names = [*KERNELS[: 1 + (dim == 64)], "_bwd_dq_kernel", "_bwd_kernel"] if apart else KERNELS
     names = WIDE_KERNELS if max(dim, v_dim or dim) > 128 else names
     assert [x.metadata.name for x in kernels] == names
     return dict(zip(names, kernels, strict=True))
@@ -127,6 +128,42 @@ def assert_keeps_its_registers(kernels, dim, masked):
 def test_dq_apart_keeps_its_registers(hopper_kernels, dim):
     kernels = compile_both(hopper_kernels, dim, causal_mask(), apart=True, deterministic=True)
     assert_keeps_its_registers(kernels, dim, True)
+    assert kernels["_bwd_dq_kernel"].metadata.shared <= TARGETS["sm_90"][1]
+    assert spilled_bytes(kernels["_bwd_dq_kernel"]) == 0
+
+
+SHARED, APART = ["_bwd_delta_kernel", "_bwd_kernel", "_dq_kernel"], ["_bwd_dq_kernel", "_bwd_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("dim", "batch", "deterministic", "names"),
+    [
+        (128, 1, False, APART),
+        (64, 1, False, SHARED),
+        (64, 2, False, ["_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel"]),
+        (64, 2, True, ["_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel"]),
+    ],
+)
+@pytest.mark.parametrize("unused", [False, True])
+def test_which_kernels_short_columns_take(hopper_kernels, monkeypatch, dim, batch, deterministic, names, unused):
+    monkeypatch.setattr(hopper.tuning, "MANY_COLUMNS", 0)
+    q, dense = (
+        torch.zeros(2, 2, 384, dim, dtype=torch.bfloat16),
+        torch.ones(batch, 1, 384, 384, dtype=torch.bool).tril(),
+    )
+    dense[..., 300:] &= not unused
+    hopper.backward(q, q, q, q, torch.zeros(2, 2, 384), q, None, pack(dense), 0.1, deterministic)
+    assert [kernel.metadata.name for kernel in hopper_kernels] == names
+    for kernel in hopper_kernels:
+        assert spilled_bytes(kernel) <= (FEW_BYTES if kernel.metadata.name == "_bwd_kernel" else 0)
+
+
+def test_a_sum_in_turns_is_not_left_to_other_kernels(hopper_kernels, monkeypatch):
+    monkeypatch.setattr(hopper.tuning, "MANY_COLUMNS", 0)
+    monkeypatch.setattr(hopper.tuning, "SHORT_COLUMN_IN_TURN", 0)
+    q, dense = torch.zeros(2, 2, 384, 64, dtype=torch.float16), torch.ones(2, 1, 384, 384, dtype=torch.bool).tril()
+    hopper.backward(q, q, q, q, torch.zeros(2, 2, 384), q, None, pack(dense), 0.1, True)
+    assert [kernel.metadata.name for kernel in hopper_kernels] == SHARED
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])

@@ -73,7 +73,10 @@ def test_windows(backend: str, case: Case, device: str) -> None:
 
 
 @cases(
-    ("hopper",), [Case(m, q, kv, d, F16) for q, kv in grid.LENGTHS for m in grid.LENGTH_MASKS[1:] for d in (64, 128)]
+    ("hopper",),
+    [Case(m, q, kv, d, F16) for q, kv in grid.LENGTHS for m in grid.LENGTH_MASKS[1:] for d in (64, 128)]
+    + [Case(m, 300, 300, d, BF16, q_heads=4) for m in ("per_batch", "per_batch_head") for d in (40, 64, 96)]
+    + [Case(m, 300, 300, d, BF16) for m in ("per_batch", "empty_columns") for d in (40, 64, 96)],
 )
 def test_short_lines_without_a_sum_of_dq(
     backend: str, case: Case, device: str, monkeypatch: pytest.MonkeyPatch

@@ -98,10 +98,10 @@ def test_case_16_fp32_is_exact_unless_torch_may_take_tf32(device: str) -> None:
 
 
 def _compiled_kernels() -> int:
-    from anymask.backends.gpu.kernels import delta, dq
-    from anymask.backends.triton.kernels import backward, forward
+    from anymask.backends.gpu.kernels import delta, dkdv, dq
+    from anymask.backends.triton.kernels import forward
 
-    kernels = [forward._fwd_kernel, delta._bwd_delta_kernel, dq._bwd_dq_kernel, backward._bwd_dkdv_kernel]
+    kernels = [forward._fwd_kernel, delta._bwd_delta_kernel, dq._bwd_dq_kernel, dkdv._bwd_dkdv_kernel]
     return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
 
 

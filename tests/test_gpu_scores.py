@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import anymask
 from anymask.backends import for_gradients, hopper
@@ -172,6 +173,25 @@ def test_kinds_of_the_hopper_kernels(kind: str, dims: tuple[int, int], mask: str
     first, second = (scored.check(hopper_for(call), call) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), f"{name} has other bits in a second run"
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("mask", ["random", "per_batch_head"])
+def test_a_bias_of_pairs_is_read_before_the_next_comes(mask: str, dim: int, device: str) -> None:
+    call = scored.make_call(mask, ("by_head",), shape=(2, 4, 4, 300, 352), dims=(dim, dim), device=device)
+
+    def lse() -> Tensor:
+        return hopper.forward(call.q, call.k, call.v, call.mask, call.scale, call.scores)[1]
+
+    first = lse()
+    # other work on the card changes who waits for whom
+    beside, other = torch.cuda.Stream(), torch.randn(4096, 4096, device=device, dtype=F16)
+    for i in range(200):
+        if i % 3 == 0:
+            with torch.cuda.stream(beside):
+                other @ other
+        assert torch.equal(lse(), first)
 
 
 @pytest.mark.hopper

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from anymask import causal, document, pack
 from anymask.backends import hopper
+from anymask.backends.hopper import order
 from anymask.backends.hopper.kernels import scheduler
 from anymask.backends.hopper.kernels.records import Worker, WorkTile
 from anymask.testing import Case, check
@@ -66,9 +67,33 @@ WORK = {
     ("tiles", "heads"), [(64, 32), (64, 16), (64, 8), (64, 40), (128, 16), (128, 32), (256, 4), (256, 16), (1024, 2)]
 )
 def test_work_is_even(kind, tiles, heads):
-    swizzle_heads = hopper._swizzle_heads(True, tiles, heads, NUM_WORKERS)
+    swizzle_heads = order.swizzle_heads(tiles, tiles, heads, NUM_WORKERS)
     loads = [sum(WORK[kind](tile.tile, tiles) for tile in own) for own in taken(tiles, heads, 1, swizzle_heads)]
     assert max(loads) <= 1.06 * sum(loads) / NUM_WORKERS
+
+
+SHORT_WORK = {"causal": lambda rank, tiles: tiles - rank, "window": lambda rank, tiles: min(5, tiles - rank)}
+
+
+@pytest.mark.usefixtures("python_numbers")
+@pytest.mark.parametrize("kind", SHORT_WORK)
+@pytest.mark.parametrize(
+    ("tiles", "heads"), [(2, 512), (4, 768), (8, 128), (8, 512), (11, 96), (12, 128), (16, 64), (16, 256), (17, 128)]
+)
+def test_short_lists_are_even_in_two_waves(kind, tiles, heads):
+    work = [SHORT_WORK[kind](rank, tiles) for rank in range(tiles)]
+    swizzle_heads = order.swizzle_heads(-(-sum(work) // tiles), tiles, heads, NUM_WORKERS)
+    assert swizzle_heads * tiles <= 2 * NUM_WORKERS
+    # a work tile takes as long as two tiles more
+    loads = [sum(work[tile.tile] + 2 for tile in own) for own in taken(tiles, heads, 1, swizzle_heads)]
+    # what one tile more than the others is to a worker
+    most = -(-tiles * heads // NUM_WORKERS) * NUM_WORKERS / (tiles * heads)
+    assert max(loads) <= (most + 0.08) * sum(loads) / NUM_WORKERS
+
+
+@pytest.mark.parametrize(("tiles", "heads"), [(1, 1), (1, 7), (3, 1), (300, 2), (1000, 1)])
+def test_few_or_long_heads_are_swizzled_too(tiles, heads):
+    assert 1 <= order.swizzle_heads(3, tiles, heads, min(NUM_WORKERS, tiles * heads)) <= heads
 
 
 @pytest.mark.parametrize(
@@ -90,7 +115,7 @@ def test_which_columns_are_short(mask, length, short):
 
 
 def test_without_a_mask_heads_follow_each_other():
-    assert hopper._swizzle_heads(False, 64, 32, NUM_WORKERS) == 1
+    assert order.swizzle_heads(None, 64, 32, NUM_WORKERS) == 1
 
 
 CONTIGUOUS = (2**16, 2**13, 128, 1)

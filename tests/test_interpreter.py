@@ -6,7 +6,10 @@ Skipped unless TRITON_INTERPRET=1 is set before Triton is imported: test_interpr
 import pytest
 import torch
 
-from anymask import attention
+from anymask import attention, pack
+from anymask.backends import load
+from anymask.backends.gpu.arguments import TileConfig, has_pair, kernel_options
+from anymask.backends.gpu.passes import BackwardCall, RowsOf, empty_rows, launch_delta, launch_dq
 from anymask.testing import LAYOUTS, MASKS, Case, check, reference
 from tests.helpers import grid
 from tests.helpers.grid import BF16, F16, F32, cases
@@ -169,6 +172,34 @@ def test_dq_leaves_its_accumulator_in_order(q_len: int, dim: int, padded: int) -
         programs = batch * heads * rows // 64
         _dq_kernel[(programs,)](acc, dq, *steps, heads, q_len, 0.5, DIM=dim, HEAD_DIM=padded, TILE=128)
         assert torch.equal(dq, expected)
+
+
+@pytest.mark.parametrize("has_dlse", [False, True])
+@pytest.mark.parametrize("mask", ["none", "empty_rows"])
+def test_dq_makes_the_delta_that_its_own_kernel_makes(mask: str, has_dlse: bool) -> None:
+    """As the Hopper backend asks it to, for columns of few tiles."""
+    q_len, dim, v_dim = 140, 16, 24
+    q, do = torch.randn(2, 3, q_len, dim, dtype=F16), torch.randn(2, 3, q_len, v_dim, dtype=F16)
+    k, v = torch.randn(2, 3, q_len, dim, dtype=F16), torch.randn(2, 3, q_len, v_dim, dtype=F16)
+    block_mask = None if mask == "none" else pack(MASKS[mask](2, 3, q_len, q_len)[0])
+    o, lse = load("triton").forward(q, k, v, block_mask, 0.25)
+    dlse = torch.randn(lse.shape) if has_dlse else None
+    q_used, kv_used = (has_pair(block_mask, view) for view in ("rows", "cols"))
+    if mask == "empty_rows":
+        # what no pair needs is not looked at
+        assert q_used is not None
+        do[(lse == -float("inf"))[..., None].expand_as(do)] = float("nan")
+    found = []
+    for rows_of in (None, RowsOf(o, lse, dlse)):
+        rows = launch_delta(o, do, lse, dlse) if rows_of is None else empty_rows(lse)
+        if rows_of is not None:
+            for row in rows:
+                row.fill_(float("nan"))
+        call, dq = BackwardCall(q, k, v, do, *rows, q_used, kv_used, block_mask, 0.25), torch.full_like(q, float("nan"))
+        launch_dq(call, dq, *kernel_options(TileConfig(64, 64, 4, 2), dim, v_dim, False), rows_of=rows_of)
+        found.append((*rows, dq))
+    assert all(torch.equal(apart, fused) for apart, fused in zip(*found, strict=True))
+    assert found[0][2].isfinite().all()
 
 
 @pytest.mark.parametrize("order", grid.ORDERS[1:3])

@@ -14,7 +14,8 @@ PACKAGE = Path(anymask.__file__).parent
 LAYERS = {
     "cli": 9, "__main__": 9, "bench": 8, "check": 8, "demo": 8, "mask_argument": 8,
     "gallery": 7, "collect_env": 7, "testing": 7, "__init__": 6, "integrations": 6,
-    "drop_in": 5, "varlen": 5, "api": 5, "score_ops": 4, "ops": 4, "mask_ops": 4, "validate": 4, "calls": 4,
+    "drop_in": 5, "varlen": 5, "api": 5, "traced": 4, "score_ops": 4, "ops": 4, "mask_ops": 4, "validate": 4,
+    "calls": 4,
     "backends": 3, "formats": 3, "packing": 2, "viz": 2, "flops": 2, "mask": 1, "block_mask": 1, "scores": 1,
     "direct": 0, "launch": 0, "layout": 0, "plan": 0, "precision": 0, "shapes": 0, "tiles": 0, "vmap": 0,
     "score_vmap": 0,

@@ -354,10 +354,37 @@ def test_what_the_driver_refuses_triton_launches(
     driver: Driver, warm: Tensor, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And raises what it is to raise."""
-    step = next(s for s in _plan_of(warm)._steps if isinstance(s, plan._Launch))
-    monkeypatch.setattr(step._direct, which, lambda *args: 201)
-    assert _launches(driver, warm) == driver.by_triton
-    assert len(driver.by_triton) == 1
+    steps = _plan_of(warm)._steps
+    step = next(s for s in steps if isinstance(s, plan._Launch))
+    assert step._direct is not None
+    other = torch.zeros_like(warm)
+    tensors = [other] * 3
+    with monkeypatch.context() as patch:
+        patch.setattr(step._direct, which, lambda *args: 201)
+        assert _launches(driver, other) == driver.by_triton
+        assert len(driver.by_triton) == 1
+        for s in steps:
+            s(tensors)
+        assert not step._direct(tensors)
+    # what was written of the call that was refused is not taken for whole
+    driver.direct.clear()
+    assert step._direct(tensors)
+    assert _inputs(driver) == [(other.data_ptr(),) * 3]
+
+
+def _inputs(driver: Driver) -> list[Any]:
+    """Addresses of q, k and v of each launch through the driver."""
+    return [tuple(v[1] for v in values[:24] if isinstance(v, tuple))[:3] for _, _, values in driver.direct]
+
+
+def test_a_launch_has_the_addresses_of_its_call(driver: Driver, warm: Tensor) -> None:
+    """Those of the call before are still in memory."""
+    other = torch.zeros_like(warm)
+    for n in (0, 0, 1, 3, 2, 7, 7, 0, 4):
+        q, k, v = (other if n >> i & 1 else warm for i in range(3))
+        driver.direct.clear()
+        calls.forward(q, k, v, None, 0.125, "hopper")
+        assert _inputs(driver) == [(q.data_ptr(), k.data_ptr(), v.data_ptr())]
 
 
 def test_who_watches_launches_sees_those_of_plans(
@@ -406,8 +433,23 @@ def test_two_threads_do_not_share_a_launch(driver: Driver, warm: Tensor, monkeyp
         thread.start()
     for thread in threads:
         thread.join()
-    found = {tuple(v[1] for v in values[:24] if isinstance(v, tuple))[:3] for _, _, values in driver.direct}
-    assert found == {(q.data_ptr(),) * 3 for q in inputs}
+    assert set(_inputs(driver)) == {(q.data_ptr(),) * 3 for q in inputs}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_memory_on_cuda(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a method of a tensor of the call."""
+    twin = torch._C._dynamo.guards._empty_strided_cpu
+    monkeypatch.setattr(plan, "empty_on_cuda", twin if there else None)
+    made = plan.Plan(torch.device("cuda", 0))
+    wanted = made.allocate([2, 3, 5], [1, 2, 6], torch.float16)
+    for q in (torch.zeros(1), torch.zeros(1, dtype=torch.float16)):
+        tensors = [q]
+        made._steps[0](tensors)
+        t = tensors[1]
+        assert (t.shape, t.stride(), t.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert t.device == q.device
+        assert not t.requires_grad
 
 
 def test_plans_are_few_and_hold_no_tensor(driver: Driver) -> None:

@@ -10,9 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 from anymask import causal, document, pack, sliding_window
-from anymask.backends import hopper
 from anymask.backends.gpu.arguments import mask_lists, plane_strides
-from anymask.backends.hopper import turns
+from anymask.backends.hopper import order, turns
 from anymask.backends.hopper.kernels import records, scheduler
 from anymask.backends.hopper.kernels import turns as kernel
 from anymask.tiles import tiles_over
@@ -58,7 +57,8 @@ def walks(block_mask: Any, lengths: tuple[int, int], batch: int, kv_heads: int, 
     q_tiles, kv_tiles = map(tiles_over, lengths)
     n, has_mask = batch * kv_heads * kv_tiles, block_mask is not None
     workers = min(workers, n)
-    swizzle_heads = hopper._swizzle_heads(has_mask, kv_tiles, batch * kv_heads, workers)
+    mean_tiles = block_mask.cols.mean_tiles if has_mask else None
+    swizzle_heads = order.swizzle_heads(mean_tiles, kv_tiles, batch * kv_heads, workers)
     grid = turns.Grid(batch, kv_heads, group, workers, swizzle_heads)
     given = turns.of_call(block_mask, grid, q_tiles, torch.zeros(1))
     assert given.counters.tolist() == [0] * (batch * kv_heads * group * q_tiles)

@@ -11,12 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from anymask.block_mask import parts, text
+from anymask.block_mask import known, parts, text
 from anymask.block_mask.bits import unpack_bits
 from anymask.block_mask.checks import contradiction_of, is_mapped, refuse_mapped
 from anymask.block_mask.files import read_safetensors, write_safetensors
@@ -90,7 +89,7 @@ class BlockMask:
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
-            _masks.setdefault(id(self.lists), self)
+            known.register(self)
 
     @property
     def rows(self) -> TileLists:
@@ -384,13 +383,8 @@ class BlockMask:
     @staticmethod
     def from_tensors(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask:
         """Inverse of `tensors`; where they are those of a mask that is there, that mask, which may have its views."""
-        known = _masks.get(id(tensors[0]))
-        if known is not None and known.lists is tensors[0] and known.words is tensors[1]:
-            # torch makes those without elements anew
-            same = all(a is b or _is_same(a, b) for a, b in zip(known.tensors()[2:], tensors[2:], strict=True))
-            if same and (known.q_len, known.kv_len) == (q_len, kv_len):
-                return known
-        return BlockMask(q_len, kv_len, *tensors)
+        found: BlockMask | None = known.find(tensors, q_len, kv_len)
+        return BlockMask(q_len, kv_len, *tensors) if found is None else found
 
     def __getstate__(self) -> dict[str, Any]:
         # without the views, whose memory would be written once more
@@ -423,10 +417,6 @@ class BlockMask:
         )
 
 
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
-
-
 def _device(device: Any) -> torch.device:
     if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
         raise TypeError(
@@ -441,8 +431,5 @@ def _device(device: Any) -> torch.device:
 TENSORS = "lists", "words", "q_has_pair", "kv_has_pair"
 # of the tensors of both views, as files have them
 NAMES = [f"{view}.{name}" for view in ("rows", "cols") for name in FIELDS]
-# all masks, by the id of `lists`
-_masks: WeakValueDictionary[int, BlockMask] = WeakValueDictionary()
-
 # for torch.load with weights_only, its default
 torch.serialization.add_safe_globals([BlockMask, TileLists])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ MAX_ENTRIES = 64
 MAX_BYTES = 2**30
 # masks of given tensors, which hold a few numbers for each token
 MAX_BUILT = 16
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class TensorKey(NamedTuple):
@@ -56,15 +60,9 @@ class MaskKey(NamedTuple):
     device: torch.device
 
 
-class CallKey(NamedTuple):
-    """What the mask of a call that was given a tensor depends on."""
-
-    mask: TensorKey
-    batch: int
-    heads: int
-    q_len: int
-    kv_len: int
-    device: torch.device
+# what the mask of a call that was given a tensor depends on: the fields of its `TensorKey`, the shape of q, kv_len, and
+# the device of q; it is made at every call, where a record takes as long as all the rest
+CallKey: TypeAlias = "tuple[tuple[Any, ...], torch.Size, int, torch.device]"
 
 
 class BuiltKey(NamedTuple):
@@ -83,17 +81,20 @@ class _Built:
     storages: tuple[weakref.ref[Any], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Entry:
+    key: MaskKey
     packed: BlockMask
     # weak, and of storages: a weak reference to a tensor forbids `torch.utils.swap_tensors`
     storages: tuple[weakref.ref[Any], ...]
     # the CUDA stream on which it was packed; 0 elsewhere
     stream: int
+    # grows with each use of any entry
+    used: int
 
 
 class MaskCache:
-    """Masks packed for `attention`, least recently used first.
+    """Masks packed for `attention`, of which the least recently used go first.
 
     A mask is found again by its expression, the lengths, the device, and what each of its tensors *is*: storage, place
     in it, sizes, strides, dtype and version. So `mask[:, None]` made anew in each layer is one mask, and so are
@@ -121,10 +122,11 @@ class MaskCache:
         self._max_entries, self._max_bytes = max_entries, max_bytes
         # a storage that dies while the lock is held takes it again
         self._lock = threading.RLock()
-        self._entries: OrderedDict[MaskKey, _Entry] = OrderedDict()
+        self._entries: dict[MaskKey, _Entry] = {}
         self._built: OrderedDict[BuiltKey, _Built] = OrderedDict()
-        # of tensors that fitted a call, where to find what was packed of them
-        self._calls: OrderedDict[CallKey, MaskKey] = OrderedDict()
+        # what was packed of tensors that fitted a call: gone when `_entries`, which alone holds entries, has it no more
+        self._calls: OrderedDict[CallKey, weakref.ref[_Entry]] = OrderedDict()
+        self._ticks = itertools.count()
         self._captured: list[BlockMask] = []
 
     def __len__(self) -> int:
@@ -134,7 +136,7 @@ class MaskCache:
     def nbytes(self) -> int:
         """Bytes of all packed masks that are remembered."""
         with self._lock:
-            return sum(entry.packed.nbytes for entry in self._entries.values())
+            return sum(entry.packed.nbytes for entry in list(self._entries.values()))
 
     def forget(self) -> None:
         """Drop all entries."""
@@ -148,31 +150,42 @@ class MaskCache:
 
         It spares checks that an equal call has passed, and a mask of the tensor.
         """
-        device = q.device
-        on_cuda = device.type == "cuda"
-        if torch._C._are_functorch_transforms_active() or (on_cuda and torch.cuda.is_current_stream_capturing()):
+        if torch._C._are_functorch_transforms_active():
             return None, None
-        of_mask = _tensor_key(mask)
+        device, stream = q.device, 0
+        if q.is_cuda:
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            # a capture never has the default stream, which is 0
+            if stream and torch.cuda.is_current_stream_capturing():
+                return None, None
+        of_mask = _identity(mask)
         if of_mask is None:
             return None, None
-        batch, heads, q_len, _ = q.shape
-        call = CallKey(of_mask, batch, heads, q_len, kv_len, device)
-        with self._lock:
-            key = self._calls.get(call)
-            entry = None if key is None else self._entry(key)
-        return call, None if entry is None else self._on_stream(entry, device)
+        call = of_mask, q.shape, kv_len, device
+        # nothing to lock: whoever calls holds the tensor, and with it the storages that an entry goes with
+        found = self._calls.get(call)
+        entry = None if found is None else found()
+        if entry is None:
+            return call, None
+        entry.used = next(self._ticks)
+        if entry.stream != stream:
+            _record_stream(entry, device)
+        return call, entry.packed
 
     def learn(self, call: CallKey, mask: Mask) -> None:
         """An equal call has this mask, which was packed."""
+        _, q_shape, kv_len, device = call
         program = program_of(mask)
         assert program is not None
         keys = [key for key in map(_tensor_key, program.tensors) if key is not None]
-        if len(keys) == len(program.tensors):
-            with self._lock:
-                key = MaskKey(program.nodes, program.numbers, tuple(keys), call.q_len, call.kv_len, call.device)
-                self._calls[call] = key
-                while len(self._calls) > self._max_entries:
-                    self._calls.popitem(last=False)
+        if len(keys) < len(program.tensors):
+            return
+        with self._lock:
+            entry = self._entries.get(MaskKey(program.nodes, program.numbers, tuple(keys), q_shape[2], kv_len, device))
+            if entry is not None:
+                self._calls[call] = weakref.ref(entry)
+            while len(self._calls) > self._max_entries:
+                self._calls.popitem(last=False)
 
     def build(self, what: tuple[Hashable, ...], tensors: tuple[Tensor, ...], make: Callable[[], Built]) -> Built:
         """`make()`, called now or before: a mask of what `tensors` hold, and of `what` says all the rest.
@@ -204,7 +217,8 @@ class MaskCache:
         if known:
             storages = tuple(weakref.ref(t.untyped_storage(), partial(self._drop_built, key)) for t in tensors)
             with self._lock:
-                _drop_older(self._built, key.tensors)
+                for old in _older(self._built, key.tensors):
+                    self._built.pop(old, None)
                 self._built[key] = _Built(mask, storages)
                 while len(self._built) > MAX_BUILT:
                     self._built.popitem(last=False)
@@ -230,40 +244,31 @@ class MaskCache:
         if program is None or len(keys) < len(leaves) or (capturing and keys):
             return _pack(mask, q_len, kv_len, device, capturing, check)
         key = MaskKey(program.nodes, program.numbers, tuple(keys), q_len, kv_len, device)
-        with self._lock:
-            entry = self._entry(key)
+        entry = self._entries.get(key)
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if on_cuda else 0
         if entry is None:
             packed = _pack(mask, q_len, kv_len, device, capturing, check)
             if on_cuda:
                 # later calls may run on other streams
                 torch.cuda.current_stream(device).synchronize()
             storages = tuple(weakref.ref(t.untyped_storage(), partial(self._drop, key)) for t in leaves)
-            entry = _Entry(packed, storages, torch._C._cuda_getCurrentRawStream(device.index) if on_cuda else 0)
-            self._add(key, entry)
+            entry = _Entry(key, packed, storages, stream, next(self._ticks))
+            self._add(entry)
+        entry.used = next(self._ticks)
         if capturing:
             self._captured.append(entry.packed)
-        return self._on_stream(entry, device)
-
-    def _entry(self, key: MaskKey) -> _Entry | None:
-        """The entry of a key, now the last to go."""
-        entry = self._entries.get(key)
-        if entry is not None:
-            self._entries.move_to_end(key)
-        return entry
-
-    def _on_stream(self, entry: _Entry, device: torch.device) -> BlockMask:
-        """What is packed, for the current stream."""
-        if device.type == "cuda" and entry.stream != torch._C._cuda_getCurrentRawStream(device.index):
-            for t in entry.packed.tensors():
-                t.record_stream(torch.cuda.current_stream(device))
+        if entry.stream != stream:
+            _record_stream(entry, device)
         return entry.packed
 
-    def _add(self, key: MaskKey, entry: _Entry) -> None:
+    def _add(self, entry: _Entry) -> None:
         with self._lock:
-            _drop_older(self._entries, key.tensors)
-            self._entries[key] = entry
+            for old in _older(self._entries, entry.key.tensors):
+                self._entries.pop(old, None)
+            self._entries[entry.key] = entry
             while len(self._entries) > 1 and (len(self._entries) > self._max_entries or self.nbytes > self._max_bytes):
-                self._entries.popitem(last=False)
+                oldest = min(list(self._entries.values()), key=lambda entry: entry.used)
+                self._entries.pop(oldest.key, None)
 
     def _drop(self, key: MaskKey, _: weakref.ref[Any]) -> None:
         with self._lock:
@@ -274,12 +279,18 @@ class MaskCache:
             self._built.pop(key, None)
 
 
-def _drop_older(entries: OrderedDict[Any, Any], tensors: tuple[TensorKey, ...]) -> None:
-    """Older versions of a tensor can never be asked for again."""
+def _record_stream(entry: _Entry, device: torch.device) -> None:
+    """The current stream uses an entry that was packed on another one."""
+    for t in entry.packed.tensors():
+        t.record_stream(torch.cuda.current_stream(device))
+
+
+def _older(entries: Iterable[Any], tensors: tuple[TensorKey, ...]) -> list[Any]:
+    """Keys of older versions of tensors, which can never be asked for again."""
     now = {(t.base, t.storage): t.version for t in tensors}
-    for old in list(entries):
-        if any(now.get((t.base, t.storage), t.version) != t.version for t in old.tensors):
-            entries.pop(old, None)
+    return [
+        old for old in list(entries) if any(now.get((t.base, t.storage), t.version) != t.version for t in old.tensors)
+    ]
 
 
 def _pack(
@@ -342,14 +353,22 @@ def _unwrapped_tensor(t: Tensor) -> Tensor:
 
 def _tensor_key(t: Tensor) -> TensorKey | None:
     """The key of a tensor, or None if its values may change without a trace."""
-    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_inference():
+    fields = _identity(t)
+    return None if fields is None else TensorKey._make(fields)
+
+
+def _identity(t: Tensor) -> tuple[Any, ...] | None:
+    """The fields of the key of a tensor, or None."""
+    if type(t) not in _PLAIN or t.is_inference():
         return None
-    base: Any = t if t._base is None else t._base
+    base: Any = t._base
+    if base is None:
+        base = t
     storage = base.untyped_storage()
     # one count is of `storage` here; each view of a tensor holds both of them
     if torch._C._storage_Use_Count(storage._cdata) - 1 > base._use_count():
         return None
-    return TensorKey(base._cdata, storage._cdata, t.data_ptr(), t._version, t.dtype, t.size(), t.stride())
+    return base._cdata, storage._cdata, t.data_ptr(), t._version, t.dtype, t.shape, t.stride()
 
 
 # the masks that `attention` remembers

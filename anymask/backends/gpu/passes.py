@@ -33,6 +33,21 @@ class BackwardCall(NamedTuple):
     qk_scale: float = 0.0
 
 
+class RowsOf(NamedTuple):
+    """What `lse2` and `delta` are made of: o, lse and its gradient."""
+
+    o: Tensor
+    lse: Tensor
+    dlse: Tensor | None
+
+
+def empty_rows(lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for `lse2` and delta, both flat: batch x q_heads x whole tiles."""
+    batch, q_heads, q_len = lse.shape
+    n = batch * q_heads * tiles_over(q_len) * TILE
+    return lse.new_empty(n), lse.new_empty(n)
+
+
 def launch_delta(
     o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, dq_acc: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -41,7 +56,7 @@ def launch_delta(
 
     batch, q_heads, q_len, v_dim = o.shape
     rows = tiles_over(q_len) * TILE
-    lse2, delta = lse.new_empty(batch * q_heads * rows), lse.new_empty(batch * q_heads * rows)
+    lse2, delta = empty_rows(lse)
     acc_dim = 0 if dq_acc is None else dq_acc.numel() // lse2.numel()
     launch_triton(
         _bwd_delta_kernel,
@@ -68,16 +83,45 @@ def launch_delta(
 
 
 def launch_dq(
-    call: BackwardCall, dq: Tensor, constants: dict[str, Any], options: dict[str, Any], sums: Tensor | None = None
+    call: BackwardCall,
+    dq: Tensor,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    sums: Tensor | None = None,
+    rows_of: RowsOf | None = None,
 ) -> None:
     """Write dq, summed by rows of tiles; `constants` and `options` as `kernel_options` gives them.
 
-    `sums`: fp32 `[batch, q_heads, q_len]` for the sums of ds over keys, with a soft cap.
+    `sums`: fp32 `[batch, q_heads, q_len]` for the sums of ds over keys, with a soft cap. With `rows_of` it also writes
+    `call.lse2` and `call.delta`, without which it reads them.
     """
     from anymask.backends.gpu.kernels.dq import _bwd_dq_kernel
 
     grid = tiles_over(dq.shape[2]) * TILE // constants["BLOCK_M"], dq.shape[1], dq.shape[0]
-    launch_gradient(_bwd_dq_kernel, grid, call, "rows", (dq,), constants, options, sums)
+    none = (0, 0, 0)
+    last: tuple[Any, ...] = None, None, None, none, none
+    if rows_of is not None:
+        o, lse, dlse = rows_of
+        last = o, lse.contiguous(), dlse, o.stride()[:3], none if dlse is None else dlse.stride()
+    launch_gradient(_bwd_dq_kernel, grid, call, "rows", (dq,), constants, options, sums, last)
+
+
+def launch_dkdv(
+    call: BackwardCall,
+    dk: Tensor,
+    dv: Tensor,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    sums: Tensor | None = None,
+) -> None:
+    """Write dk and dv, summed by columns of tiles.
+
+    `sums`: fp32 `[batch, q_heads, kv_len]` for the sums of ds over queries.
+    """
+    from anymask.backends.gpu.kernels.dkdv import _bwd_dkdv_kernel
+
+    grid = tiles_over(dk.shape[2]) * TILE // constants["BLOCK_N"], dk.shape[1], dk.shape[0]
+    launch_gradient(_bwd_dkdv_kernel, grid, call, "cols", (dk, dv), constants, options, sums)
 
 
 def launch_gradient(
@@ -89,8 +133,9 @@ def launch_gradient(
     constants: dict[str, Any],
     options: dict[str, Any],
     sums: Tensor | None = None,
+    last: tuple[Any, ...] = (),
 ) -> None:
-    """Launch a kernel that walks the lists of `view`, "rows" or "cols", and writes `gradients`."""
+    """Launch a kernel that walks the lists of `view`, "rows" or "cols", and writes `gradients`; `last`: arguments."""
     q, k, v, do = call.q, call.k, call.v, call.do
     use_tma, rows, keys = constants["USE_TMA"], constants["BLOCK_M"], constants["BLOCK_N"]
     launch_triton(
@@ -117,6 +162,7 @@ def launch_gradient(
             call.sm_scale * LOG2_E if call.terms is None else call.qk_scale,
             *((None, None) if call.terms is None else call.terms(rows, keys)),
             sums,
+            *last,
         ),
         constants,
         q.device,

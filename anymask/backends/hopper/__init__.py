@@ -22,11 +22,13 @@ from anymask.backends.gpu.arguments import (
     plane_strides,
     zero_unused_rows,
 )
-from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
+from anymask.backends.gpu.passes import BackwardCall, RowsOf, empty_rows, launch_delta, launch_dkdv, launch_dq
 from anymask.backends.gpu.sinks import sink_gradient
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import tuning, turns, wide
 from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
+from anymask.backends.hopper.dq_sum import empty_sum, launch_cast
+from anymask.backends.hopper.order import swizzle_heads
 from anymask.backends.hopper.scores import forward_scores, has_terms, why_not_scores
 from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
 from anymask.block_mask import BlockMask
@@ -163,7 +165,8 @@ def _launch_forward(call: _Forward) -> None:
     programs = -(-n_work_tiles // config.CONSUMER_PAIRS)
     if config.is_persistent[block_mask is not None]:
         programs = min(programs, multiprocessors(q.device))
-    swizzle = _swizzle_heads(block_mask is not None, q_tiles, batch * q_heads, programs * config.CONSUMER_PAIRS)
+    workers = programs * config.CONSUMER_PAIRS
+    swizzle = swizzle_heads(_mean_tiles(block_mask, "rows"), q_tiles, batch * q_heads, workers)
     launch(
         _fwd_kernel,
         (programs, 1, 1),
@@ -258,7 +261,7 @@ def _gradients(
     """`(dq, dk, dv)`, and delta, flat.
 
     Columns of few tiles leave dq to the Triton kernel, which is faster there: it computes the scores again and adds in
-    order.
+    order. At head_dim 64 they leave dk and dv as well.
     """
     batch, q_heads, q_len, head_dim = q.shape
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
@@ -272,28 +275,34 @@ def _gradients(
             call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
             _launch_wide(call, dq, dk, dv)
         return (dq, dk, dv), call.delta
-    block_d = _block_d(head_dim, v_dim)
-    n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
+    block_d, kv_heads = _block_d(head_dim, v_dim), k.shape[1]
+    n_work_tiles = tiles_over(k.shape[2]) * kv_heads * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
-    dq_acc, short = None, tuning.SHORT_COLUMN if n_work_tiles >= tuning.MANY_COLUMNS * programs else 0
-    if takes_turns(q, k, v, block_mask) if deterministic else not _has_short_columns(block_mask, short):
-        # rows of 32 floats, in the order of the kernel
-        dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
+    is_short = n_work_tiles >= tuning.MANY_COLUMNS * programs and _leaves_short_columns(block_mask, block_d)
+    dq_acc = None
+    if takes_turns(q, k, v, block_mask) if deterministic else not is_short:
+        dq_acc = empty_sum(q, lse, block_d)
     with device_guard(q.device):
-        rows = launch_delta(o, do, lse, dlse, dq_acc)
+        is_fused = dq_acc is None and tuning.DELTA_IN_DQ[block_d]
+        rows = empty_rows(lse) if is_fused else launch_delta(o, do, lse, dlse, dq_acc)
         # the producer zeroes these
         unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
         call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
-        swizzle_heads = _swizzle_heads(block_mask is not None, tiles_over(k.shape[2]), batch * k.shape[1], programs)
-        grid = turns.Grid(batch, k.shape[1], q_heads // k.shape[1], programs, swizzle_heads)
-        in_turn = None
-        if deterministic and dq_acc is not None:
-            in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
-        _launch_backward(call, dk, dv, dq_acc, grid, in_turn)
         if dq_acc is None:
-            launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
+            # first, as it makes delta
+            options = kernel_options(tuning.SHORT_DQ[block_d] if is_short else tuning.DQ, head_dim, v_dim, True)
+            launch_dq(call, dq, *options, rows_of=RowsOf(o, lse, dlse) if is_fused else None)
+        if is_short and dq_acc is None and block_d in tuning.SHORT_DKDV:
+            launch_dkdv(call, dk, dv, *kernel_options(tuning.SHORT_DKDV[block_d], head_dim, v_dim, True))
         else:
-            _launch_dq_cast(dq_acc, dq, block_d, sm_scale)
+            swizzle = swizzle_heads(_mean_tiles(block_mask, "cols"), tiles_over(k.shape[2]), batch * kv_heads, programs)
+            grid = turns.Grid(batch, kv_heads, q_heads // kv_heads, programs, swizzle)
+            in_turn = None
+            if deterministic and dq_acc is not None:
+                in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
+            _launch_backward(call, dk, dv, dq_acc, grid, in_turn)
+        if dq_acc is not None:
+            launch_cast(dq_acc, dq, block_d, sm_scale)
     return (dq, dk, dv), call.delta
 
 
@@ -363,31 +372,17 @@ def _launch_backward(
 def _launch_wide(call: BackwardCall, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """All gradients, with a head_dim or v_dim above NARROW."""
     dims = _padded_dims(call.q.shape[3], call.v.shape[3])
-    wide.launch_dkdv(call, dk, dv, dims, _wide_grid(call, call.k, wide.HALVES))
-    wide.launch_dq(call, dq, dims, _wide_grid(call, call.q, 1))
+    wide.launch_dkdv(call, dk, dv, dims, _wide_grid(call, "cols", wide.HALVES))
+    wide.launch_dq(call, dq, dims, _wide_grid(call, "rows", 1))
 
 
-def _wide_grid(call: BackwardCall, t: Tensor, parts: int) -> wide.Grid:
-    """Programs for all tiles of `t [batch, heads, length, dim]`, of `parts` work tiles each."""
+def _wide_grid(call: BackwardCall, view: str, parts: int) -> wide.Grid:
+    """Programs for all columns of kv heads, or rows of query heads, of `parts` work tiles each."""
+    t = call.k if view == "cols" else call.q
     tiles, heads = tiles_over(t.shape[2]) * parts, t.shape[0] * t.shape[1]
     programs = min(tiles * heads, multiprocessors(t.device))
-    return wide.Grid(programs, tiles * heads, _swizzle_heads(call.block_mask is not None, tiles, heads, programs))
-
-
-def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
-    from anymask.backends.hopper.kernels.dq_sum import _dq_kernel
-
-    _, q_heads, q_len, head_dim = dq.shape
-    steps = [stride // 8 for stride in dq.stride()[:3]]
-    launch(
-        _dq_kernel,
-        (dq_acc.numel() // (block_d * 64), 1, 1),
-        (dq_acc, dq, *steps, q_heads, q_len, sm_scale),
-        {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
-        (dq.device, dq.dtype, *[step < 2**31 for step in steps]),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    swizzle = swizzle_heads(_mean_tiles(call.block_mask, view), tiles, heads, programs)
+    return wide.Grid(programs, tiles * heads, swizzle)
 
 
 def takes_turns(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> bool:
@@ -396,21 +391,23 @@ def takes_turns(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -
     return not (is_wide or windows.fits(q, k, v) or _has_short_columns(block_mask, tuning.SHORT_COLUMN_IN_TURN))
 
 
+def _mean_tiles(block_mask: BlockMask | None, view: str) -> int | None:
+    """Tiles of the mean row or column, None without a mask."""
+    return None if block_mask is None else getattr(block_mask, view).mean_tiles
+
+
+def _leaves_short_columns(block_mask: BlockMask | None, block_d: int) -> bool:
+    """Whether columns leave gradients to the Triton kernels, if there are many.
+
+    At head_dim 64 they do where samples differ: their small programs even out what a static order does not know.
+    """
+    is_static = block_mask is None or (block_d == 64 and block_mask.batch == 1)
+    return not is_static and _has_short_columns(block_mask, tuning.SHORT_COLUMN)
+
+
 def _has_short_columns(block_mask: BlockMask | None, limit: int) -> bool:
     """Whether columns have up to `limit` tiles on average."""
     return limit > 0 and block_mask is not None and block_mask.cols.mean_tiles <= limit
-
-
-def _swizzle_heads(has_mask: bool, tiles: int, heads: int, num_workers: int) -> int:
-    """How many heads are swizzled together, of `tiles` work tiles each; see `decode_work_tile`.
-
-    Without a mask one: all work tiles are equal. Else so many that their work tiles are about four waves, and an odd
-    number of such blocks: with an even one, what each leaves uneven adds up.
-    """
-    if not has_mask:
-        return 1
-    blocks = max(1, tiles * heads // (4 * num_workers))
-    return -(-heads // (blocks - (blocks % 2 == 0)))
 
 
 def _padded_dims(head_dim: int, v_dim: int, configs: tuning.Forward = tuning.FORWARD) -> tuple[int, int]:

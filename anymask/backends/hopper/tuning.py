@@ -85,10 +85,14 @@ WIDE_DQ = {
 SCORES_AHEAD = {64: True, 128: False}
 # dq from a kernel of its own: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)
-# up to so many tiles a column, on average, dq from its own kernel is faster than as a sum in memory; timed with so many
-# columns a multiprocessor (an H100, 2026-11-28: 0.73 ms instead of 0.97 for 1.5 tiles, 0.81 instead of 1.08 for 2, and
-# 0.588 instead of 0.819 for 4.5 with 15 columns; but 0.931 instead of 0.862 for 9)
-SHORT_COLUMN, MANY_COLUMNS = 5, 15
-# the same of a sum in turns, with any number of columns (an H100, 2026-11-28, docs/journal.md, E25: 0.588 ms instead of
-# 0.822 for 4.5 tiles, 0.931 instead of 0.955 for 9, but 3.19 instead of 2.95 for 32)
+# up to so many tiles a column, on average, it is faster than a sum in memory, with so many columns a multiprocessor; at
+# head_dim 64 where samples have masks of their own, together with the Triton kernel of dk and dv
+SHORT_COLUMN, MANY_COLUMNS = 3, 15
+# by the padded head_dim: options of dq there, and those of dk and dv (docs/journal.md, E29)
+SHORT_DQ = {64: DQ, 128: TileConfig(64, 32, 4, 2)}
+SHORT_DKDV = {64: TileConfig(64, 64, 4, 3)}
+# whether the kernel of dq makes delta too, for which it has do at hand
+DELTA_IN_DQ = {64: False, 128: True}
+# as SHORT_COLUMN, of a sum in turns, with any number of columns (an H100, 2026-11-28, docs/journal.md, E25: 0.588 ms
+# instead of 0.822 for 4.5 tiles, 0.931 instead of 0.955 for 9, but 3.19 instead of 2.95 for 32)
 SHORT_COLUMN_IN_TURN = 12

@@ -1,7 +1,7 @@
 """Turns: the order in which columns add to each tile of dq, so that the sum has the same bits in every run.
 
 A column of tiles may add to a query tile when all columns of earlier turns have. Turns follow the time at which it
-would be there if every tile took as long as any other: its worker's tiles before it.
+would be there if every tile took as long as any other, and a work tile some more: by its worker's before it.
 
 Nobody waits for ever. All workers run at the same time, and of the tiles not added yet the one of the least time, and
 of those the first in the lists, waits for none: tiles of earlier turns, and those before it in its own worker, come
@@ -20,6 +20,8 @@ from anymask.block_mask import BlockMask
 
 # of the mask's tiles, times the heads that share it, whose turns are sorted at once
 CHUNK = 2**22
+# what a work tile takes beyond its tiles, in tiles (docs/journal.md, E29)
+WORK_TILE = 2
 
 
 class Grid(NamedTuple):
@@ -103,7 +105,7 @@ def of_mask(block_mask: BlockMask, grid: Grid) -> Tensor:
 
 
 def starts(counts: Tensor, block_mask: BlockMask, grid: Grid) -> Tensor:
-    """int64 `[copies, planes * kv_tiles]`: tiles that a column's worker has walked before it.
+    """int64 `[copies, planes * kv_tiles]`: what a column's worker has done before it, in tiles.
 
     `counts`: tiles of each column of all planes. The work tiles are those of `decode_work_tile` and `work_index`.
     """
@@ -122,7 +124,7 @@ def starts(counts: Tensor, block_mask: BlockMask, grid: Grid) -> Tensor:
     column = head * tiles + order[head, rank]
     # [batch, kv_heads, group, tiles]
     each = counts.view(*planes, tiles).expand(batch, q_heads, tiles).reshape(batch, kv_heads, group, tiles)
-    loads = each.sum(2).flatten()[column]
+    loads = each.sum(2).flatten()[column] + WORK_TILE
     # waves of work tiles, every second one backwards: then a column is what a worker takes
     waves = torch.nn.functional.pad(loads, (0, -n % num_workers)).view(-1, num_workers)
     waves[1::2] = waves[1::2].flip(1)

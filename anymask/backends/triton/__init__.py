@@ -28,7 +28,7 @@ from anymask.backends.gpu.arguments import (
     source,
     zero_unused_rows,
 )
-from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq, launch_gradient
+from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dkdv, launch_dq
 from anymask.backends.triton import tuning
 from anymask.backends.triton.scores import KernelTerms, gradients, why_not_scores
 from anymask.block_mask import BlockMask
@@ -166,15 +166,11 @@ def _gradients(
     call: BackwardCall, q_sums: Tensor | None = None, k_sums: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)`; `q_sums` and `k_sums` are those of the kernels."""
-    from anymask.backends.triton.kernels.backward import _bwd_dkdv_kernel
-
     q, k, v = call.q, call.k, call.v
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     what = _what(call)
     launch_dq(call, dq, *_options("dq", *what), q_sums)
-    constants, options = _options("dkdv", *what)
-    grid = tiles_over(k.shape[2]) * TILE // constants["BLOCK_N"], k.shape[1], k.shape[0]
-    launch_gradient(_bwd_dkdv_kernel, grid, call, "cols", (dk, dv), constants, options, k_sums)
+    launch_dkdv(call, dk, dv, *_options("dkdv", *what), k_sums)
     return dq, dk, dv
 
 

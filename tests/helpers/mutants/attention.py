@@ -6,12 +6,11 @@ CPU, STEPS, REFERENCE, OPS, VALIDATE, DROP_IN = (
     f"anymask/{name}.py"
     for name in ("backends/cpu/__init__", "backends/cpu/steps", "backends/reference", "ops", "validate", "drop_in")
 )
-TRITON, FORWARD, BACKWARD = (
-    f"anymask/backends/triton/{name}.py" for name in ("__init__", "kernels/forward", "kernels/backward")
-)
-DQ, DELTA, TILES = (f"anymask/backends/gpu/kernels/{name}.py" for name in ("dq", "delta", "tiles"))
+TRITON, FORWARD = (f"anymask/backends/triton/{name}.py" for name in ("__init__", "kernels/forward"))
+DQ, DKDV, DELTA, TILES = (f"anymask/backends/gpu/kernels/{name}.py" for name in ("dq", "dkdv", "delta", "tiles"))
+PASSES = "anymask/backends/gpu/passes.py"
 ORACLE, RULES = "anymask/testing/oracle.py", "anymask/testing/rules.py"
-SCHEDULER = "anymask/backends/hopper/kernels/scheduler.py"
+SCHEDULER, ORDER = "anymask/backends/hopper/kernels/scheduler.py", "anymask/backends/hopper/order.py"
 
 ATTENTION: tuple[Mutant, ...] = (
     Mutant(
@@ -233,7 +232,7 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "launcher: rows for columns",
-        TRITON,
+        PASSES,
         'grid, call, "cols", (dk, dv)',
         'grid, call, "rows", (dk, dv)',
         seen_by("test_interpreter", "test_masks_and_dtypes and causal and bf16"),
@@ -318,8 +317,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "delta: gradient of lse with the other sign",
         DELTA,
-        "delta -= tl.load(base",
-        "delta += tl.load(base",
+        "delta -= tl.load(dlse_ptr",
+        "delta += tl.load(dlse_ptr",
         seen_by("test_interpreter", "test_heads and none and h4over2"),
     ),
     Mutant(
@@ -331,28 +330,28 @@ ATTENTION: tuple[Mutant, ...] = (
     ),
     Mutant(
         "dk, dv: head stride of the used queries dropped",
-        BACKWARD,
+        DKDV,
         "q_used = q_has_pair + plane.to(tl.int64) * q_len",
         "q_used = q_has_pair + (plane - off_h * plane_strides[1]).to(tl.int64) * q_len",
         seen_by("test_interpreter", "unused_rows_that_differ"),
     ),
     Mutant(
         "dk, dv: used keys of a group's first head",
-        BACKWARD,
+        DKDV,
         "kv_used = kv_has_pair + plane.to(tl.int64) * kv_len",
         "kv_used = kv_has_pair + first_plane.to(tl.int64) * kv_len",
         seen_by("test_interpreter", "keys_that_one_head_of_a_group"),
     ),
     Mutant(
         "dk, dv: first head of a group alone",
-        BACKWARD,
+        DKDV,
         "off_h = off_kvh * group + i",
         "off_h = off_kvh * group + 0 * i",
         seen_by("test_interpreter", "test_heads and none and h4over2"),
     ),
     Mutant(
         "dk, dv: no last tile without a mask",
-        BACKWARD,
+        DKDV,
         "full_begin, full_end = 0, (q_len + TILE - 1) // TILE",
         "full_begin, full_end = 0, q_len // TILE",
         seen_by("test_interpreter", "test_masks_and_dtypes and none and bf16"),
@@ -377,6 +376,20 @@ ATTENTION: tuple[Mutant, ...] = (
         "dq = dq.permute(1, 0, 3, 2, 4)",
         "dq = dq.permute(1, 0, 2, 3, 4)",
         seen_by("test_interpreter", "dq_leaves_its_accumulator and 64-40"),
+    ),
+    Mutant(
+        "hopper: blocks of heads compared as if no wave ran backwards",
+        ORDER,
+        "waves[:, :, 1::2].flip(3)",
+        "waves[:, :, 1::2]",
+        seen_by("test_hopper", "short_lists_are_even"),
+    ),
+    Mutant(
+        "dq: head of the gradient of lse dropped",
+        DQ,
+        "off_b.to(tl.int64) * dlse_strides[0] + off_h.to(tl.int64) * dlse_strides[1]",
+        "off_b.to(tl.int64) * dlse_strides[0]",
+        seen_by("test_interpreter", "dq_makes_the_delta"),
     ),
     Mutant(
         "hopper: no wave runs backwards",

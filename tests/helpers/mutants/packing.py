@@ -7,15 +7,18 @@ HOST, HOST_LISTS, HOST_PROGRAM = (f"anymask/packing/triton/{name}.py" for name i
 BITS, LISTS, PROGRAM, TILES = (
     f"anymask/packing/triton/kernels/{name}.py" for name in ("bits", "lists", "program", "tiles")
 )
-BLOCK_MASK, TILE_LISTS, FULL = (f"anymask/block_mask/{name}.py" for name in ("block_mask", "tile_lists", "full"))
-TENSOR_KEY = "TensorKey(base._cdata, storage._cdata, t.data_ptr(), t._version, t.dtype, t.size(), t.stride())"
+BLOCK_MASK, TILE_LISTS, FULL, KNOWN = (
+    f"anymask/block_mask/{name}.py" for name in ("block_mask", "tile_lists", "full", "known")
+)
+TENSOR_KEY = "base._cdata, storage._cdata, t.data_ptr(), t._version, t.dtype, t.shape, t.stride()"
+CALL_KEY = "call = of_mask, q.shape, kv_len, device"
 MASK_KEY = "MaskKey(program.nodes, program.numbers, tuple(keys), q_len, kv_len, device)"
 NARROW_SPANS = "narrow_spans_and_chunks and wide"
 
 
 def _without(key: str, field: str, instead: str, chosen: str) -> Mutant:
     """A bug: what is remembered is found by a key without a field."""
-    name = f"{key.partition('(')[0]} without {field}"
+    name = f"{'TensorKey' if key == TENSOR_KEY else 'MaskKey'} without {field}"
     return Mutant(
         name,
         CACHE,
@@ -179,7 +182,7 @@ PACKING: tuple[Mutant, ...] = (
     _without(TENSOR_KEY, "t.data_ptr()", "0", "other_parts"),
     _without(TENSOR_KEY, "t._version", "0", "test_a_write"),
     _without(TENSOR_KEY, "t.dtype", "torch.bool", "address_of_another_dtype"),
-    _without(TENSOR_KEY, "t.size()", "()", "TestMisses"),
+    _without(TENSOR_KEY, "t.shape", "()", "TestMisses"),
     _without(TENSOR_KEY, "t.stride()", "()", "other_parts"),
     _without(MASK_KEY, "program.nodes", "()", "each_part_of_a_key"),
     _without(MASK_KEY, "program.numbers", "()", "each_part_of_a_key"),
@@ -190,45 +193,52 @@ PACKING: tuple[Mutant, ...] = (
     Mutant(
         "the newest entry goes",
         CACHE,
-        "self._entries.popitem(last=False)",
-        "self._entries.popitem(last=True)",
+        "oldest = min(",
+        "oldest = max(",
         seen_by("test_cache", "TestBounds"),
     ),
     Mutant(
         "a mask that is found again becomes the oldest",
         CACHE,
-        "self._entries.move_to_end(key)",
-        "self._entries.move_to_end(key, last=False)",
+        "        entry.used = next(self._ticks)\n        if capturing:",
+        "        entry.used = -next(self._ticks)\n        if capturing:",
         seen_by("test_cache", "TestBounds"),
     ),
     *(
         Mutant(
-            f"a tensor is found for a call of another {field}",
+            f"a tensor is found for a call of another {name}",
             CACHE,
-            "call = CallKey(of_mask, batch, heads, q_len, kv_len, device)",
-            f"call = CallKey(of_mask, batch, heads, q_len, kv_len, device)._replace({field}={value})",
+            CALL_KEY,
+            CALL_KEY.replace(field, instead),
             seen_by("test_cache", "fitted_a_call"),
         )
-        for field, value in (
-            ("batch", 0),
-            ("heads", 0),
-            ("q_len", 0),
-            ("kv_len", 0),
-            ("mask", "of_mask._replace(version=0)"),
+        for name, field, instead in (
+            ("batch", "q.shape", "(0, *q.shape[1:])"),
+            ("heads", "q.shape", "(q.shape[0], 0, *q.shape[2:])"),
+            ("q_len", "q.shape", "(*q.shape[:2], 0, q.shape[3])"),
+            ("kv_len", "kv_len", "0"),
+            ("mask", "of_mask", "of_mask[:3] + of_mask[4:]"),
         )
     ),
     Mutant(
+        "a call finds an entry that is gone",
+        CACHE,
+        "self._calls[call] = weakref.ref(entry)",
+        "self._calls[call] = lambda: entry",
+        seen_by("test_cache", "dies_with_its_tensor"),
+    ),
+    Mutant(
         "a mask of other words is taken for one that is there",
-        BLOCK_MASK,
-        "known.lists is tensors[0] and known.words is tensors[1]",
-        "known.lists is tensors[0]",
+        KNOWN,
+        " or known.words is not words:",
+        ":",
         seen_by("test_block_mask", "one_that_is_there"),
     ),
     Mutant(
         "a mask of other used positions is taken for one that is there",
-        BLOCK_MASK,
-        "if same and (known.q_len",
-        "if (known.q_len",
+        KNOWN,
+        "return known if same and known.q_len",
+        "return known if known.q_len",
         seen_by("test_block_mask", "one_that_is_there"),
     ),
     Mutant(

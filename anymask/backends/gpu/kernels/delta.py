@@ -1,9 +1,26 @@
-"""The delta kernel: what the backward kernels read of each query beside q and do."""
+"""What the backward kernels read of each query beside q and do, and a kernel that makes it."""
 
 import triton
 import triton.language as tl
 
 from anymask.backends.gpu.kernels.tiles import LOG2_E, Operand, load_tile
+
+
+@triton.jit
+def row_stats(o_tile, do_tile, lse_ptr, dlse_ptr, dlse_strides, offs_m, q_len):
+    """`lse2` and `delta [BLOCK_M]` of the queries `offs_m` of a head, at which pointers begin; equation (5).
+
+    Queries that have no key or do not exist get `lse2 = inf`, so that their p is 0, and `delta = 0`.
+    """
+    inside = offs_m < q_len
+    delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + offs_m.to(tl.int64) * dlse_strides[2], mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + offs_m, mask=inside, other=-float("inf"))
+    has_key = lse != -float("inf")
+    # a factor in fp32 would be wrong by 2e-8 of itself, and p by that much of lse2
+    lse2 = (lse.to(tl.float64) * LOG2_E).to(tl.float32)
+    return tl.where(has_key, lse2, float("inf")), tl.where(has_key, delta, 0.0)
 
 
 @triton.jit(do_not_specialize=["q_len", "q_heads"])
@@ -25,11 +42,10 @@ def _bwd_delta_kernel(
     BLOCK_M: tl.constexpr,
     ACC_DIM: tl.constexpr,
 ):
-    """Writes `delta = rowsum(o * do) - dlse` and `lse2`, lse in base 2, of BLOCK_M queries.
+    """Writes `delta = rowsum(o * do) - dlse` and `lse2`, lse in base 2, of BLOCK_M queries, padded to whole tiles.
 
-    Both are padded to whole tiles; queries that have no key or do not exist get `lse2 = inf`, so that their p is 0.
     If there is a `dq_acc`, padded too, it sets ACC_DIM floats of each query to 0.
-    Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). Equation (5).
+    Grid: (q tiles * TILE // BLOCK_M, q_heads, batch).
     """
     start_m = tl.program_id(0) * BLOCK_M
     off_h = tl.program_id(1)
@@ -38,21 +54,14 @@ def _bwd_delta_kernel(
     do_rows = Operand(do, do_strides, off_b, off_h, q_len, None)
     o_tile = load_tile(o_rows, start_m, V_DIM, BLOCK_M, BLOCK_DV, False, False)
     do_tile = load_tile(do_rows, start_m, V_DIM, BLOCK_M, BLOCK_DV, False, False)
-    # [BLOCK_M]
-    delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    inside = offs_m < q_len
-    if dlse_ptr is not None:
-        base = dlse_ptr + off_b.to(tl.int64) * dlse_strides[0] + off_h.to(tl.int64) * dlse_strides[1]
-        delta -= tl.load(base + offs_m.to(tl.int64) * dlse_strides[2], mask=inside, other=0.0)
     row = (off_b * q_heads + off_h).to(tl.int64)
-    lse = tl.load(lse_ptr + row * q_len + offs_m, mask=inside, other=-float("inf"))
-    has_key = lse != -float("inf")
+    if dlse_ptr is not None:
+        dlse_ptr += off_b.to(tl.int64) * dlse_strides[0] + off_h.to(tl.int64) * dlse_strides[1]
     padded = row * (tl.num_programs(0) * BLOCK_M) + offs_m
-    # a factor in fp32 would be wrong by 2e-8 of itself, and p by that much of lse2
-    lse2 = (lse.to(tl.float64) * LOG2_E).to(tl.float32)
-    tl.store(lse2_ptr + padded, tl.where(has_key, lse2, float("inf")))
-    tl.store(delta_ptr + padded, tl.where(has_key, delta, 0.0))
+    lse2, delta = row_stats(o_tile, do_tile, lse_ptr + row * q_len, dlse_ptr, dlse_strides, offs_m, q_len)
+    tl.store(lse2_ptr + padded, lse2)
+    tl.store(delta_ptr + padded, delta)
     if dq_acc is not None:
         first = (row * (tl.num_programs(0) * BLOCK_M) + start_m) * ACC_DIM
         tl.store(dq_acc + first + tl.arange(0, BLOCK_M * ACC_DIM), tl.zeros([BLOCK_M * ACC_DIM], tl.float32))

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from anymask.backends.gpu.kernels.delta import row_stats
 from anymask.backends.gpu.kernels.scores import Scoring, keep, score_gradient, score_pairs
 from anymask.backends.gpu.kernels.tiles import (
     Config,
@@ -95,6 +96,11 @@ def _bwd_dq_kernel(
     terms,
     blocks,
     sums_ptr,
+    o,
+    lse_ptr,
+    dlse_ptr,
+    o_strides,
+    dlse_strides,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -108,7 +114,8 @@ def _bwd_dq_kernel(
     """Writes `dq` of BLOCK_M queries of one head. Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). Equation (7).
 
     `terms`, `blocks`: of the scores, see `Scoring`. `sums_ptr`, if not None, with a soft cap: fp32 `[batch, q_heads,
-    q_len]`, the gradient of a bias of the queries.
+    q_len]`, the gradient of a bias of the queries. With an `o`, `lse2` and `delta` are made of it, of lse and of
+    dlse, and written; else read.
     """
     pid_m = tl.program_id(0)
     off_h = tl.program_id(1)
@@ -138,8 +145,18 @@ def _bwd_dq_kernel(
     do_tile = load_tile(do_rows, start_m, V_DIM, BLOCK_M, BLOCK_DV, USE_TMA, False)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     padded = (off_b * q_heads + off_h).to(tl.int64) * (tl.num_programs(0) * BLOCK_M)
-    lse2 = tl.load(lse2_ptr + padded + offs_m)
-    delta = tl.load(delta_ptr + padded + offs_m)
+    if o is not None:
+        row = (off_b * q_heads + off_h).to(tl.int64)
+        if dlse_ptr is not None:
+            dlse_ptr += off_b.to(tl.int64) * dlse_strides[0] + off_h.to(tl.int64) * dlse_strides[1]
+        o_rows = Operand(o, o_strides, off_b, off_h, q_len, None)
+        o_tile = load_tile(o_rows, start_m, V_DIM, BLOCK_M, BLOCK_DV, False, False)
+        lse2, delta = row_stats(o_tile, do_tile, lse_ptr + row * q_len, dlse_ptr, dlse_strides, offs_m, q_len)
+        tl.store(lse2_ptr + padded + offs_m, lse2)
+        tl.store(delta_ptr + padded + offs_m, delta)
+    else:
+        lse2 = tl.load(lse2_ptr + padded + offs_m)
+        delta = tl.load(delta_ptr + padded + offs_m)
     # [BLOCK_M, BLOCK_D]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     cfg: tl.constexpr = Config(HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, USE_TMA, PRECISION, TILE)

@@ -151,6 +151,8 @@ def _consume_dv(dv_desc, pipes, schedule, qk_scale, cfg: gl.constexpr):
                 lse2 = q.row_bufs.index(stage).load(COL_LAYOUT)
                 s = warpgroup_mma_wait(0, deps=[s])
                 dv, _ = wait_sums(dv_flying, left)
+                # lse2 has been read, before the copy engine may write there
+                fence_async_shared()
                 mbarrier.arrive(q.empty.index(stage))
                 mbarrier.arrive(do.empty.index(last), pred=pos > first)
                 z = s * qk_scale - lse2.expand_dims(0)
@@ -216,6 +218,8 @@ def _consume_dk(dk_desc, pipes, schedule, sm_scale, cfg: gl.constexpr):
             delta = do.row_bufs.index(stage).load(COL_LAYOUT)
             dp = warpgroup_mma_wait(0, deps=[dp])
             dk, _ = wait_sums(dk_flying, left)
+            # and so has delta
+            fence_async_shared()
             mbarrier.arrive(do.empty.index(stage))
             mbarrier.arrive(q.empty.index(last), pred=pos > first)
             p_stage, p_phase = stage_and_phase(pos, cfg.P_STAGES)
