@@ -145,6 +145,27 @@ FP32: dict[str, Rows] = {
     },
 }
 
+# Hopper's kernels of fp32 in two fp16 parts, which the copy engine reads
+HALVES: Rows = {
+    "fwd": {
+        32: TileConfig(64, 64, 4, 2),
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(128, 64, 8, 2),
+        256: TileConfig(64, 32, 8, 1),
+    },
+    "dq": {
+        32: TileConfig(64, 64, 4, 2),
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(128, 32, 8, 1),
+        256: TileConfig(64, 16, 8, 1),
+    },
+    "dkdv": {
+        32: TileConfig(64, 64, 4, 2),
+        64: TileConfig(64, 64, 4, 1),
+        128: TileConfig(32, 128, 8, 1),
+        256: TileConfig(16, 64, 8, 1),
+    },
+}
 
 # the same where scores are more than products: they need registers, and a bias memory
 SCORED: dict[str, Rows] = {
@@ -176,6 +197,12 @@ def family(backend: str, arch: int | str, use_tma: bool) -> str:
     if major > 9:
         return "blackwell"
     return "hopper" if use_tma else "hopper-pointers"
+
+
+def choose_halves(block_d: int, block_dv: int, which: str) -> TileConfig:
+    """Config of pass `which` ("fwd", "dq", "dkdv") of fp32 in two fp16 parts, for padded head_dim and v_dim."""
+    rows = HALVES[which]
+    return rows[min(key for key in rows if isinstance(key, int) and key >= max(block_d, block_dv))]
 
 
 def choose(

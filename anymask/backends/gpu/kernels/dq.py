@@ -14,6 +14,7 @@ from anymask.backends.gpu.kernels.tiles import (
     mask_pairs,
     mask_tail,
     store_tile,
+    wants_redo,
 )
 
 
@@ -95,6 +96,7 @@ def _bwd_dq_kernel(
     terms,
     blocks,
     sums_ptr,
+    redo,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -128,6 +130,9 @@ def _bwd_dq_kernel(
         full_begin, full_end = 0, kv_len // TILE
         partial_begin, partial_end = full_end, (kv_len + TILE - 1) // TILE
     start_m = tile * TILE + first_row
+    if redo is not None:
+        if not wants_redo(redo, off_b * q_heads + off_h, start_m, q_len, BLOCK_M, TILE):
+            return
     if q_has_pair is not None:
         q_has_pair += plane.to(tl.int64) * q_len
     if kv_has_pair is not None:

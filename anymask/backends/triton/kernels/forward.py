@@ -16,6 +16,7 @@ from anymask.backends.gpu.kernels.tiles import (
     mask_tail,
     softmax_step,
     store_tile,
+    wants_redo,
 )
 
 
@@ -96,6 +97,7 @@ def _fwd_kernel(
     qk_scale,
     terms,
     blocks,
+    redo,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -125,6 +127,9 @@ def _fwd_kernel(
     if words is not None:
         tile = tl.load(order + plane * q_tiles + tile)
     start_m = tile * TILE + first_row
+    if redo is not None:
+        if not wants_redo(redo, off_b * q_heads + off_h, start_m, q_len, BLOCK_M, TILE):
+            return
     # [BLOCK_M, BLOCK_D]
     q_rows = Operand(q, q_strides, off_b, off_h, q_len, None)
     q_tile = load_tile(q_rows, start_m, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, False)
