@@ -126,13 +126,38 @@ def gradient(call: BackwardCall, made: tuple[Parts, ...], view: str, gradients: 
     """Write dq by the lists of "rows", or dk and dv by those of "cols"; returns `redo` of their rows."""
     from anymask.backends.triton.kernels.halves_backward import _halves_dkdv_kernel, _halves_dq_kernel
 
-    kernel, which, rows = (
-        (_halves_dq_kernel, "dq", "BLOCK_M") if view == "rows" else (_halves_dkdv_kernel, "dkdv", "BLOCK_N")
+    redo = _new_redo(gradients[0])
+    if view == "rows":
+        _launch(_halves_dq_kernel, "dq", "BLOCK_M", call, made, view, gradients, redo)
+        return redo
+    for which, with_dk, with_dv in dkdv_launches(call.q.shape[3], call.v.shape[3]):
+        own = {"WITH_DK": with_dk, "WITH_DV": with_dv}
+        _launch(_halves_dkdv_kernel, which, "BLOCK_N", call, made, view, gradients, redo, own)
+    return redo
+
+
+def dkdv_launches(head_dim: int, v_dim: int) -> list[tuple[str, bool, bool]]:
+    """A pass of `tuning` with dk, with dv, or both: both where one program has registers for them."""
+    return (
+        [("dkdv", True, True)]
+        if max(padded_dim(head_dim), padded_dim(v_dim)) <= tuning.BOTH
+        else [("dv", False, True), ("dk", True, False)]
     )
-    q, k = call.q, call.k
-    written = gradients[0]
+
+
+def _launch(
+    kernel: Any,
+    which: str,
+    rows: str,
+    call: BackwardCall,
+    made: tuple[Parts, ...],
+    view: str,
+    gradients: tuple[Tensor, ...],
+    redo: Tensor,
+    own: dict[str, bool] | None = None,
+) -> None:
+    q, k, written = call.q, call.k, gradients[0]
     constants, options = _options(which, q.shape[3], call.v.shape[3], has_tma(target.current_target()))
-    redo = _new_redo(written)
     launch_triton(
         kernel,
         (tiles_over(written.shape[2]) * TILE // constants[rows], written.shape[1], written.shape[0]),
@@ -158,11 +183,10 @@ def gradient(call: BackwardCall, made: tuple[Parts, ...], view: str, gradients: 
             call.sm_scale,
             call.sm_scale * LOG2_E,
         ),
-        constants,
+        {**constants, **(own or {})},
         q.device,
         options,
     )
-    return redo
 
 
 def _new_redo(t: Tensor) -> Tensor:

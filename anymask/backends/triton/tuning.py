@@ -161,11 +161,13 @@ HALVES: Rows = {
     },
     "dkdv": {
         32: TileConfig(64, 64, 4, 2),
-        64: TileConfig(64, 64, 4, 1),
-        128: TileConfig(32, 128, 8, 1),
-        256: TileConfig(16, 64, 8, 1),
+        64: TileConfig(32, 64, 4, 2),
     },
+    "dv": {128: TileConfig(32, 64, 4, 2), 256: TileConfig(16, 64, 4, 1)},
+    "dk": {128: TileConfig(32, 64, 4, 2), 256: TileConfig(16, 64, 4, 1)},
 }
+# the larger padded dim up to which a program has registers for both dk and dv
+BOTH = 64
 
 # the same where scores are more than products: they need registers, and a bias memory
 SCORED: dict[str, Rows] = {

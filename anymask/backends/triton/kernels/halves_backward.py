@@ -169,7 +169,7 @@ def _halves_dq_kernel(
     store_tile(dq_rows, start_m, dq * sm_scale, HEAD_DIM, BLOCK_M, BLOCK_D)
     # no query with a key: all is 0
     is_large = (largest_of(dq, start_m, q_len, BLOCK_M) >= top * _bound()) | (tl.min(lse2, 0) == float("inf"))
-    store_redo(redo, off_b * q_heads + off_h, start_m, q_len, (total < float("inf")) & is_large, BLOCK_M, TILE)
+    store_redo(redo, off_b * q_heads + off_h, start_m, q_len, (total < float("inf")) & is_large, BLOCK_M, TILE, False)
 
 
 @triton.jit
@@ -180,7 +180,21 @@ def _bound():
 
 @triton.jit
 def _halves_dkdv_loop(
-    dk, dv, total, tops, k_pair, v_pair, rows, q, do, stats, entries, cfg: tl.constexpr, IS_PARTIAL: tl.constexpr
+    dk,
+    dv,
+    total,
+    tops,
+    k_pair,
+    v_pair,
+    rows,
+    q,
+    do,
+    stats,
+    entries,
+    cfg: tl.constexpr,
+    IS_PARTIAL: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
 ):
     """`_bwd_dkdv_loop` on parts.
 
@@ -204,24 +218,27 @@ def _halves_dkdv_loop(
         do_hi, do_lo = load_halves(do, start_m, cfg.V_DIM, BLOCK_M, cfg.BLOCK_DV, cfg.USE_TMA, False)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         lse2 = tl.load(stats.lse2 + offs_m)
-        delta = tl.load(stats.delta + offs_m)
         # [BLOCK_N, BLOCK_M], the transposed scores
         s = dot3(k_pair[0], k_pair[1], q_hi.T, q_lo.T)
         p = tl.math.exp2(s * (rows[0] * q_scale) - (lse2 - TOP)[None, :])
         if IS_PARTIAL:
             p = mask_pairs(p, 0.0, w, first_col, cfg.BLOCK_N, BLOCK_M, False)
             w = load_tile_words(entries, (step + 1) // STEPS, cfg.BLOCK_N, cfg.TILE)
-        p_hi, p_lo = split(p)
-        p_factor = do_scale * (1 / UP)
-        dv += dot3(p_hi, p_lo, do_hi, do_lo) * p_factor
-        dp = dot3(v_pair[0], v_pair[1], do_hi.T, do_lo.T)
-        up, down = gradient_scale(rows[2] * do_norm + delta_top)
-        up *= 1 / UP
-        ds = p * (dp * (rows[1] * do_scale * up) - (delta * up)[None, :])
-        ds_hi, ds_lo = split(ds)
-        ds_factor = down * q_scale
-        dk += dot3(ds_hi, ds_lo, q_hi, q_lo) * ds_factor
-        total += tl.abs(rows[0] * q_scale) + do_scale + ds_factor
+        total += tl.abs(rows[0] * q_scale) + do_scale
+        if WITH_DV:
+            p_hi, p_lo = split(p)
+            dv += dot3(p_hi, p_lo, do_hi, do_lo) * (do_scale * (1 / UP))
+        ds_factor = 0.0
+        if WITH_DK:
+            dp = dot3(v_pair[0], v_pair[1], do_hi.T, do_lo.T)
+            delta = tl.load(stats.delta + offs_m)
+            up, down = gradient_scale(rows[2] * do_norm + delta_top)
+            up *= 1 / UP
+            ds = p * (dp * (rows[1] * do_scale * up) - (delta * up)[None, :])
+            ds_hi, ds_lo = split(ds)
+            ds_factor = down * q_scale
+            dk += dot3(ds_hi, ds_lo, q_hi, q_lo) * ds_factor
+            total += ds_factor
         tops = tl.maximum(tops[0], ds_factor), tl.maximum(tops[1], do_scale)
         q_scale, do_scale = load_number(q, tile, 0, cfg.TILE), load_number(do, tile, 0, cfg.TILE)
         do_norm, delta_top = load_number(do, tile, 1, cfg.TILE), load_number(do, tile, 2, cfg.TILE)
@@ -271,9 +288,12 @@ def _halves_dkdv_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
 ):
     """Writes `dk`, `dv` and `redo` of BLOCK_N keys of a kv head; q, k, v and do are parts, with numbers of their tiles.
 
+    WITH_DK or WITH_DV alone: one of them, where both take more registers than there are. That of dk comes second.
     Grid: (kv tiles * TILE // BLOCK_N, kv_heads, batch). Equations (8) and (9).
     """
     pid_n = tl.program_id(0)
@@ -316,20 +336,22 @@ def _halves_dkdv_kernel(
         stats = Stats(lse2_ptr + padded, delta_ptr + padded)
         full = Entries(full_tiles, words, full_begin, full_end, first_row)
         dk, dv, total, tops = _halves_dkdv_loop(
-            dk, dv, total, tops, k_pair, v_pair, rows, queries, outputs, stats, full, cfg, False
+            dk, dv, total, tops, k_pair, v_pair, rows, queries, outputs, stats, full, cfg, False, WITH_DK, WITH_DV
         )
         # without a mask every listed tile is full: rows beyond q_len have lse2 = inf
         if words is not None:
             partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
             dk, dv, total, tops = _halves_dkdv_loop(
-                dk, dv, total, tops, k_pair, v_pair, rows, queries, outputs, stats, partial, cfg, True
+                dk, dv, total, tops, k_pair, v_pair, rows, queries, outputs, stats, partial, cfg, True, WITH_DK, WITH_DV
             )
-    dk_rows = Operand(dk_ptr, dk_strides, off_b, off_kvh, kv_len, None)
-    dv_rows = Operand(dv_ptr, dv_strides, off_b, off_kvh, kv_len, None)
-    store_tile(dk_rows, start_n, dk * sm_scale, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(dv_rows, start_n, dv, V_DIM, BLOCK_N, BLOCK_DV)
-    is_large = (largest_of(dk, start_n, kv_len, BLOCK_N) >= tops[0] * _bound()) & (
-        largest_of(dv, start_n, kv_len, BLOCK_N) >= tops[1]
-    )
-    is_right = (total < float("inf")) & (is_large | (start_n >= kv_len))
-    store_redo(redo, off_b * (q_heads // group) + off_kvh, start_n, kv_len, is_right, BLOCK_N, TILE)
+    is_right = total < float("inf")
+    if WITH_DV:
+        dv_rows = Operand(dv_ptr, dv_strides, off_b, off_kvh, kv_len, None)
+        store_tile(dv_rows, start_n, dv, V_DIM, BLOCK_N, BLOCK_DV)
+        is_right &= largest_of(dv, start_n, kv_len, BLOCK_N) >= tops[1]
+    if WITH_DK:
+        dk_rows = Operand(dk_ptr, dk_strides, off_b, off_kvh, kv_len, None)
+        store_tile(dk_rows, start_n, dk * sm_scale, HEAD_DIM, BLOCK_N, BLOCK_D)
+        is_right &= largest_of(dk, start_n, kv_len, BLOCK_N) >= tops[0] * _bound()
+    plane = off_b * (q_heads // group) + off_kvh
+    store_redo(redo, plane, start_n, kv_len, is_right, BLOCK_N, TILE, not WITH_DV)

@@ -172,7 +172,7 @@ def _halves_fwd_kernel(
     # p is exact to 2**-39 of the largest of its row, so o is to 2**-25 of its largest element if that is not small
     is_large = (largest_of(acc, start_m, q_len, BLOCK_M) >= top) | (tl.max(l_i, 0) == 0.0)
     is_right = (total < float("inf")) & is_large
-    store_redo(redo, off_b * q_heads + off_h, start_m, q_len, is_right, BLOCK_M, TILE)
+    store_redo(redo, off_b * q_heads + off_h, start_m, q_len, is_right, BLOCK_M, TILE, False)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     lse_ptr += (off_b * q_heads + off_h).to(tl.int64) * q_len
     # in fp64, so that leaving base 2 rounds once

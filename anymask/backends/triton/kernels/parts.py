@@ -161,8 +161,11 @@ def largest_of(x, start, length, ROWS: tl.constexpr):
 
 
 @triton.jit
-def store_redo(redo, plane, start, length, is_right, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Write 0 for rows `start .. start + ROWS` of a plane if they are right, else 1."""
+def store_redo(redo, plane, start, length, is_right, ROWS: tl.constexpr, TILE: tl.constexpr, ADDS: tl.constexpr):
+    """Write 0 for rows `start .. start + ROWS` of a plane if they are right or beyond its end, else 1; ADDS: or."""
     padded = (length + TILE - 1) // TILE * TILE
     at = redo + (plane.to(tl.int64) * padded + start) // REDO_ROWS + tl.arange(0, ROWS // REDO_ROWS)
-    tl.store(at, tl.where(is_right, 0, 1) + tl.zeros([ROWS // REDO_ROWS], tl.int32))
+    mark = tl.where(is_right | (start >= length), 0, 1) + tl.zeros([ROWS // REDO_ROWS], tl.int32)
+    if ADDS:
+        mark |= tl.load(at)
+    tl.store(at, mark)
