@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from anymask.backends.gpu.kernels.redo import wants_redo
 from anymask.backends.gpu.kernels.scores import Scoring, keep, score_gradient, score_pairs
 from anymask.backends.gpu.kernels.tiles import (
     Config,
@@ -14,7 +15,6 @@ from anymask.backends.gpu.kernels.tiles import (
     mask_pairs,
     mask_tail,
     store_tile,
-    wants_redo,
 )
 
 
@@ -130,9 +130,8 @@ def _bwd_dq_kernel(
         full_begin, full_end = 0, kv_len // TILE
         partial_begin, partial_end = full_end, (kv_len + TILE - 1) // TILE
     start_m = tile * TILE + first_row
-    if redo is not None:
-        if not wants_redo(redo, off_b * q_heads + off_h, start_m, q_len, BLOCK_M, TILE):
-            return
+    if redo is not None and not wants_redo(redo, off_b * q_heads + off_h, start_m, q_len, BLOCK_M, TILE):
+        return
     if q_has_pair is not None:
         q_has_pair += plane.to(tl.int64) * q_len
     if kv_has_pair is not None:

@@ -13,8 +13,6 @@ import triton.language as tl
 from anymask import precision
 
 LOG2_E = tl.constexpr(precision.LOG2_E)
-# rows that a kernel marks together as left to another one
-REDO_ROWS = tl.constexpr(16)
 
 
 class Operand(NamedTuple):
@@ -176,10 +174,3 @@ def softmax_step(s, m_i, l_i, acc, qk_scale):
     p = tl.math.exp2(s * qk_scale - m_safe[:, None])
     alpha = tl.math.exp2(m_i - m_safe)
     return p, m_new, l_i * alpha + tl.sum(p, 1), acc * alpha[:, None]
-
-
-@triton.jit
-def wants_redo(redo, plane, start, length, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Whether another kernel left any of the rows `start .. start + ROWS` of a plane to this one."""
-    at = (plane.to(tl.int64) * ((length + TILE - 1) // TILE * TILE) + start) // REDO_ROWS
-    return tl.max(tl.load(redo + at + tl.arange(0, ROWS // REDO_ROWS)), 0) != 0

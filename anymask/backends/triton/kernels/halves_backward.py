@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from anymask.backends.gpu.kernels.redo import store_redo
 from anymask.backends.gpu.kernels.scores import Stats
 from anymask.backends.gpu.kernels.tiles import (
     Config,
@@ -23,7 +24,6 @@ from anymask.backends.triton.kernels.parts import (
     load_halves,
     load_number,
     split,
-    store_redo,
 )
 
 # a sum of products of ds is right if its largest element is as large a part of what bounds them
@@ -316,8 +316,10 @@ def _halves_dkdv_kernel(
     values = halves(v, v_numbers, v_strides, off_b, off_kvh, q_heads // group, kv_len, TILE)
     k_pair = load_halves(keys, start_n, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, False)
     v_pair = load_halves(values, start_n, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA, False)
-    rows = load_number(keys, tile, 0, TILE) * qk_scale, load_number(values, tile, 0, TILE), load_number(
-        values, tile, 1, TILE
+    rows = (
+        load_number(keys, tile, 0, TILE) * qk_scale,
+        load_number(values, tile, 0, TILE),
+        load_number(values, tile, 1, TILE),
     )
     total, tops = tl.abs(rows[0]) + rows[1], (0.0, 0.0)
     for i in tl.range(group):

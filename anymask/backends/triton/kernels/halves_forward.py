@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from anymask.backends.gpu.kernels.redo import store_redo
 from anymask.backends.gpu.kernels.tiles import (
     LOG2_E,
     Config,
@@ -22,7 +23,6 @@ from anymask.backends.triton.kernels.parts import (
     load_halves,
     load_number,
     split,
-    store_redo,
 )
 
 # a factor of scores is never smaller: its products with -inf are to be -inf

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from anymask.backends.gpu.kernels.tiles import REDO_ROWS, Operand, load_tile
+from anymask.backends.gpu.kernels.tiles import Operand, load_tile
 
 # fp32 numbers that the kernel of the parts writes for a tile: the scale, the largest norm of a row, the largest |delta|
 NUMBERS = tl.constexpr(3)
@@ -158,14 +158,3 @@ def largest_of(x, start, length, ROWS: tl.constexpr):
     """The largest absolute value in the rows of `x [ROWS, ..]` that exist."""
     inside = (start + tl.arange(0, ROWS)) < length
     return tl.max(tl.max(tl.where(inside[:, None], tl.abs(x), 0.0), 1), 0)
-
-
-@triton.jit
-def store_redo(redo, plane, start, length, is_right, ROWS: tl.constexpr, TILE: tl.constexpr, ADDS: tl.constexpr):
-    """Write 0 for rows `start .. start + ROWS` of a plane if they are right or beyond its end, else 1; ADDS: or."""
-    padded = (length + TILE - 1) // TILE * TILE
-    at = redo + (plane.to(tl.int64) * padded + start) // REDO_ROWS + tl.arange(0, ROWS // REDO_ROWS)
-    mark = tl.where(is_right | (start >= length), 0, 1) + tl.zeros([ROWS // REDO_ROWS], tl.int32)
-    if ADDS:
-        mark |= tl.load(at)
-    tl.store(at, mark)
