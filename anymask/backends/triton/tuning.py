@@ -156,15 +156,15 @@ HALVES: Rows = {
     "dq": {
         32: TileConfig(64, 64, 4, 2),
         64: TileConfig(64, 64, 4, 2),
-        128: TileConfig(128, 32, 8, 1),
+        128: TileConfig(128, 32, 8, 2),
         256: TileConfig(64, 16, 8, 1),
     },
     "dkdv": {
         32: TileConfig(64, 64, 4, 2),
-        64: TileConfig(32, 64, 4, 2),
+        64: TileConfig(64, 64, 4, 2),
     },
     "dv": {128: TileConfig(32, 64, 4, 2), 256: TileConfig(16, 64, 4, 1)},
-    "dk": {128: TileConfig(32, 64, 4, 2), 256: TileConfig(16, 64, 4, 1)},
+    "dk": {128: TileConfig(64, 64, 4, 2), 256: TileConfig(16, 64, 4, 1)},
 }
 # the larger padded dim up to which a program has registers for both dk and dv
 BOTH = 64

@@ -19,7 +19,6 @@ from anymask.backends.triton.kernels.parts import (
     TOP,
     dot3,
     halves,
-    largest_of,
     load_halves,
     load_number,
     split,
@@ -169,11 +168,11 @@ def _halves_fwd_kernel(
     )
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     store_tile(Operand(o_ptr, o_strides, off_b, off_h, q_len, None), start_m, acc, V_DIM, BLOCK_M, BLOCK_DV)
-    # p is exact to 2**-39 of the largest of its row, so o is to 2**-25 of its largest element if that is not small
-    is_large = (largest_of(acc, start_m, q_len, BLOCK_M) >= top) | (tl.max(l_i, 0) == 0.0)
-    is_right = (total < float("inf")) & is_large
-    store_redo(redo, off_b * q_heads + off_h, start_m, q_len, is_right, BLOCK_M, TILE, False)
     offs_m = start_m + tl.arange(0, BLOCK_M)
+    # p is exact to 2**-39 of the largest of its row, so o is to 2**-24 of the largest of its row if that is no smaller
+    is_small = (tl.max(tl.abs(acc), 1) < top) & (l_i != 0.0) & (offs_m < q_len)
+    is_right = (total < float("inf")) & (tl.max(is_small.to(tl.int32), 0) == 0)
+    store_redo(redo, off_b * q_heads + off_h, start_m, q_len, is_right, BLOCK_M, TILE, False)
     lse_ptr += (off_b * q_heads + off_h).to(tl.int64) * q_len
     # in fp64, so that leaving base 2 rounds once
     lse = (m_i.to(tl.float64) + tl.math.log2(l_i.to(tl.float64)) - TOP) / LOG2_E

@@ -13,9 +13,9 @@ from anymask.backends.gpu.kernels.tiles import Operand, load_tile
 
 # fp32 numbers that the kernel of the parts writes for a tile: the scale, the largest norm of a row, the largest |delta|
 NUMBERS = tl.constexpr(3)
-# the largest element of a tile becomes 2**14 to 2**15, so its parts are exact to 2**-39 of it
+# the largest element of a tile becomes 2**14 to 2**15: parts are exact to 2**-23 of themselves, or to 2**-39 of it
 TOP = tl.constexpr(14)
-# of rows and columns of a tile, so that parts are exact to 2**-24 of the largest of their row and column
+# of rows and columns of a tile, so that parts are exact to 2**-23 of the largest of their row and column
 MAX_SPREAD = tl.constexpr(14)
 # of the largest element of a tile, so that products of two scales are normal numbers
 MAX_EXPONENT = tl.constexpr(48)
