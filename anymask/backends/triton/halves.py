@@ -30,6 +30,8 @@ from anymask.tiles import TILE, tiles_over
 
 # queries and keys from which on parts are worth making
 FEWEST = 512
+# of head_dim and v_dim: above, sums and the products that are added to them do not fit registers
+MAX_DIM = 128
 # as of kernels/parts.py
 NUMBERS, REDO_ROWS = 3, 16
 
@@ -41,9 +43,11 @@ class Parts(NamedTuple):
     numbers: Tensor
 
 
-def fits(q: Tensor, k: Tensor, current: tuple[str, int | str], allow_tf32: bool) -> bool:
+def fits(q: Tensor, v: Tensor, current: tuple[str, int | str], allow_tf32: bool) -> bool:
     """Whether a call takes parts. Reads sizes only, the batch not among them."""
-    if q.dtype != torch.float32 or allow_tf32 or min(q.shape[2], k.shape[2]) < FEWEST:
+    if q.dtype != torch.float32 or allow_tf32 or max(q.shape[3], v.shape[3]) > MAX_DIM:
+        return False
+    if min(q.shape[2], v.shape[2]) < FEWEST:
         return False
     return target.interprets() or current == ("cuda", 90)
 
@@ -64,7 +68,7 @@ def make_parts(t: Tensor, delta: Tensor | None = None) -> Parts:
         (t, delta, parts, numbers, t.stride()[:3], heads, length),
         {"DIM": dim, "BLOCK_D": block_d, "ROW": row, "TILE": TILE},
         t.device,
-        {"num_warps": 4 if block_d <= 32 else 8 if block_d <= 128 else 16},
+        {"num_warps": 4 if block_d <= 32 else 8, "enable_fp_fusion": True},
     )
     return Parts(parts, numbers)
 
@@ -137,12 +141,10 @@ def gradient(call: BackwardCall, made: tuple[Parts, ...], view: str, gradients: 
 
 
 def dkdv_launches(head_dim: int, v_dim: int) -> list[tuple[str, bool, bool]]:
-    """A pass of `tuning` with dk, with dv, or both: both where one program has registers for them."""
-    return (
-        [("dkdv", True, True)]
-        if max(padded_dim(head_dim), padded_dim(v_dim)) <= tuning.BOTH
-        else [("dv", False, True), ("dk", True, False)]
-    )
+    """Passes of `tuning`, whether each writes dk, and whether it writes dv."""
+    if max(padded_dim(head_dim), padded_dim(v_dim)) <= max(d for d in tuning.HALVES["dkdv"] if isinstance(d, int)):
+        return [("dkdv", True, True)]
+    return [("dv", False, True), ("dk", True, False)]
 
 
 def _launch(

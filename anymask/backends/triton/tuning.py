@@ -147,27 +147,14 @@ FP32: dict[str, Rows] = {
 
 # Hopper's kernels of fp32 in two fp16 parts, which the copy engine reads
 HALVES: Rows = {
-    "fwd": {
-        32: TileConfig(64, 64, 4, 2),
-        64: TileConfig(64, 64, 4, 2),
-        128: TileConfig(128, 64, 8, 2),
-        256: TileConfig(64, 32, 8, 1),
-    },
-    "dq": {
-        32: TileConfig(64, 64, 4, 2),
-        64: TileConfig(64, 64, 4, 2),
-        128: TileConfig(128, 32, 8, 2),
-        256: TileConfig(64, 16, 8, 1),
-    },
-    "dkdv": {
-        32: TileConfig(64, 64, 4, 2),
-        64: TileConfig(64, 64, 4, 2),
-    },
-    "dv": {128: TileConfig(32, 64, 4, 2), 256: TileConfig(16, 64, 4, 1)},
-    "dk": {128: TileConfig(64, 64, 4, 2), 256: TileConfig(16, 64, 4, 1)},
+    "fwd": {32: TileConfig(64, 64, 4, 2), 64: TileConfig(64, 64, 4, 2), 128: TileConfig(128, 64, 8, 2)},
+    "dq": {32: TileConfig(64, 64, 4, 2), 64: TileConfig(64, 64, 4, 2), 128: TileConfig(128, 32, 8, 2)},
+    "dkdv": {32: TileConfig(64, 64, 4, 2), 64: TileConfig(64, 64, 4, 2)},
+    # dk and dv of more columns do not fit the registers of a program
+    "dv": {128: TileConfig(32, 64, 4, 2)},
+    "dk": {128: TileConfig(64, 64, 4, 2)},
 }
-# the larger padded dim up to which a program has registers for both dk and dv
-BOTH = 64
+
 
 # the same where scores are more than products: they need registers, and a bias memory
 SCORED: dict[str, Rows] = {
@@ -202,7 +189,7 @@ def family(backend: str, arch: int | str, use_tma: bool) -> str:
 
 
 def choose_halves(block_d: int, block_dv: int, which: str) -> TileConfig:
-    """Config of pass `which` ("fwd", "dq", "dkdv") of fp32 in two fp16 parts, for padded head_dim and v_dim."""
+    """Config of pass `which` of fp32 in two fp16 parts, for padded head_dim and v_dim."""
     rows = HALVES[which]
     return rows[min(key for key in rows if isinstance(key, int) and key >= max(block_d, block_dv))]
 
