@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from anymask import calls, pack
+from anymask import BlockMask, calls, pack
 from anymask.backends import triton as backend
 from anymask.backends.gpu import passes, target
 from anymask.backends.triton import halves
@@ -97,12 +97,14 @@ def _case(mask: str, device: str, dim: int = 16, **others: Any) -> Case:
     return Case(mask, *lengths, dim, **({"batch": 1, "q_heads": 2, "kv_heads": 1} | others))
 
 
-@pytest.mark.parametrize("mask", ["none", "random", "tiles", "causal", "empty_rows", "empty_columns", "per_head"])
+@pytest.mark.parametrize("mask", ["none", "random", "tiles", "causal", "empty_rows", "empty_columns", "per_batch"])
 @pytest.mark.parametrize("dim", [16, 64, 100])
 def test_masks_and_head_dims(mask: str, dim: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cpu" and dim != 16 and mask != "random":
         pytest.skip("the interpreter takes as long for other masks, and shows the same")
-    case = _case(mask, device, dim, v_dim=24 if dim == 16 else None)
+    # of masks for each head no two share keys
+    kv_heads = 2 if mask in ("tiles", "empty_columns") else 1
+    case = _case(mask, device, dim, v_dim=24 if dim == 16 else None, kv_heads=kv_heads)
     inputs = _inputs(case, device)
     run = Run(inputs, 0.25, monkeypatch)
     _check(inputs, 0.25, run)
@@ -118,19 +120,22 @@ def test_scales(mask: str, scale: float, device: str, monkeypatch: pytest.Monkey
     _check(inputs, scale, Run(inputs, scale, monkeypatch))
 
 
-# those that parts hold, as far as marks can tell
+# those that parts hold, as far as marks can tell, and those at the edge
 HELD = ("normal", "values cancel", "scores cancel", "scores large")
+MAY_BE_HELD = ("all small",)
+# what the interpreter has time for
+FEW = (*HELD, "v large", "do small", "each dimension its own")
 
 
 @pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("dim", [16, 64, 128])
 def test_wild_data_is_done_again(name: str, dim: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device == "cpu" and dim != 16:
-        pytest.skip("the interpreter takes as long for few dimensions, and shows the same")
+    if device == "cpu" and (dim != 16 or name not in FEW):
+        pytest.skip("the interpreter has no time for all")
     inputs = _inputs(_case("random", device, dim), device, name)
     run = Run(inputs, dim**-0.5, monkeypatch)
     _check(inputs, dim**-0.5, run)
-    assert (sum(run.counts) == 0) == (name in HELD), run.counts
+    assert name in MAY_BE_HELD or (sum(run.counts) == 0) == (name in HELD), run.counts
 
 
 def test_small_weights_of_large_values(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,9 +149,9 @@ def test_small_weights_of_large_values(device: str, monkeypatch: pytest.MonkeyPa
     assert run.counts[0] > 0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
 def test_garbage_where_nothing_attends(value: float, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = _inputs(_case("random", device, kv_heads=2), device)
+    inputs = _inputs(_case("per_head", device, kv_heads=2), device)
     dense = inputs.dense.clone()
     dense[..., 40:50] = False
     dense[..., 7, :] = False
@@ -157,8 +162,9 @@ def test_garbage_where_nothing_attends(value: float, device: str, monkeypatch: p
     q[:, :, 7] = do[:, :, 7] = dlse[:, :, 7] = value
     run = Run(clean._replace(q=q, k=k, v=v, do=do, dlse=dlse), 0.25, monkeypatch)
     _check(clean, 0.25, run)
-    assert sum(expected.counts) == 0
-    assert min(run.counts) > 0
+    assert sum(expected.counts) == sum(run.counts) == 0
+    for x, y in zip(expected.results, run.results, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_a_sample_does_not_depend_on_its_batch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,15 +237,20 @@ def test_the_largest_delta_of_a_tile(device: str) -> None:
 
 
 def _launched(
-    monkeypatch: pytest.MonkeyPatch, current: tuple[str, Any], length: int, dims: tuple[int, int] = (64, 64)
+    monkeypatch: pytest.MonkeyPatch,
+    current: tuple[str, Any],
+    length: int,
+    dims: tuple[int, int] = (64, 64),
+    mask: BlockMask | None = None,
 ) -> list[str]:
     names: list[str] = []
     monkeypatch.setattr(target, "current_target", lambda: current)
     for module in (backend, passes, halves):
         monkeypatch.setattr(module, "launch_triton", lambda kernel, *rest: names.append(kernel.__name__))
-    q, v = (torch.zeros(1, 1, length, dim) for dim in dims)
-    backend.forward(q, q, v, None, 0.1)
-    backend.backward(q, q, v, v, torch.zeros(1, 1, length), v, None, None, 0.1, True)
+    k, v = (torch.zeros(1, 1, length, dim) for dim in dims)
+    q, o = (t.repeat(1, 2, 1, 1) for t in (k, v))
+    backend.forward(q, k, v, mask, 0.1)
+    backend.backward(q, k, v, o, torch.zeros(1, 2, length), o, None, mask, 0.1, True)
     return names
 
 
@@ -250,6 +261,9 @@ def test_which_calls_take_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _launched(monkeypatch, hopper, fewest) == [*FORWARD, *BACKWARD, "_halves_dkdv_kernel", *REDO]
     assert _launched(monkeypatch, hopper, fewest, (64, 128))[-4:] == ["_halves_dkdv_kernel"] * 2 + REDO
     assert _launched(monkeypatch, hopper, fewest - 1) == without
+    # heads of a group with masks of their own
+    at = torch.arange(fewest)
+    assert _launched(monkeypatch, hopper, fewest, mask=pack(torch.stack([at >= 3, at >= 5])[None, :, None])) == without
     for dims in ((129, 64), (64, 256)):
         assert _launched(monkeypatch, hopper, fewest, dims) == without
     for other in (("cuda", 80), ("cuda", 100), ("hip", "gfx942")):

@@ -82,7 +82,7 @@ def forward(
             terms = KernelTerms(scores, sm_scale, q_len, k.shape[2], has_tma(current))
             qk_scale = terms.qk_scale
         redo = None
-        if scores is None and halves.fits(q, v, current, _allow_tf32(q)):
+        if scores is None and halves.fits(q, v, block_mask, current, _allow_tf32(q)):
             redo = halves.forward(q, k, v, o, lse, block_mask, qk_scale, sm_scale < 0, current)
         what = head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q), terms is not None
         constants, options = _options("fwd", *what)
@@ -176,7 +176,7 @@ def _gradients(
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     what = _what(call)
     of_queries = of_keys = call
-    if call.terms is None and halves.fits(q, v, target.current_target(), _allow_tf32(q)):
+    if call.terms is None and halves.fits(q, v, call.block_mask, target.current_target(), _allow_tf32(q)):
         made = halves.backward_parts(call)
         of_queries = call._replace(redo=halves.gradient(call, made, "rows", (dq,)))
         of_keys = call._replace(redo=halves.gradient(call, made, "cols", (dk, dv)))

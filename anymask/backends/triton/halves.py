@@ -15,6 +15,7 @@ from torch import Tensor
 from anymask.backends.gpu import target
 from anymask.backends.gpu.arguments import (
     LOG2_E,
+    has_pair,
     has_tma,
     kernel_options,
     launch_triton,
@@ -43,8 +44,11 @@ class Parts(NamedTuple):
     numbers: Tensor
 
 
-def fits(q: Tensor, v: Tensor, current: tuple[str, int | str], allow_tf32: bool) -> bool:
+def fits(q: Tensor, v: Tensor, block_mask: BlockMask | None, current: tuple[str, int | str], allow_tf32: bool) -> bool:
     """Whether a call takes parts. Reads sizes only, the batch not among them."""
+    if block_mask is not None and block_mask.heads > 1 and q.shape[1] > v.shape[1]:
+        # a key that one head of a group uses and another does not would have to have two kinds of parts
+        return False
     if q.dtype != torch.float32 or allow_tf32 or max(q.shape[3], v.shape[3]) > MAX_DIM:
         return False
     if min(q.shape[2], v.shape[2]) < FEWEST:
@@ -52,8 +56,16 @@ def fits(q: Tensor, v: Tensor, current: tuple[str, int | str], allow_tf32: bool)
     return target.interprets() or current == ("cuda", 90)
 
 
-def make_parts(t: Tensor, delta: Tensor | None = None) -> Parts:
-    """The parts of `t [batch, heads, length, dim]`, fp32; `delta` of it if `t` is a gradient of o."""
+def make_parts(
+    t: Tensor, delta: Tensor | None = None, used: Tensor | None = None, planes: tuple[int, int] = (0, 0)
+) -> Parts:
+    """The parts of `t [batch, heads, length, dim]`, fp32.
+
+    Args:
+        delta: of the queries, if `t` is a gradient of o.
+        used: the map of the rows that have a pair, None if all do; the others count as zeros.
+        planes: `plane_strides` of the mask.
+    """
     from anymask.backends.triton.kernels.parts import _parts_kernel
 
     batch, heads, length, dim = t.shape
@@ -65,7 +77,7 @@ def make_parts(t: Tensor, delta: Tensor | None = None) -> Parts:
     launch_triton(
         _parts_kernel,
         (tiles_over(length), heads, batch),
-        (t, delta, parts, numbers, t.stride()[:3], heads, length),
+        (t, delta, parts, numbers, used, t.stride()[:3], planes, heads, length),
         {"DIM": dim, "BLOCK_D": block_d, "ROW": row, "TILE": TILE},
         t.device,
         {"num_warps": 4 if block_d <= 32 else 8, "enable_fp_fusion": True},
@@ -90,7 +102,13 @@ def forward(
     batch, q_heads, q_len, head_dim = q.shape
     constants, options = _options("fwd", head_dim, v.shape[3], has_tma(current))
     rows = constants["BLOCK_M"]
-    made = make_parts(q), make_parts(k), make_parts(v)
+    of_queries, of_keys = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
+    planes = plane_strides(block_mask)
+    made = (
+        make_parts(q, None, of_queries, planes),
+        make_parts(k, None, of_keys, planes),
+        make_parts(v, None, of_keys, planes),
+    )
     redo = _new_redo(q)
     launch_triton(
         _halves_fwd_kernel,
@@ -123,7 +141,13 @@ def forward(
 
 def backward_parts(call: BackwardCall) -> tuple[Parts, ...]:
     """The parts of q, k, v and do."""
-    return make_parts(call.q), make_parts(call.k), make_parts(call.v), make_parts(call.do, call.delta)
+    planes = plane_strides(call.block_mask)
+    return (
+        make_parts(call.q, None, call.q_has_pair, planes),
+        make_parts(call.k, None, call.kv_has_pair, planes),
+        make_parts(call.v, None, call.kv_has_pair, planes),
+        make_parts(call.do, call.delta, call.q_has_pair, planes),
+    )
 
 
 def gradient(call: BackwardCall, made: tuple[Parts, ...], view: str, gradients: tuple[Tensor, ...]) -> Tensor:

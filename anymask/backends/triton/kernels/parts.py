@@ -38,7 +38,9 @@ def _parts_kernel(
     delta_ptr,
     parts_ptr,
     numbers_ptr,
+    has_pair,
     x_strides,
+    plane_strides,
     heads,
     length,
     DIM: tl.constexpr,
@@ -50,6 +52,7 @@ def _parts_kernel(
 
     ROW: elements from row to row of the parts. The scale of a tile without parts is NaN: one with numbers that are not
     finite, too large or too small, or with rows or columns of too different sizes. That of a tile of zeros is 0.
+    `has_pair`, if not None: of the rows of each plane of a mask; those without a pair count as zeros.
     `delta_ptr`, if not None: of whole tiles, as the delta kernel writes it.
     Grid: (tiles, heads, batch).
     """
@@ -57,7 +60,9 @@ def _parts_kernel(
     off_h = tl.program_id(1)
     off_b = tl.program_id(2)
     start = tile * TILE
-    x_tile = load_tile(Operand(x, x_strides, off_b, off_h, length, None), start, DIM, TILE, BLOCK_D, False, False)
+    if has_pair is not None:
+        has_pair += (off_b * plane_strides[0] + off_h * plane_strides[1]).to(tl.int64) * length
+    x_tile = load_tile(Operand(x, x_strides, off_b, off_h, length, has_pair), start, DIM, TILE, BLOCK_D, False, False)
     # the order of absolute values is that of their bits, NaN and infinities above all
     bits = x_tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     by_row, by_column = tl.max(bits, 1), tl.max(bits, 0)
