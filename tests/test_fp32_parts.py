@@ -5,8 +5,10 @@ Numbers are judged under Triton's interpreter (test_interpreted.py), whose sums 
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from anymask import BlockMask, calls, pack
 from anymask.backends import triton as backend
 from anymask.backends.gpu import passes, target
 from anymask.backends.triton import halves
-from anymask.testing import Case, Inputs, Results, assert_matches, eager, magnitudes, make_inputs, reference
+from anymask.testing import Case, Inputs, Results, assert_matches, eager, magnitudes, make_inputs, properties, reference
 from tests.helpers.compile_only import assert_fits, causal_mask, compile_passes, spilled_bytes
 from tests.helpers.magnitudes import VALUES
 
@@ -177,6 +179,22 @@ def test_a_sample_does_not_depend_on_its_batch(device: str, monkeypatch: pytest.
     assert min(together.counts) > 0
     for x, y in zip(together.results, alone.results, strict=True):
         assert torch.equal(x[:1], y)
+
+
+PROPERTIES: dict[str, Callable[[Case, Any, str], None]] = {
+    "scores grow": properties.check_growing_scores,
+    "hidden scores are high": properties.check_high_hidden_scores,
+    "scores begin with 0": properties.check_a_first_tile_of_zero_scores,
+    "scores are far from 0": lambda *args: properties.check_far_from_zero(*args, -1000.0),
+    "unused keys reach nothing": lambda *args: properties.check_unused_keys_reach_nothing(*args, math.inf),
+    "unused queries reach nothing": lambda *args: properties.check_unused_queries_reach_nothing(*args, math.nan),
+}
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_properties(name: str, device: str) -> None:
+    mask = {"keys": "empty_columns", "queries": "empty_rows"}.get(name.split()[1], "random")
+    PROPERTIES[name](_case(mask, device, kv_heads=2), "triton", device)
 
 
 @pytest.mark.parametrize("layout", ["blhd", "expanded"])
