@@ -1,5 +1,7 @@
 """The backward kernels of fp32 numbers in two fp16 parts: dq by rows of tiles, dk and dv by columns."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -30,13 +32,36 @@ from anymask.backends.triton.kernels.parts import (
 LEAST = tl.constexpr(2.0**-18)
 
 
+class Rows(NamedTuple):
+    """Parts of BLOCK_M queries; the scale of q times that of scores; scale, norm and largest |delta| of do."""
+
+    q_hi: Any
+    q_lo: Any
+    do_hi: Any
+    do_lo: Any
+    q_factor: Any
+    do_scale: Any
+    do_norm: Any
+    delta: Any
+
+
+class Columns(NamedTuple):
+    """Parts of BLOCK_N keys and values; the scale of k times that of scores, and scale and norm of v."""
+
+    k_hi: Any
+    k_lo: Any
+    v_hi: Any
+    v_lo: Any
+    k_factor: Any
+    v_scale: Any
+    v_norm: Any
+
+
 @triton.jit
-def _halves_dq_loop(
-    dq, total, top, q_pair, do_pair, rows, stats, k, v, entries, cfg: tl.constexpr, IS_PARTIAL: tl.constexpr
-):
+def _halves_dq_loop(dq, total, top, rows, stats, k, v, entries, cfg: tl.constexpr, IS_PARTIAL: tl.constexpr):
     """`_bwd_dq_loop` on parts.
 
-    `rows`: factor of q, scale and norm of do, largest |delta|. `total` becomes NaN or inf if a tile has no parts, `top`
+    `total` becomes NaN or inf if a tile has no parts, `top`
     is what bounds a product of ds and k.
     """
     BLOCK_N: tl.constexpr = cfg.BLOCK_N
@@ -52,21 +77,21 @@ def _halves_dq_loop(
         k_hi, k_lo = load_halves(k, start_n, cfg.HEAD_DIM, BLOCK_N, cfg.BLOCK_D, cfg.USE_TMA, not IS_PARTIAL)
         v_hi, v_lo = load_halves(v, start_n, cfg.V_DIM, BLOCK_N, cfg.BLOCK_DV, cfg.USE_TMA, not IS_PARTIAL)
         # [BLOCK_M, BLOCK_N]
-        s = dot3(q_pair[0], q_pair[1], k_hi.T, k_lo.T)
-        dp = dot3(do_pair[0], do_pair[1], v_hi.T, v_lo.T)
-        p = tl.math.exp2(s * (rows[0] * k_scale) - stats.lse2[:, None])
+        s = dot3(rows.q_hi, rows.q_lo, k_hi.T, k_lo.T)
+        dp = dot3(rows.do_hi, rows.do_lo, v_hi.T, v_lo.T)
+        p = tl.math.exp2(s * (rows.q_factor * k_scale) - stats.lse2[:, None])
         if IS_PARTIAL:
             if entries.words is None:
                 p = mask_tail(p, 0.0, start_n, k.length, BLOCK_N)
             else:
                 p = mask_pairs(p, 0.0, w, first_col, cfg.BLOCK_M, BLOCK_N, False)
                 w = load_tile_words(entries, (step + 1) // STEPS, cfg.BLOCK_M, cfg.TILE)
-        up, down = gradient_scale(rows[2] * v_norm + rows[3])
-        ds = p * (dp * (rows[1] * v_scale * up) - (stats.delta * up)[:, None])
+        up, down = gradient_scale(rows.do_norm * v_norm + rows.delta)
+        ds = p * (dp * (rows.do_scale * v_scale * up) - (stats.delta * up)[:, None])
         ds_hi, ds_lo = split(ds)
         factor = down * k_scale
         dq += dot3(ds_hi, ds_lo, k_hi, k_lo) * factor
-        total += tl.abs(rows[0] * k_scale) + v_scale + factor
+        total += tl.abs(rows.q_factor * k_scale) + v_scale + factor
         top = tl.maximum(top, factor)
         k_scale, v_scale, v_norm = _numbers(k, v, tile, cfg.TILE)
     return dq, total, top
@@ -145,9 +170,13 @@ def _halves_dq_kernel(
     outputs = halves(do, do_numbers, do_strides, off_b, off_h, q_heads, q_len, TILE)
     keys = halves(k, k_numbers, k_strides, off_b, off_kvh, q_heads // group, kv_len, TILE)
     values = halves(v, v_numbers, v_strides, off_b, off_kvh, q_heads // group, kv_len, TILE)
-    q_pair = load_halves(queries, start_m, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, False)
-    do_pair = load_halves(outputs, start_m, V_DIM, BLOCK_M, BLOCK_DV, USE_TMA, False)
-    rows = (
+    q_hi, q_lo = load_halves(queries, start_m, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, False)
+    do_hi, do_lo = load_halves(outputs, start_m, V_DIM, BLOCK_M, BLOCK_DV, USE_TMA, False)
+    rows = Rows(
+        q_hi,
+        q_lo,
+        do_hi,
+        do_lo,
         load_number(queries, tile, 0, TILE) * qk_scale,
         load_number(outputs, tile, 0, TILE),
         load_number(outputs, tile, 1, TILE),
@@ -159,12 +188,12 @@ def _halves_dq_kernel(
     stats = Stats(lse2, tl.load(delta_ptr + padded + offs_m))
     # [BLOCK_M, BLOCK_D]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total, top = tl.abs(rows[0]) + rows[1], 0.0
+    total, top = tl.abs(rows.q_factor) + rows.do_scale, 0.0
     cfg: tl.constexpr = Config(HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, USE_TMA, PRECISION, TILE)
     full = Entries(full_tiles, words, full_begin, full_end, first_row)
     partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
-    dq, total, top = _halves_dq_loop(dq, total, top, q_pair, do_pair, rows, stats, keys, values, full, cfg, False)
-    dq, total, top = _halves_dq_loop(dq, total, top, q_pair, do_pair, rows, stats, keys, values, partial, cfg, True)
+    dq, total, top = _halves_dq_loop(dq, total, top, rows, stats, keys, values, full, cfg, False)
+    dq, total, top = _halves_dq_loop(dq, total, top, rows, stats, keys, values, partial, cfg, True)
     dq_rows = Operand(dq_ptr, dq_strides, off_b, off_h, q_len, None)
     store_tile(dq_rows, start_m, dq * sm_scale, HEAD_DIM, BLOCK_M, BLOCK_D)
     # no query with a key: all is 0
@@ -182,11 +211,8 @@ def _bound():
 def _halves_dkdv_loop(
     dk,
     dv,
-    total,
-    tops,
-    k_pair,
-    v_pair,
-    rows,
+    seen,
+    kv,
     q,
     do,
     stats,
@@ -198,8 +224,8 @@ def _halves_dkdv_loop(
 ):
     """`_bwd_dkdv_loop` on parts.
 
-    `rows`: factor of k, scale and norm of v. `total` becomes NaN or inf if a tile has no parts, `tops` bound a product
-    of ds and q, and one of p and do.
+    `seen`: a sum that becomes NaN or inf if a tile
+    has no parts, what bounds a product of ds and q, and one of p and do.
     """
     BLOCK_M: tl.constexpr = cfg.BLOCK_M
     STEPS: tl.constexpr = cfg.TILE // BLOCK_M
@@ -219,30 +245,30 @@ def _halves_dkdv_loop(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         lse2 = tl.load(stats.lse2 + offs_m)
         # [BLOCK_N, BLOCK_M], the transposed scores
-        s = dot3(k_pair[0], k_pair[1], q_hi.T, q_lo.T)
-        p = tl.math.exp2(s * (rows[0] * q_scale) - (lse2 - TOP)[None, :])
+        s = dot3(kv.k_hi, kv.k_lo, q_hi.T, q_lo.T)
+        p = tl.math.exp2(s * (kv.k_factor * q_scale) - (lse2 - TOP)[None, :])
         if IS_PARTIAL:
             p = mask_pairs(p, 0.0, w, first_col, cfg.BLOCK_N, BLOCK_M, False)
             w = load_tile_words(entries, (step + 1) // STEPS, cfg.BLOCK_N, cfg.TILE)
-        total += tl.abs(rows[0] * q_scale) + do_scale
+        total = seen[0] + tl.abs(kv.k_factor * q_scale) + do_scale
         if WITH_DV:
             p_hi, p_lo = split(p)
             dv += dot3(p_hi, p_lo, do_hi, do_lo) * (do_scale * (1 / UP))
         ds_factor = 0.0
         if WITH_DK:
-            dp = dot3(v_pair[0], v_pair[1], do_hi.T, do_lo.T)
+            dp = dot3(kv.v_hi, kv.v_lo, do_hi.T, do_lo.T)
             delta = tl.load(stats.delta + offs_m)
-            up, down = gradient_scale(rows[2] * do_norm + delta_top)
+            up, down = gradient_scale(kv.v_norm * do_norm + delta_top)
             up *= 1 / UP
-            ds = p * (dp * (rows[1] * do_scale * up) - (delta * up)[None, :])
+            ds = p * (dp * (kv.v_scale * do_scale * up) - (delta * up)[None, :])
             ds_hi, ds_lo = split(ds)
             ds_factor = down * q_scale
             dk += dot3(ds_hi, ds_lo, q_hi, q_lo) * ds_factor
             total += ds_factor
-        tops = tl.maximum(tops[0], ds_factor), tl.maximum(tops[1], do_scale)
+        seen = total, tl.maximum(seen[1], ds_factor), tl.maximum(seen[2], do_scale)
         q_scale, do_scale = load_number(q, tile, 0, cfg.TILE), load_number(do, tile, 0, cfg.TILE)
         do_norm, delta_top = load_number(do, tile, 1, cfg.TILE), load_number(do, tile, 2, cfg.TILE)
-    return dk, dv, total, tops
+    return dk, dv, seen
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "q_heads"])
@@ -314,14 +340,11 @@ def _halves_dkdv_kernel(
     cfg: tl.constexpr = Config(HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, USE_TMA, PRECISION, TILE)
     keys = halves(k, k_numbers, k_strides, off_b, off_kvh, q_heads // group, kv_len, TILE)
     values = halves(v, v_numbers, v_strides, off_b, off_kvh, q_heads // group, kv_len, TILE)
-    k_pair = load_halves(keys, start_n, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, False)
-    v_pair = load_halves(values, start_n, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA, False)
-    rows = (
-        load_number(keys, tile, 0, TILE) * qk_scale,
-        load_number(values, tile, 0, TILE),
-        load_number(values, tile, 1, TILE),
-    )
-    total, tops = tl.abs(rows[0]) + rows[1], (0.0, 0.0)
+    k_hi, k_lo = load_halves(keys, start_n, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, False)
+    v_hi, v_lo = load_halves(values, start_n, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA, False)
+    v_scale, v_norm = load_number(values, tile, 0, TILE), load_number(values, tile, 1, TILE)
+    kv = Columns(k_hi, k_lo, v_hi, v_lo, load_number(keys, tile, 0, TILE) * qk_scale, v_scale, v_norm)
+    seen = tl.abs(kv.k_factor) + v_scale, 0.0, 0.0
     for i in tl.range(group):
         off_h = off_kvh * group + i
         plane = off_b * plane_strides[0] + off_h * plane_strides[1]
@@ -337,23 +360,21 @@ def _halves_dkdv_kernel(
         outputs = halves(do, do_numbers, do_strides, off_b, off_h, q_heads, q_len, TILE)
         stats = Stats(lse2_ptr + padded, delta_ptr + padded)
         full = Entries(full_tiles, words, full_begin, full_end, first_row)
-        dk, dv, total, tops = _halves_dkdv_loop(
-            dk, dv, total, tops, k_pair, v_pair, rows, queries, outputs, stats, full, cfg, False, WITH_DK, WITH_DV
-        )
+        dk, dv, seen = _halves_dkdv_loop(dk, dv, seen, kv, queries, outputs, stats, full, cfg, False, WITH_DK, WITH_DV)
         # without a mask every listed tile is full: rows beyond q_len have lse2 = inf
         if words is not None:
             partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
-            dk, dv, total, tops = _halves_dkdv_loop(
-                dk, dv, total, tops, k_pair, v_pair, rows, queries, outputs, stats, partial, cfg, True, WITH_DK, WITH_DV
+            dk, dv, seen = _halves_dkdv_loop(
+                dk, dv, seen, kv, queries, outputs, stats, partial, cfg, True, WITH_DK, WITH_DV
             )
-    is_right = total < float("inf")
+    is_right = seen[0] < float("inf")
     if WITH_DV:
         dv_rows = Operand(dv_ptr, dv_strides, off_b, off_kvh, kv_len, None)
         store_tile(dv_rows, start_n, dv, V_DIM, BLOCK_N, BLOCK_DV)
-        is_right &= largest_of(dv, start_n, kv_len, BLOCK_N) >= tops[1]
+        is_right &= largest_of(dv, start_n, kv_len, BLOCK_N) >= seen[2]
     if WITH_DK:
         dk_rows = Operand(dk_ptr, dk_strides, off_b, off_kvh, kv_len, None)
         store_tile(dk_rows, start_n, dk * sm_scale, HEAD_DIM, BLOCK_N, BLOCK_D)
-        is_right &= largest_of(dk, start_n, kv_len, BLOCK_N) >= tops[0] * _bound()
+        is_right &= largest_of(dk, start_n, kv_len, BLOCK_N) >= seen[1] * _bound()
     plane = off_b * (q_heads // group) + off_kvh
     store_redo(redo, plane, start_n, kv_len, is_right, BLOCK_N, TILE, not WITH_DV)

@@ -1,5 +1,7 @@
 """The forward kernel of fp32 numbers in two fp16 parts."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -28,16 +30,21 @@ from anymask.backends.triton.kernels.parts import (
 TINY = tl.constexpr(2.0**-126)
 
 
+class Rows(NamedTuple):
+    """Parts of BLOCK_M queries, and what their products with those of a key are multiplied by, but for its scale."""
+
+    hi: Any
+    lo: Any
+    factor: Any
+
+
 @triton.jit
 def _halves_fwd_loop(
     acc,
     m_i,
     l_i,
-    total,
-    top,
-    q_hi,
-    q_lo,
-    q_factor,
+    seen,
+    q,
     k,
     v,
     entries,
@@ -46,7 +53,7 @@ def _halves_fwd_loop(
     IS_NEGATIVE: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """`_fwd_loop` on parts. `total` becomes NaN or inf if a tile has no parts, `top` is the largest scale of v."""
+    """`_fwd_loop` on parts. `seen`: a sum that becomes NaN or inf if a tile has no parts, the largest scale of v."""
     BLOCK_N: tl.constexpr = cfg.BLOCK_N
     STEPS: tl.constexpr = cfg.TILE // BLOCK_N
     tile = load_tile_index(entries, entries.begin)
@@ -59,7 +66,7 @@ def _halves_fwd_loop(
         tile = load_tile_index(entries, (step + 1) // STEPS)
         k_hi, k_lo = load_halves(k, start_n, cfg.HEAD_DIM, BLOCK_N, cfg.BLOCK_D, cfg.USE_TMA, not IS_PARTIAL)
         # [BLOCK_M, BLOCK_N]
-        s = dot3(q_hi, q_lo, k_hi.T, k_lo.T)
+        s = dot3(q.hi, q.lo, k_hi.T, k_lo.T)
         if IS_NEGATIVE:
             s = -s
         if IS_PARTIAL:
@@ -68,9 +75,8 @@ def _halves_fwd_loop(
             else:
                 s = mask_pairs(s, -float("inf"), w, first_col, cfg.BLOCK_M, BLOCK_N, USE_ASM)
                 w = load_tile_words(entries, (step + 1) // STEPS, cfg.BLOCK_M, cfg.TILE)
-        factor = tl.maximum(q_factor * k_scale, TINY)
-        total += q_factor * k_scale + v_scale
-        top = tl.maximum(top, v_scale)
+        factor = tl.maximum(q.factor * k_scale, TINY)
+        seen = seen[0] + q.factor * k_scale + v_scale, tl.maximum(seen[1], v_scale)
         m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
         # a row with no key yet has m = -inf, and -inf - -inf would be NaN
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -83,7 +89,7 @@ def _halves_fwd_loop(
         # tensor cores cut sums off: they are added here
         acc = acc * alpha[:, None] + dot3(p_hi, p_lo, v_hi, v_lo) * v_scale
         k_scale, v_scale = load_number(k, tile, 0, cfg.TILE), load_number(v, tile, 0, cfg.TILE)
-    return acc, m_i, l_i, total, top
+    return acc, m_i, l_i, seen
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "q_heads", "group"])
@@ -151,27 +157,27 @@ def _halves_fwd_kernel(
     keys = halves(k, k_numbers, k_strides, off_b, off_kvh, q_heads // group, kv_len, TILE)
     values = halves(v, v_numbers, v_strides, off_b, off_kvh, q_heads // group, kv_len, TILE)
     q_hi, q_lo = load_halves(queries, start_m, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, False)
-    q_factor = load_number(queries, tile, 0, TILE) * qk_scale
+    rows = Rows(q_hi, q_lo, load_number(queries, tile, 0, TILE) * qk_scale)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     # [BLOCK_M, BLOCK_DV]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    total, top = q_factor, 0.0
+    seen = rows.factor, 0.0
     cfg: tl.constexpr = Config(HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, USE_TMA, PRECISION, TILE)
     full = Entries(full_tiles, words, full_begin, full_end, first_row)
     partial = Entries(partial_tiles, words, partial_begin, partial_end, first_row)
-    acc, m_i, l_i, total, top = _halves_fwd_loop(
-        acc, m_i, l_i, total, top, q_hi, q_lo, q_factor, keys, values, full, cfg, False, IS_NEGATIVE, USE_ASM
+    acc, m_i, l_i, seen = _halves_fwd_loop(
+        acc, m_i, l_i, seen, rows, keys, values, full, cfg, False, IS_NEGATIVE, USE_ASM
     )
-    acc, m_i, l_i, total, top = _halves_fwd_loop(
-        acc, m_i, l_i, total, top, q_hi, q_lo, q_factor, keys, values, partial, cfg, True, IS_NEGATIVE, USE_ASM
+    acc, m_i, l_i, seen = _halves_fwd_loop(
+        acc, m_i, l_i, seen, rows, keys, values, partial, cfg, True, IS_NEGATIVE, USE_ASM
     )
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     store_tile(Operand(o_ptr, o_strides, off_b, off_h, q_len, None), start_m, acc, V_DIM, BLOCK_M, BLOCK_DV)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     # p is exact to 2**-39 of the largest of its row, so o is to 2**-24 of the largest of its row if that is no smaller
-    is_small = (tl.max(tl.abs(acc), 1) < top) & (l_i != 0.0) & (offs_m < q_len)
-    is_right = (total < float("inf")) & (tl.max(is_small.to(tl.int32), 0) == 0)
+    is_small = (tl.max(tl.abs(acc), 1) < seen[1]) & (l_i != 0.0) & (offs_m < q_len)
+    is_right = (seen[0] < float("inf")) & (tl.max(is_small.to(tl.int32), 0) == 0)
     store_redo(redo, off_b * q_heads + off_h, start_m, q_len, is_right, BLOCK_M, TILE, False)
     lse_ptr += (off_b * q_heads + off_h).to(tl.int64) * q_len
     # in fp64, so that leaving base 2 rounds once
