@@ -57,7 +57,11 @@ def fits(q: Tensor, v: Tensor, block_mask: BlockMask | None, current: tuple[str,
 
 
 def make_parts(
-    t: Tensor, delta: Tensor | None = None, used: Tensor | None = None, planes: tuple[int, int] = (0, 0)
+    t: Tensor,
+    delta: Tensor | None = None,
+    used: Tensor | None = None,
+    planes: tuple[int, int] = (0, 0),
+    like_rows: bool = False,
 ) -> Parts:
     """The parts of `t [batch, heads, length, dim]`, fp32.
 
@@ -65,6 +69,7 @@ def make_parts(
         delta: of the queries, if `t` is a gradient of o.
         used: the map of the rows that have a pair, None if all do; the others count as zeros.
         planes: `plane_strides` of the mask.
+        like_rows: of q and k, whose small rows need scores of their own; sums of those of v and do are judged after.
     """
     from anymask.backends.triton.kernels.parts import _parts_kernel
 
@@ -78,7 +83,7 @@ def make_parts(
         _parts_kernel,
         (tiles_over(length), heads, batch),
         (t, delta, parts, numbers, used, t.stride()[:3], planes, heads, length),
-        {"DIM": dim, "BLOCK_D": block_d, "ROW": row, "TILE": TILE},
+        {"DIM": dim, "BLOCK_D": block_d, "ROW": row, "TILE": TILE, "LIKE_ROWS": like_rows},
         t.device,
         {"num_warps": 4 if block_d <= 32 else 8, "enable_fp_fusion": True},
     )
@@ -105,8 +110,8 @@ def forward(
     of_queries, of_keys = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
     planes = plane_strides(block_mask)
     made = (
-        make_parts(q, None, of_queries, planes),
-        make_parts(k, None, of_keys, planes),
+        make_parts(q, None, of_queries, planes, True),
+        make_parts(k, None, of_keys, planes, True),
         make_parts(v, None, of_keys, planes),
     )
     redo = _new_redo(q)
@@ -143,8 +148,8 @@ def backward_parts(call: BackwardCall) -> tuple[Parts, ...]:
     """The parts of q, k, v and do."""
     planes = plane_strides(call.block_mask)
     return (
-        make_parts(call.q, None, call.q_has_pair, planes),
-        make_parts(call.k, None, call.kv_has_pair, planes),
+        make_parts(call.q, None, call.q_has_pair, planes, True),
+        make_parts(call.k, None, call.kv_has_pair, planes, True),
         make_parts(call.v, None, call.kv_has_pair, planes),
         make_parts(call.do, call.delta, call.q_has_pair, planes),
     )

@@ -47,11 +47,13 @@ def _parts_kernel(
     BLOCK_D: tl.constexpr,
     ROW: tl.constexpr,
     TILE: tl.constexpr,
+    LIKE_ROWS: tl.constexpr,
 ):
     """Writes the parts of a tile of a head of `x [batch, heads, length, DIM]`, hi in head 2h and lo in head 2h + 1.
 
     ROW: elements from row to row of the parts. The scale of a tile without parts is NaN: one with numbers that are not
-    finite, too large or too small, or with rows or columns of too different sizes. That of a tile of zeros is 0.
+    finite, too large or too small, or with columns, with LIKE_ROWS rows too, of too different sizes. That of a tile of
+    zeros is 0.
     `has_pair`, if not None: of the rows of each plane of a mask; those without a pair count as zeros.
     `delta_ptr`, if not None: of whole tiles, as the delta kernel writes it.
     Grid: (tiles, heads, batch).
@@ -67,10 +69,11 @@ def _parts_kernel(
     bits = x_tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     by_row, by_column = tl.max(bits, 1), tl.max(bits, 0)
     top = tl.max(by_row, 0)
-    row_least = tl.min(tl.where(by_row == 0, top, by_row), 0)
-    column_least = tl.min(tl.where(by_column == 0, top, by_column), 0)
+    least = tl.min(tl.where(by_column == 0, top, by_column), 0)
+    if LIKE_ROWS:
+        least = tl.minimum(least, tl.min(tl.where(by_row == 0, top, by_row), 0))
     exponent = (top >> 23) - 127
-    spread = (top >> 23) - (tl.minimum(row_least, column_least) >> 23)
+    spread = (top >> 23) - (least >> 23)
     is_wild = (top != 0) & ((spread > MAX_SPREAD) | (exponent > MAX_EXPONENT) | (exponent < -MAX_EXPONENT))
     exponent = tl.where(is_wild | (top == 0), 0, exponent)
     inverse = ((127 - exponent + TOP) << 23).to(tl.float32, bitcast=True)
