@@ -16,7 +16,7 @@ class BackwardCall(NamedTuple):
     """Inputs of a gradient: `lse2` and `delta` as `launch_delta` gives them, and which rows have a pair (None: all).
 
     `terms`: from queries and keys of a step to the kernels' `Terms` and descriptor of the scores, None without any;
-    `qk_scale`: what q k is scaled by for them.
+    `qk_scale`: what q k is scaled by for them. `redo`: marks of the rows to write, None for all.
     """
 
     q: Tensor
@@ -31,6 +31,7 @@ class BackwardCall(NamedTuple):
     sm_scale: float
     terms: Callable[[int, int], tuple[Any, Any]] | None = None
     qk_scale: float = 0.0
+    redo: Tensor | None = None
 
 
 class RowsOf(NamedTuple):
@@ -163,6 +164,7 @@ def launch_gradient(
             *((None, None) if call.terms is None else call.terms(rows, keys)),
             sums,
             *last,
+            call.redo,
         ),
         constants,
         q.device,

@@ -29,7 +29,7 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dkdv, launch_dq
-from anymask.backends.triton import tuning
+from anymask.backends.triton import halves, tuning
 from anymask.backends.triton.scores import KernelTerms, gradients, why_not_scores
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
@@ -81,6 +81,9 @@ def forward(
         if scores is not None:
             terms = KernelTerms(scores, sm_scale, q_len, k.shape[2], has_tma(current))
             qk_scale = terms.qk_scale
+        redo = None
+        if scores is None and halves.fits(q, v, block_mask, current, _allow_tf32(q)):
+            redo = halves.forward(q, k, v, o, lse, block_mask, qk_scale, sm_scale < 0, current)
         what = head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q), terms is not None
         constants, options = _options("fwd", *what)
         block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
@@ -103,6 +106,7 @@ def forward(
                 k.shape[2],
                 qk_scale,
                 *((None, None) if terms is None else terms(block_m, block_n)),
+                redo,
             ),
             {
                 **constants,
@@ -169,8 +173,13 @@ def _gradients(
     q, k, v = call.q, call.k, call.v
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
     what = _what(call)
-    launch_dq(call, dq, *_options("dq", *what), q_sums)
-    launch_dkdv(call, dk, dv, *_options("dkdv", *what), k_sums)
+    of_queries = of_keys = call
+    if call.terms is None and halves.fits(q, v, call.block_mask, target.current_target(), _allow_tf32(q)):
+        made = halves.backward_parts(call)
+        of_queries = call._replace(redo=halves.gradient(call, made, "rows", (dq,)))
+        of_keys = call._replace(redo=halves.gradient(call, made, "cols", (dk, dv)))
+    launch_dq(of_queries, dq, *_options("dq", *what), q_sums)
+    launch_dkdv(of_keys, dk, dv, *_options("dkdv", *what), k_sums)
     return dq, dk, dv
 
 

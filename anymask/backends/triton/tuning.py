@@ -12,6 +12,9 @@ fp64 as those of IEEE products, and closer on an H100, at a fifth of the time. T
 value of 3.39618e38 or more, the last 0.2 % of fp32's range, counts as infinite; and what lies below 2**-133 of a number
 is lost, which is at most half a unit of fp32 for numbers from 2**-110 (7.7e-34) on. Infinities and NaN act as in
 IEEE products. AMD's matrix cores multiply IEEE fp32 as it is.
+
+`HALVES` are the configs of Hopper's kernels of fp32 in two fp16 parts (halves.py). Those of 64 and 128 are the fastest
+of two to six on an H200 (Triton 3.6, B2 H16 L2048 and L4096, random and causal masks) on 2026-11-28.
 """
 
 from dataclasses import replace
@@ -145,6 +148,16 @@ FP32: dict[str, Rows] = {
     },
 }
 
+# Hopper's kernels of fp32 in two fp16 parts, which the copy engine reads
+HALVES: Rows = {
+    "fwd": {32: TileConfig(64, 64, 4, 2), 64: TileConfig(64, 64, 4, 2), 128: TileConfig(128, 64, 8, 2)},
+    "dq": {32: TileConfig(64, 64, 4, 2), 64: TileConfig(64, 64, 4, 2), 128: TileConfig(128, 32, 8, 2)},
+    "dkdv": {32: TileConfig(64, 64, 4, 2), 64: TileConfig(64, 64, 4, 2)},
+    # dk and dv of more columns do not fit the registers of a program
+    "dv": {128: TileConfig(32, 64, 4, 2)},
+    "dk": {128: TileConfig(64, 64, 4, 2)},
+}
+
 
 # the same where scores are more than products: they need registers, and a bias memory
 SCORED: dict[str, Rows] = {
@@ -176,6 +189,12 @@ def family(backend: str, arch: int | str, use_tma: bool) -> str:
     if major > 9:
         return "blackwell"
     return "hopper" if use_tma else "hopper-pointers"
+
+
+def choose_halves(block_d: int, block_dv: int, which: str) -> TileConfig:
+    """Config of pass `which` of fp32 in two fp16 parts, for padded head_dim and v_dim."""
+    rows = HALVES[which]
+    return rows[min(key for key in rows if isinstance(key, int) and key >= max(block_d, block_dv))]
 
 
 def choose(

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from anymask.backends.gpu.kernels.redo import wants_redo
 from anymask.backends.gpu.kernels.scores import Scoring, Stats, keep, score_gradient, score_pairs
 from anymask.backends.gpu.kernels.tiles import (
     Config,
@@ -111,6 +112,7 @@ def _bwd_dkdv_kernel(
     terms,
     blocks,
     sums_ptr,
+    redo,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -139,6 +141,8 @@ def _bwd_dkdv_kernel(
         first_plane = off_b * plane_strides[0] + off_kvh * group * plane_strides[1]
         tile = tl.load(order + first_plane * kv_tiles + tile)
     start_n = tile * TILE + first_row
+    if redo is not None and not wants_redo(redo, off_b * (q_heads // group) + off_kvh, start_n, kv_len, BLOCK_N, TILE):
+        return
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from anymask.backends.gpu.kernels.delta import row_stats
+from anymask.backends.gpu.kernels.redo import wants_redo
 from anymask.backends.gpu.kernels.scores import Scoring, keep, score_gradient, score_pairs
 from anymask.backends.gpu.kernels.tiles import (
     Config,
@@ -101,6 +102,7 @@ def _bwd_dq_kernel(
     dlse_ptr,
     o_strides,
     dlse_strides,
+    redo,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -135,6 +137,8 @@ def _bwd_dq_kernel(
         full_begin, full_end = 0, kv_len // TILE
         partial_begin, partial_end = full_end, (kv_len + TILE - 1) // TILE
     start_m = tile * TILE + first_row
+    if redo is not None and not wants_redo(redo, off_b * q_heads + off_h, start_m, q_len, BLOCK_M, TILE):
+        return
     if q_has_pair is not None:
         q_has_pair += plane.to(tl.int64) * q_len
     if kv_has_pair is not None:

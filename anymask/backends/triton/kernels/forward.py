@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from anymask.backends.gpu.kernels.redo import wants_redo
 from anymask.backends.gpu.kernels.scores import Scoring, keep, score_pairs
 from anymask.backends.gpu.kernels.tiles import (
     LOG2_E,
@@ -96,6 +97,7 @@ def _fwd_kernel(
     qk_scale,
     terms,
     blocks,
+    redo,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -113,9 +115,7 @@ def _fwd_kernel(
     Grid: (q tiles * TILE // BLOCK_M, q_heads, batch). `IS_NEGATIVE`: qk_scale is the magnitude of a negative scale.
     `terms`, `blocks`: of the scores, see `Scoring`.
     """
-    pid_m = tl.program_id(0)
-    off_h = tl.program_id(1)
-    off_b = tl.program_id(2)
+    pid_m, off_h, off_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     off_kvh = off_h // group
     PARTS: tl.constexpr = TILE // BLOCK_M
     q_tiles = tl.num_programs(0) // PARTS
@@ -125,11 +125,12 @@ def _fwd_kernel(
     if words is not None:
         tile = tl.load(order + plane * q_tiles + tile)
     start_m = tile * TILE + first_row
+    if redo is not None and not wants_redo(redo, off_b * q_heads + off_h, start_m, q_len, BLOCK_M, TILE):
+        return
     # [BLOCK_M, BLOCK_D]
     q_rows = Operand(q, q_strides, off_b, off_h, q_len, None)
     q_tile = load_tile(q_rows, start_m, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, False)
-    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i, l_i = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     # [BLOCK_M, BLOCK_DV]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if terms is not None and len(terms.sinks) == 1:
@@ -166,5 +167,4 @@ def _fwd_kernel(
     if q_tile.dtype == tl.float32:
         # in fp64, so that leaving base 2 rounds once
         m_i, l_i = m_i.to(tl.float64), l_i.to(tl.float64)
-    lse = (m_i + tl.math.log2(l_i)) / LOG2_E
-    tl.store(lse_ptr + offs_m, lse.to(tl.float32), mask=offs_m < q_len)
+    tl.store(lse_ptr + offs_m, ((m_i + tl.math.log2(l_i)) / LOG2_E).to(tl.float32), mask=offs_m < q_len)
