@@ -15,7 +15,7 @@ import triton
 
 from anymask import pack
 from anymask.backends import hopper
-from anymask.backends.hopper.kernels.backward import DS_FULL
+from anymask.backends.hopper.kernels.backward_dq import DS_FULL
 from tests.helpers import scored
 from tests.helpers.compile_only import TARGETS, causal_mask, sass, spilled_bytes
 

@@ -267,7 +267,7 @@ def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest
     draw = random.Random(0)
     for _ in range(300):
         (length, heads), dims = draw.choice(SHAPES), draw.choice(HOPPER_DIMS)
-        block_d = hopper._block_d(*dims)
+        block_d = hopper.narrow.block_d(*dims)
         options = draw.choice(list(hopper_candidates("fwd", block_d)))
         if max(dims) <= 128:
             monkeypatch.setitem(hopper.tuning.FORWARD, block_d, hopper.tuning.ForwardConfig(*options))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from anymask.backends.gpu import split, target, windows
 from anymask.backends.gpu.arguments import (
-    LOG2_E,
     MAX_GRID,
     has_pair,
     kernel_options,
@@ -23,11 +22,11 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dq
-from anymask.backends.gpu.sinks import sink_gradient
+from anymask.backends.gpu.scores import NO_SUMS, KernelTerms, Sums, empty_sums, gradients
 from anymask.backends.gpu.target import multiprocessors
-from anymask.backends.hopper import tuning, turns, wide
-from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
-from anymask.backends.hopper.scores import forward_scores, has_terms, why_not_scores
+from anymask.backends.hopper import narrow, tuning, turns, wide
+from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, tile_descriptor
+from anymask.backends.hopper.scores import backward_terms, forward_scores, has_terms, why_not_scores
 from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
@@ -41,9 +40,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 256
 # up to it a warpgroup has registers for dk and dv of 64 keys
 NARROW = 128
-
-# queries of a consumer warpgroup in the forward kernel
-WARPGROUP_ROWS = 64
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
@@ -234,13 +230,15 @@ def backward_scores(
     scores: Scores,
     needs: Needs,
 ) -> ScoreGrads:
-    """Gradients of q, k, v and of the sinks, which are in lse, so that no other kernel knows of them."""
-    # a sink makes lse finite where a query has no key, so delta would read these rows
-    do = zero_unused_rows(do, block_mask, "rows")
-    grads, delta = _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)
-    assert scores.sinks is not None
-    delta = delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
-    return ScoreGrads(*grads, (), (), sink_gradient(scores.sinks, lse, delta) if needs.sinks else None)
+    """Gradients of q, k, v and of what `needs` names. Sinks are in lse, so that no other kernel knows of them."""
+    if scores.sinks is not None:
+        # a sink makes lse finite where a query has no key, so delta would read these rows
+        do = zero_unused_rows(do, block_mask, "rows")
+    sums = empty_sums(scores, needs, lse, k.shape[2])
+    grads, call = _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores=scores, sums=sums)
+    options = kernel_options(tuning.BIAS, q.shape[3], v.shape[3], True)
+    with device_guard(q.device):
+        return gradients(call, scores, needs, lse, dlse, grads, sums, options)
 
 
 def _gradients(
@@ -254,11 +252,14 @@ def _gradients(
     block_mask: BlockMask | None,
     sm_scale: float,
     deterministic: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """`(dq, dk, dv)`, and delta, flat.
+    *,
+    scores: Scores | None = None,
+    sums: Sums = NO_SUMS,
+) -> tuple[tuple[Tensor, Tensor, Tensor], BackwardCall]:
+    """`(dq, dk, dv)` and the `sums`, and what kernels were called with.
 
     Columns of few tiles leave dq to the Triton kernel, which is faster there: it computes the scores again and adds in
-    order.
+    order. So do calls that want sums over keys, which lie in other programs here.
     """
     batch, q_heads, q_len, head_dim = q.shape
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
@@ -271,12 +272,13 @@ def _gradients(
         with device_guard(q.device):
             call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
             _launch_wide(call, dq, dk, dv)
-        return (dq, dk, dv), call.delta
-    block_d = _block_d(head_dim, v_dim)
+        return (dq, dk, dv), call
+    block_d = narrow.block_d(head_dim, v_dim)
     n_work_tiles = tiles_over(k.shape[2]) * k.shape[1] * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
     dq_acc, short = None, tuning.SHORT_COLUMN if n_work_tiles >= tuning.MANY_COLUMNS * programs else 0
-    if takes_turns(q, k, v, block_mask) if deterministic else not _has_short_columns(block_mask, short):
+    in_memory = takes_turns(q, k, v, block_mask) if deterministic else not _has_short_columns(block_mask, short)
+    if in_memory and sums.queries is None:
         # rows of 32 floats, in the order of the kernel
         dq_acc = lse.new_empty(batch * q_heads * tiles_over(q_len) * TILE * block_d // 32, 32)
     with device_guard(q.device):
@@ -284,80 +286,21 @@ def _gradients(
         # the producer zeroes these
         unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
         call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
+        if scores is not None and has_terms(scores):
+            terms = KernelTerms(scores, sm_scale, q_len, k.shape[2], True)
+            call = call._replace(terms=terms, qk_scale=terms.qk_scale)
         swizzle_heads = _swizzle_heads(block_mask is not None, tiles_over(k.shape[2]), batch * k.shape[1], programs)
         grid = turns.Grid(batch, k.shape[1], q_heads // k.shape[1], programs, swizzle_heads)
         in_turn = None
         if deterministic and dq_acc is not None:
             in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
-        _launch_backward(call, dk, dv, dq_acc, grid, in_turn)
+        narrow.launch_dkdv(call, dk, dv, dq_acc, grid, in_turn, backward_terms(scores, call), sums.keys)
         if dq_acc is None:
-            launch_dq(call, dq, *kernel_options(tuning.DQ, head_dim, v_dim, True))
+            config = tuning.DQ if call.terms is None else tuning.DQ_TERMS
+            launch_dq(call, dq, *kernel_options(config, head_dim, v_dim, True), sums.queries)
         else:
-            _launch_dq_cast(dq_acc, dq, block_d, sm_scale)
-    return (dq, dk, dv), call.delta
-
-
-def _launch_backward(
-    call: BackwardCall, dk: Tensor, dv: Tensor, dq_acc: Tensor | None, grid: turns.Grid, in_turn: turns.Turns | None
-) -> None:
-    """dk and dv, and without `dq_acc` no more; with `in_turn` dq sums in that order."""
-    from anymask.backends.hopper.kernels.backward import _bwd_kernel
-
-    q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
-    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-    batch, q_heads, q_len, head_dim = q_shape
-    kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
-    n_work_tiles = tiles_over(kv_len) * kv_heads * batch
-    block_d = _block_d(head_dim, v_dim)
-    # each consumer warpgroup has 64 x 64 of dq
-    block_m = 2 * WARPGROUP_ROWS * 64 // block_d
-    blocks = (block_of((1, 1, rows, block_d), q.dtype) for rows in (block_m, TILE, WARPGROUP_ROWS))
-    (block_q, block_kv, block_out), block_rows = blocks, block_of((block_m,), torch.float32)
-    padded = call.lse2.numel()
-    dq_tiles, maps = None, (call.q_has_pair, call.kv_has_pair)
-    if dq_acc is not None:
-        dq_shape = padded * block_d // 32, 32
-        dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 64, 32), torch.float32))
-    launch(
-        _bwd_kernel,
-        (grid.num_workers, 1, 1),
-        (
-            tile_descriptor(q, q_shape, block_q),
-            tile_descriptor(k, k_shape, block_kv),
-            tile_descriptor(v, v_shape, block_kv),
-            tile_descriptor(do, (batch, q_heads, q_len, v_dim), block_q),
-            descriptor(call.lse2, (padded,), (1,), block_rows),
-            descriptor(call.delta, (padded,), (1,), block_rows),
-            dq_tiles,
-            tile_descriptor(dk, k_shape, block_out),
-            tile_descriptor(dv, v_shape, block_out),
-            *(in_turn or (None,) * 5),
-            *mask_lists(block_mask, "cols"),
-            *maps,
-            *plane_strides(block_mask),
-            tiles_over(q_len),
-            kv_heads,
-            q_heads // kv_heads,
-            q_len,
-            kv_len,
-            n_work_tiles,
-            grid.swizzle_heads,
-            call.sm_scale,
-            call.sm_scale * LOG2_E,
-        ),
-        {
-            "HEAD_DIM": block_d,
-            "BLOCK_M": block_m,
-            "STAGES": 2,
-            "SCORES_AHEAD": tuning.SCORES_AHEAD[block_d],
-            "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
-        },
-        (q.device, q.dtype, do.dtype, q_heads // kv_heads, *[x is None for x in (dq_acc, in_turn, block_mask, *maps)]),
-        num_warps=4,
-        enable_fp_fusion=True,
-        # a program that waits for one that cannot start would wait for ever
-        launch_cooperative_grid=in_turn is not None,
-    )
+            narrow.launch_dq_cast(dq_acc, dq, block_d, sm_scale)
+    return (dq, dk, dv), call
 
 
 def _launch_wide(call: BackwardCall, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -372,22 +315,6 @@ def _wide_grid(call: BackwardCall, t: Tensor, parts: int) -> wide.Grid:
     tiles, heads = tiles_over(t.shape[2]) * parts, t.shape[0] * t.shape[1]
     programs = min(tiles * heads, multiprocessors(t.device))
     return wide.Grid(programs, tiles * heads, _swizzle_heads(call.block_mask is not None, tiles, heads, programs))
-
-
-def _launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
-    from anymask.backends.hopper.kernels.dq_sum import _dq_kernel
-
-    _, q_heads, q_len, head_dim = dq.shape
-    steps = [stride // 8 for stride in dq.stride()[:3]]
-    launch(
-        _dq_kernel,
-        (dq_acc.numel() // (block_d * 64), 1, 1),
-        (dq_acc, dq, *steps, q_heads, q_len, sm_scale),
-        {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
-        (dq.device, dq.dtype, *[step < 2**31 for step in steps]),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
 
 
 def takes_turns(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> bool:
@@ -422,10 +349,6 @@ def _padded_dims(head_dim: int, v_dim: int, configs: tuning.Forward = tuning.FOR
 def _row(dims: tuple[int, int]) -> int | tuple[int, int]:
     """The row of a table for padded dims."""
     return dims if dims[0] != dims[1] else dims[0]
-
-
-def _block_d(head_dim: int, v_dim: int) -> int:
-    return 64 if max(head_dim, v_dim) <= 64 else 128
 
 
 # strides of a tensor in elements, and its address modulo 16

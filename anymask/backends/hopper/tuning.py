@@ -85,6 +85,9 @@ WIDE_DQ = {
 SCORES_AHEAD = {64: True, 128: False}
 # dq from a kernel of its own: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)
+# the same with other scores than sinks, and blocks of the gradient of a table, as in triton/tuning.py
+DQ_TERMS = TileConfig(64, 64, 4, 2)
+BIAS = TileConfig(64, 64, 4, 2)
 # up to so many tiles a column, on average, dq from its own kernel is faster than as a sum in memory; timed with so many
 # columns a multiprocessor (an H100, 2026-11-28: 0.73 ms instead of 0.97 for 1.5 tiles, 0.81 instead of 1.08 for 2, and
 # 0.588 instead of 0.819 for 4.5 with 15 columns; but 0.931 instead of 0.862 for 9)

@@ -1,0 +1,116 @@
+"""Launches of the backward kernels for head_dim up to 128: dk with dv and a sum of dq, and dq of its sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anymask.backends.gpu.arguments import mask_lists, plane_strides
+from anymask.backends.gpu.passes import BackwardCall
+from anymask.backends.hopper import tuning, turns
+from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor, tile_descriptor
+from anymask.backends.hopper.scores import BackwardTerms
+from anymask.launch import args_key
+from anymask.plan import launch
+from anymask.tiles import TILE, tiles_over
+
+
+def launch_dkdv(
+    call: BackwardCall,
+    dk: Tensor,
+    dv: Tensor,
+    dq_acc: Tensor | None,
+    grid: turns.Grid,
+    in_turn: turns.Turns | None,
+    scores: BackwardTerms,
+    k_sums: Tensor | None,
+) -> None:
+    """dk and dv, `dq_acc` if there is one, with `in_turn` in that order, and `k_sums`, see the kernel."""
+    from anymask.backends.hopper.kernels.backward import _bwd_kernel
+
+    q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
+    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    batch, q_heads, q_len, head_dim = q_shape
+    kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
+    n_work_tiles = tiles_over(kv_len) * kv_heads * batch
+    columns = block_d(head_dim, v_dim)
+    # each consumer warpgroup has 64 x 64 of dq
+    block_m = 2 * WARPGROUP_ROWS * 64 // columns
+    blocks = (block_of((1, 1, rows, columns), q.dtype) for rows in (block_m, TILE, WARPGROUP_ROWS))
+    (block_q, block_kv, block_out), block_rows = blocks, block_of((block_m,), torch.float32)
+    padded = call.lse2.numel()
+    dq_tiles, maps = None, (call.q_has_pair, call.kv_has_pair)
+    if dq_acc is not None:
+        dq_shape = padded * columns // 32, 32
+        dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * columns // 64, 32), torch.float32))
+    launch(
+        _bwd_kernel,
+        (grid.num_workers, 1, 1),
+        (
+            tile_descriptor(q, q_shape, block_q),
+            tile_descriptor(k, k_shape, block_kv),
+            tile_descriptor(v, v_shape, block_kv),
+            tile_descriptor(do, (batch, q_heads, q_len, v_dim), block_q),
+            descriptor(scores.lse2, (padded,), (1,), block_rows),
+            descriptor(call.delta, (padded,), (1,), block_rows),
+            dq_tiles,
+            tile_descriptor(dk, k_shape, block_out),
+            tile_descriptor(dv, v_shape, block_out),
+            *(in_turn or (None,) * 5),
+            *mask_lists(block_mask, "cols"),
+            *maps,
+            *plane_strides(block_mask),
+            tiles_over(q_len),
+            kv_heads,
+            q_heads // kv_heads,
+            q_len,
+            kv_len,
+            n_work_tiles,
+            grid.swizzle_heads,
+            call.sm_scale,
+            scores.qk_scale,
+            scores.terms,
+            k_sums,
+        ),
+        {
+            "HEAD_DIM": columns,
+            "BLOCK_M": block_m,
+            "STAGES": 2,
+            "SCORES_AHEAD": tuning.SCORES_AHEAD[columns],
+            "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
+        },
+        (
+            q.device,
+            q.dtype,
+            do.dtype,
+            q_heads // kv_heads,
+            *[x is None for x in (dq_acc, in_turn, block_mask, *maps, k_sums)],
+            *args_key((scores.terms,)),
+        ),
+        num_warps=4,
+        enable_fp_fusion=True,
+        # a program that waits for one that cannot start would wait for ever
+        launch_cooperative_grid=in_turn is not None,
+    )
+
+
+def launch_dq_cast(dq_acc: Tensor, dq: Tensor, block_d: int, sm_scale: float) -> None:
+    """dq of its sum."""
+    from anymask.backends.hopper.kernels.dq_sum import _dq_kernel
+
+    _, q_heads, q_len, head_dim = dq.shape
+    steps = [stride // 8 for stride in dq.stride()[:3]]
+    launch(
+        _dq_kernel,
+        (dq_acc.numel() // (block_d * 64), 1, 1),
+        (dq_acc, dq, *steps, q_heads, q_len, sm_scale),
+        {"DIM": head_dim, "HEAD_DIM": block_d, "TILE": TILE},
+        (dq.device, dq.dtype, *[step < 2**31 for step in steps]),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def block_d(head_dim: int, v_dim: int) -> int:
+    """What head_dim and v_dim are padded to."""
+    return 64 if max(head_dim, v_dim) <= 64 else 128
