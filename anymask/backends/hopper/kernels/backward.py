@@ -261,10 +261,8 @@ def _consume(
         mbarrier.arrive(kv.empty)
         # through a buffer of their own: the next k and v are on their way
         out_buf, row = pipes.out_bufs.index(G), tile * TILE + G * ROWS
-        _store(dk_desc, out_buf, dk * sm_scale, sample, head // group, row, HEAD_DIM)
-        if DROPS:
-            dv *= terms.dropout[0].scale
-        _store(dv_desc, out_buf, dv, sample, head // group, row, HEAD_DIM)
+        _store(dk_desc, out_buf, dk, sm_scale, sample, head, group, row, HEAD_DIM)
+        _store(dv_desc, out_buf, dv, terms.dropout[0].scale if DROPS else None, sample, head, group, row, HEAD_DIM)
     tma.store_wait(0)
     if HAS_DQ:
         # no arrival is left behind
@@ -282,12 +280,14 @@ def _issue_scores(k, q_stages, pos, S_LAYOUT: gl.constexpr, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _store(desc, buf, x, sample, head, row, HEAD_DIM: gl.constexpr):
-    """Store `x [ROWS, HEAD_DIM]` through `buf`, when what it held before is read."""
+def _store(desc, buf, x, scale, sample, head, group, row, HEAD_DIM: gl.constexpr):
+    """Store `x [ROWS, HEAD_DIM]`, times `scale` unless it is None, through `buf`, when what it held before is read."""
     tma.store_wait(0)
+    if scale is not None:
+        x *= scale
     buf.reshape([ROWS, HEAD_DIM]).store(x.to(desc.dtype))
     fence_async_shared()
-    tma_store(desc, [sample, head, row, 0], buf)
+    tma_store(desc, [sample, head // group, row, 0], buf)
 
 
 @gluon.jit
