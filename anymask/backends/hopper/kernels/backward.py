@@ -19,8 +19,9 @@ from anymask.backends.hopper.kernels.backward_dq import CONSUMER_AND_STORE, DQ_E
 from anymask.backends.hopper.kernels.backward_terms import (
     add_key_sums,
     column_bias,
+    kept_words,
     score_gradient,
-    step_terms,
+    step_bias,
     store_key_sums,
     weights_and_slopes,
 )
@@ -156,11 +157,15 @@ def _consume(
     # [ROWS, 4]: row and quad of this thread's words
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    begin, start_q = 0, 0
+    begin, start_q, kept = 0, 0, 0
     seeds = load_seeds(terms)
     next_column = column_at(0, schedule, HAS_MASK)
     if HAS_MASK:
         next_w = _load_words(words, next_column, 0, offs, cfg)
+    if BY_QUERY:
+        next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
+    if DROPS:
+        kept = kept_words(terms, seeds, next_column, next_q, zero_s, W_LAYOUT, G)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
         sample, head, tile = next_column.sample, next_column.head, next_column.tile
         dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT)
@@ -177,8 +182,6 @@ def _consume(
             end = begin + (column.n_full + column.n_partial) * STEPS
             if HAS_TERMS:
                 of_keys = column_bias(terms, column, zero_s, G)
-            if BY_QUERY:
-                next_q = q_tile_at(column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
             if k_sums is not None:
                 sums = zero_words(BLOCK_M, S_LAYOUT).to(gl.float32)
             for pos in range(begin, end):
@@ -204,7 +207,7 @@ def _consume(
                     start_q, j = next_q, pos + 1 - begin
                     next_q = q_tile_at(column, j // STEPS, schedule, HAS_MASK, cfg.IN_TURN) * TILE + j % STEPS * BLOCK_M
                 if HAS_TERMS:
-                    bias, kept = step_terms(terms, seeds, of_keys, column, start_q, zero_s, G)
+                    bias = step_bias(terms, of_keys, column, start_q, zero_s, G)
                 lse2 = q_stages.lse_bufs.index(stage).load(COL_LAYOUT)
                 if not AHEAD:
                     s = warpgroup_mma_wait(1, deps=[s])
@@ -218,21 +221,28 @@ def _consume(
                 dv = warpgroup_mma(gl.convert_layout(p.to(dtype), A_LAYOUT), do, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=[dp])
                 if HAS_TERMS:
-                    ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage).load(COL_LAYOUT), terms, AHEAD)
+                    delta = do_stages.delta_bufs.index(stage).load(COL_LAYOUT)
+                    ds = score_gradient(of_ds, dp, delta, kept, terms, AHEAD)
                 else:
                     if not AHEAD:
                         # delta is read off the way to dp, and so late that registers are free
                         dp = dp - do_stages.delta_bufs.index(stage).load(COL_LAYOUT).expand_dims(0)
                     ds = p * dp
-                if k_sums is not None:
+                if k_sums is not None and not AHEAD:
                     sums = add_key_sums(sums, ds)
                 ds = ds.to(dtype)
                 if HAS_DQ:
                     all_k = kv.k_bufs.index(opaque(zero)).reshape([TILE, HEAD_DIM])
                     dq = issue_dq(ds, pipes.ds_bufs.index((pos - iteration * AHEAD) & 1), all_k, G)
                 dk = warpgroup_mma(gl.convert_layout(ds, A_LAYOUT), q, dk, is_async=True)
+                if DROPS:  # noqa: SIM102
+                    # for the next step, beside the products: ptxas would move it out of this branch
+                    if pos + 1 < end:
+                        kept = kept_words(terms, seeds, column, next_q, zero_s, W_LAYOUT, G)
                 dv = warpgroup_mma_wait(1 + HAS_DQ, deps=[dv])
                 arrive(DO_EMPTY + stage, CONSUMERS_AND_PRODUCER)
+                if k_sums is not None and AHEAD:
+                    sums = add_key_sums(sums, ds.to(gl.float32))
                 if AHEAD:
                     # with dv done, the registers of p are free for the scores of the next step
                     s = _issue_scores(k, q_stages, pos + 1, S_LAYOUT, cfg)
@@ -253,6 +263,10 @@ def _consume(
                 store_key_sums(k_sums, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
             if HAS_MASK:
                 next_w = _load_words(words, next_column, 0, offs, cfg)
+            if BY_QUERY:
+                next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
+            if DROPS:
+                kept = kept_words(terms, seeds, next_column, next_q, zero_s, W_LAYOUT, G)
         if AHEAD:
             # the stage of the step too many
             arrive(Q_EMPTY + (begin & (STAGES - 1)), CONSUMERS_AND_PRODUCER)

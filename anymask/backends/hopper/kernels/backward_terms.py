@@ -1,16 +1,13 @@
-"""What the Hopper backward kernel does to scores beside masking them; equations (10) and (11), on transposed scores.
-
-Weights of a step have a sign: those that dropout takes away are below 0, so that a step needs to keep no bits beside
-them until dp is there.
-"""
+"""What the Hopper backward kernel does to scores beside masking them; equations (10) and (11), on transposed scores."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.pipeline import TILE
 from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2, row_sum_partials
 from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, scored
-from anymask.backends.hopper.kernels.words import ROWS
+from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, to_quad_view
 
 
 @gluon.jit
@@ -22,44 +19,73 @@ def column_bias(terms, column, like, G: gl.constexpr):
 
 
 @gluon.jit
-def step_terms(terms, seeds, of_keys, column, start_q, like, G: gl.constexpr):
-    """The bias of a step, 0.0 without one, and which weights dropout keeps, 0 without it; see `column_bias`."""
-    sample, head, start_k = column.sample, column.head, column.tile * TILE + G * ROWS
+def step_bias(terms, of_keys, column, start_q, like, G: gl.constexpr):
+    """The bias of a step that starts at query `start_q`; 0.0 without one. `of_keys`: `column_bias`."""
     LAYOUT: gl.constexpr = like.type.layout
-    bias = add_bias(of_keys, terms, sample, head, start_q, start_k, like.shape[0], like.shape[1], LAYOUT, True)
-    kept = 0
-    if len(terms.dropout) == 1:
-        kept = keep(terms, seeds, sample, head, start_q, start_k, like, True)
-    return bias, kept
+    start_k = column.tile * TILE + G * ROWS
+    return add_bias(
+        of_keys, terms, column.sample, column.head, start_q, start_k, like.shape[0], like.shape[1], LAYOUT, True
+    )
+
+
+@gluon.jit
+def kept_words(terms, seeds, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.constexpr):
+    """int32 `[ROWS, 4]`: which pairs of a step dropout keeps, as bits like those of a mask, low bits first."""
+    start_k = column.tile * TILE + G * ROWS
+    kept = to_quad_view(keep(terms, seeds, column.sample, column.head, start_q, start_k, like, True))
+    LAYOUT: gl.constexpr = kept.type.layout
+    i = gl.arange(0, kept.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
+    p = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+    bit = i.expand_dims(0).expand_dims(2).expand_dims(3) * 2 + p.expand_dims(0).expand_dims(1).expand_dims(2)
+    words = gl.where(kept, 1 << bit, 0)
+    return gl.convert_layout(gl.sum(gl.sum(words, 3), 1), W_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _keep(x, words):
+    """`x [ROWS, N]` where the bits of `words [ROWS, 4]` are set, else 0."""
+    N: gl.constexpr = x.shape[1] // 2
+    LAYOUT: gl.constexpr = x.type.layout
+    x4 = gl.inline_asm_elementwise(
+        ptx.keep_asm(N),
+        ptx.select_operands(N),
+        [to_quad_view(x), words.expand_dims(1).expand_dims(3)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=N,
+    )
+    return from_quad_view(x4, LAYOUT)
 
 
 @gluon.jit
 def weights_and_slopes(s, lse2, w, bias, kept, qk_scale, terms, MASKED: gl.constexpr):
-    """Of products `s [ROWS, N]`: the weights of v, and those of ds, with the slope of a soft cap and a sign."""
+    """Of products `s [ROWS, N]`: the weights of v, and those of ds, without dropout and times the slope of a soft cap.
+
+    `w`: words of the mask, if the step is MASKED; `kept`: of `kept_words`.
+    """
     t = scored(s, bias, qk_scale, terms)
     z = t * factor(terms) - lse2.expand_dims(0)
     p = masked_exp2(z, w) if MASKED else exp2(z)
     of_v, of_ds = p, p
-    if len(terms.cap) == 1:
-        # of a hidden pair it would be -inf or NaN, and is 0
-        of_ds = p * gl.maximum(1.0 - t * t, 0.0)
     if len(terms.dropout) == 1:
-        of_v = gl.where(kept, p, 0.0)
-        of_ds = gl.where(kept, of_ds, -of_ds)
+        of_v = _keep(p, kept)
+    if len(terms.cap) == 1:
+        slope = 1.0 - t * t
+        if len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0:
+            # where a bias hides a pair it would be -inf or NaN
+            slope = gl.maximum(slope, 0.0)
+        of_ds = p * slope
     return of_v, of_ds
 
 
 @gluon.jit
-def score_gradient(of_ds, dp, delta, terms, LESS_DELTA: gl.constexpr):
+def score_gradient(of_ds, dp, delta, kept, terms, LESS_DELTA: gl.constexpr):
     """ds of weights `of_ds [ROWS, N]`; `delta [N]`. `LESS_DELTA`: without dropout dp is less delta already."""
-    delta = delta.expand_dims(0)
     if len(terms.dropout) == 1:
-        ds = of_ds * gl.where(of_ds > 0.0, dp * terms.dropout[0].scale - delta, delta)
-    elif LESS_DELTA:
-        ds = of_ds * dp
-    else:
-        ds = of_ds * (dp - delta)
-    return ds
+        dp = _keep(dp, kept) * terms.dropout[0].scale - delta.expand_dims(0)
+    elif not LESS_DELTA:
+        dp = dp - delta.expand_dims(0)
+    return of_ds * dp
 
 
 @gluon.jit

@@ -80,8 +80,18 @@ def select_asm(n: int, exp2: bool):
 
 
 @gluon.constexpr_function
+def keep_asm(n: int):
+    """PTX that keeps `n` numbers of a thread where their bit is set, else 0; operands are those of `select_asm`."""
+    lines = []
+    for row in (0, 2):
+        for b, i in enumerate(_of_row(n, row)):
+            lines.append(_test_bit(f"${2 * n + row}", b) + f" selp.f32 ${i}, ${n + i}, 0f00000000, p;")
+    return "{ .reg .pred p; .reg .b32 x; " + "\n".join(lines) + " }"
+
+
+@gluon.constexpr_function
 def select_operands(n: int):
-    """Constraints of `select_asm`."""
+    """Constraints of `select_asm` and `keep_asm`."""
     return ",".join(["=f"] * n + ["f"] * n + ["r"] * n)
 
 
