@@ -44,7 +44,6 @@ from anymask.backends.hopper.kernels.records import (
 )
 from anymask.backends.hopper.kernels.scheduler import column_at, list_index, num_work_tiles
 from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2
-from anymask.backends.hopper.kernels.terms import load_seeds
 from anymask.backends.hopper.kernels.turns import q_tile_at
 from anymask.backends.hopper.kernels.unused import has_unused, load_used_kv, used_rows, zero_queries
 from anymask.backends.hopper.kernels.words import ROWS, zero_words
@@ -158,14 +157,13 @@ def _consume(
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
     begin, start_q, kept = 0, 0, 0
-    seeds = load_seeds(terms)
     next_column = column_at(0, schedule, HAS_MASK)
     if HAS_MASK:
         next_w = _load_words(words, next_column, 0, offs, cfg)
     if BY_QUERY:
         next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
     if DROPS:
-        kept = kept_words(terms, seeds, next_column, next_q, zero_s, W_LAYOUT, G)
+        kept = kept_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
         sample, head, tile = next_column.sample, next_column.head, next_column.tile
         dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT)
@@ -238,7 +236,7 @@ def _consume(
                 if DROPS:  # noqa: SIM102
                     # for the next step, beside the products: ptxas would move it out of this branch
                     if pos + 1 < end:
-                        kept = kept_words(terms, seeds, column, next_q, zero_s, W_LAYOUT, G)
+                        kept = kept_words(terms, column, next_q, zero_s, W_LAYOUT, G)
                 dv = warpgroup_mma_wait(1 + HAS_DQ, deps=[dv])
                 arrive(DO_EMPTY + stage, CONSUMERS_AND_PRODUCER)
                 if k_sums is not None and AHEAD:
@@ -266,7 +264,7 @@ def _consume(
             if BY_QUERY:
                 next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
             if DROPS:
-                kept = kept_words(terms, seeds, next_column, next_q, zero_s, W_LAYOUT, G)
+                kept = kept_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
         if AHEAD:
             # the stage of the step too many
             arrive(Q_EMPTY + (begin & (STAGES - 1)), CONSUMERS_AND_PRODUCER)

@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.pipeline import TILE
 from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2, row_sum_partials
-from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, scored
+from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, load_seeds, scored
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, to_quad_view
 
 
@@ -29,9 +29,11 @@ def step_bias(terms, of_keys, column, start_q, like, G: gl.constexpr):
 
 
 @gluon.jit
-def kept_words(terms, seeds, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.constexpr):
+def kept_words(terms, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.constexpr):
     """int32 `[ROWS, 4]`: which pairs of a step dropout keeps, as bits like those of a mask, low bits first."""
     start_k = column.tile * TILE + G * ROWS
+    # read here, they take no registers elsewhere
+    seeds = load_seeds(terms)
     kept = to_quad_view(keep(terms, seeds, column.sample, column.head, start_q, start_k, like, True))
     LAYOUT: gl.constexpr = kept.type.layout
     i = gl.arange(0, kept.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
