@@ -23,7 +23,7 @@ from anymask.backends.hopper.kernels.backward_terms import (
     score_gradient,
     step_bias,
     store_key_sums,
-    weights_and_slopes,
+    weights,
 )
 from anymask.backends.hopper.kernels.compat import tma_load, tma_store
 from anymask.backends.hopper.kernels.dq_sum import store_dq
@@ -44,6 +44,7 @@ from anymask.backends.hopper.kernels.records import (
 )
 from anymask.backends.hopper.kernels.scheduler import column_at, list_index, num_work_tiles
 from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2
+from anymask.backends.hopper.kernels.terms import scored
 from anymask.backends.hopper.kernels.turns import q_tile_at
 from anymask.backends.hopper.kernels.unused import has_unused, load_used_kv, used_rows, zero_queries
 from anymask.backends.hopper.kernels.words import ROWS, zero_words
@@ -144,6 +145,7 @@ def _consume(
     AHEAD: gl.constexpr = cfg.SCORES_AHEAD
     HAS_TERMS: gl.constexpr = len(terms) > 0
     DROPS: gl.constexpr = len(terms.dropout) == 1 if HAS_TERMS else False
+    CAPPED: gl.constexpr = len(terms.cap) == 1 if HAS_TERMS else False
     BY_QUERY: gl.constexpr = len(terms.queries) + len(terms.diagonals) + DROPS > 0 if HAS_TERMS else False
     STEPS: gl.constexpr = TILE // BLOCK_M
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -206,13 +208,18 @@ def _consume(
                     next_q = q_tile_at(column, j // STEPS, schedule, HAS_MASK, cfg.IN_TURN) * TILE + j % STEPS * BLOCK_M
                 if HAS_TERMS:
                     bias = step_bias(terms, of_keys, column, start_q, zero_s, G)
-                lse2 = q_stages.lse_bufs.index(stage).load(COL_LAYOUT)
+                if not CAPPED:
+                    lse2 = q_stages.lse_bufs.index(stage).load(COL_LAYOUT)
                 if not AHEAD:
                     s = warpgroup_mma_wait(1, deps=[s])
                 # [ROWS, BLOCK_M]
                 if HAS_TERMS:
                     MASKED: gl.constexpr = HAS_MASK or cfg.HAS_TAIL
-                    p, of_ds = weights_and_slopes(s, lse2, w, bias, kept, qk_scale, terms, MASKED)
+                    z = scored(s, bias, qk_scale, terms)
+                    if CAPPED:
+                        # no registers before
+                        lse2 = q_stages.lse_bufs.index(stage).load(COL_LAYOUT)
+                    p, of_ds = weights(z, lse2, w, kept, terms, MASKED, dtype)
                 else:
                     z = s * qk_scale - lse2.expand_dims(0)
                     p = masked_exp2(z, w) if HAS_MASK or cfg.HAS_TAIL else exp2(z)

@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 
 from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.pipeline import TILE
-from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2, row_sum_partials
-from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, load_seeds, scored
+from anymask.backends.hopper.kernels.softmax import exp2, mask_exponents, masked_exp2, row_sum_partials
+from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, load_seeds
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, to_quad_view
 
 
@@ -60,24 +60,30 @@ def _keep(x, words):
 
 
 @gluon.jit
-def weights_and_slopes(s, lse2, w, bias, kept, qk_scale, terms, MASKED: gl.constexpr):
-    """Of products `s [ROWS, N]`: the weights of v, and those of ds, without dropout and times the slope of a soft cap.
+def weights(t, lse2, w, kept, terms, MASKED: gl.constexpr, dtype: gl.constexpr):
+    """Of scores `t [ROWS, N]` of `scored`: the weights of v in 16 bits, and those of ds, which know no dropout.
 
-    `w`: words of the mask, if the step is MASKED; `kept`: of `kept_words`.
+    The latter have the slope of a soft cap. `w`: words of the mask, if the step is MASKED; `kept`: of `kept_words`.
     """
-    t = scored(s, bias, qk_scale, terms)
-    z = t * factor(terms) - lse2.expand_dims(0)
-    p = masked_exp2(z, w) if MASKED else exp2(z)
-    of_v, of_ds = p, p
-    if len(terms.dropout) == 1:
-        of_v = _keep(p, kept)
     if len(terms.cap) == 1:
-        slope = 1.0 - t * t
-        if len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0:
-            # where a bias hides a pair it would be -inf or NaN
-            slope = gl.maximum(slope, 0.0)
-        of_ds = p * slope
-    return of_v, of_ds
+        if MASKED:
+            t = mask_exponents(t, w)
+        # by pairs, or the compiler makes all powers first and has no registers
+        of_v, of_ds = gl.inline_asm_elementwise(
+            ptx.capped_weights_asm(dtype == gl.float16),
+            ptx.CAPPED_WEIGHTS_OPERANDS,
+            [t, lse2.expand_dims(0) + gl.zeros_like(t), factor(terms) + gl.zeros_like(t)],
+            dtype=(dtype.value, gl.float32),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        z = t - lse2.expand_dims(0)
+        of_ds = masked_exp2(z, w) if MASKED else exp2(z)
+        of_v = of_ds
+    if len(terms.dropout) == 1:
+        of_v = _keep(of_v.to(gl.float32), kept)
+    return of_v.to(dtype), of_ds
 
 
 @gluon.jit

@@ -211,6 +211,26 @@ def soft_cap_asm(n: int):
 
 
 @gluon.constexpr_function
+def capped_weights_asm(is_fp16: bool):
+    """PTX for two capped scores t, $3 and $4, of factor $7 and lse2 $5, $6: $0 is 2**(t $7 - $5) of both in 16 bits.
+
+    $1 and $2 are the same times the derivative of the cap, 1 - t**2, which is 0 where t is -inf.
+    """
+    lines = []
+    for i in range(2):
+        lines.append(
+            f"neg.f32 t, ${5 + i}; fma.rn.f32 p{i}, ${3 + i}, ${7 + i}, t; ex2.approx.ftz.f32 p{i}, p{i}; "
+            f"neg.f32 t, ${3 + i}; fma.rn.f32 t, t, ${3 + i}, 0f3F800000; max.f32 t, t, 0f00000000; "
+            f"mul.f32 ${1 + i}, p{i}, t;"
+        )
+    pack = "cvt.rn.f16x2.f32" if is_fp16 else "cvt.rn.bf16x2.f32"
+    return "{ .reg .f32 t, p0, p1; " + "\n".join(lines) + f" {pack} $0, p1, p0; }}"
+
+
+CAPPED_WEIGHTS_OPERANDS = gl.constexpr("=r,=&f,=&f,f,f,f,f,f,f")
+
+
+@gluon.constexpr_function
 def in_place(n: int):
     """Constraints of PTX that works on `n` floats in place (docs/kernels.md, finding 4)."""
     return ",".join(["=f"] * n + [str(i) for i in range(n)])
