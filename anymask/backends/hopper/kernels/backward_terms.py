@@ -66,13 +66,14 @@ def weights(t, lse2, w, kept, terms, MASKED: gl.constexpr, dtype: gl.constexpr):
     The latter have the slope of a soft cap. `w`: words of the mask, if the step is MASKED; `kept`: of `kept_words`.
     """
     if len(terms.cap) == 1:
+        HIDES: gl.constexpr = MASKED or len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0
         if MASKED:
             t = mask_exponents(t, w)
         # by pairs, or the compiler makes all powers first and has no registers
         of_v, of_ds = gl.inline_asm_elementwise(
-            ptx.capped_weights_asm(dtype == gl.float16),
+            ptx.capped_weights_asm(dtype == gl.float16, HIDES),
             ptx.CAPPED_WEIGHTS_OPERANDS,
-            [t, lse2.expand_dims(0) + gl.zeros_like(t), factor(terms) + gl.zeros_like(t)],
+            [t, lse2.expand_dims(0), factor(terms)],
             dtype=(dtype.value, gl.float32),
             is_pure=True,
             pack=2,

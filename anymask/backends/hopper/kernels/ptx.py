@@ -211,16 +211,17 @@ def soft_cap_asm(n: int):
 
 
 @gluon.constexpr_function
-def capped_weights_asm(is_fp16: bool):
+def capped_weights_asm(is_fp16: bool, hides: bool):
     """PTX for two capped scores t, $3 and $4, of factor $7 and lse2 $5, $6: $0 is 2**(t $7 - $5) of both in 16 bits.
 
-    $1 and $2 are the same times the derivative of the cap, 1 - t**2, which is 0 where t is -inf.
+    $1 and $2 are the same times the derivative of the cap, 1 - t**2; with `hides` it is 0 where t is -inf.
     """
+    at_least_0 = "max.f32 t, t, 0f00000000;" if hides else ""
     lines = []
     for i in range(2):
         lines.append(
             f"neg.f32 t, ${5 + i}; fma.rn.f32 p{i}, ${3 + i}, ${7 + i}, t; ex2.approx.ftz.f32 p{i}, p{i}; "
-            f"neg.f32 t, ${3 + i}; fma.rn.f32 t, t, ${3 + i}, 0f3F800000; max.f32 t, t, 0f00000000; "
+            f"neg.f32 t, ${3 + i}; fma.rn.f32 t, t, ${3 + i}, 0f3F800000; {at_least_0} "
             f"mul.f32 ${1 + i}, p{i}, t;"
         )
     pack = "cvt.rn.f16x2.f32" if is_fp16 else "cvt.rn.bf16x2.f32"
