@@ -262,12 +262,13 @@ def test_shapes_of_the_hopper_gradients(
 
 @pytest.mark.hopper
 def test_nan_of_a_hidden_pair_reaches_no_hopper_gradient(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = 2, 4, 4, 300, 352
     for softcap in (0.0, 2.0):
         call = scored.make_call(
-            "empty_columns", ("keys",), shape=(2, 4, 2, 300, 352), dims=(64, 64), device=device, softcap=softcap
+            "empty_columns", ("keys_by_head",), shape=shape, dims=(64, 64), device=device, softcap=softcap
         )
         assert call.dense_mask is not None
-        unused = ~call.dense_mask.any(2, keepdim=True).any(1, keepdim=True)
+        unused = ~call.dense_mask.any(2, keepdim=True).any(0, keepdim=True)
         assert unused.any()
         keys = call.scores.dense[0].masked_fill(unused, math.nan)
         scored.check(hopper_alone(call, monkeypatch), scored.without(call, dense=(keys,)))
