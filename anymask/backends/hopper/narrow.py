@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,34 +30,17 @@ def launch_dkdv(
     """dk and dv, `dq_acc` if there is one, with `in_turn` in that order, and `k_sums`, see the kernel."""
     from anymask.backends.hopper.kernels.backward import _bwd_kernel
 
-    q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
-    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-    batch, q_heads, q_len, head_dim = q_shape
-    kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
-    n_work_tiles = tiles_over(kv_len) * kv_heads * batch
+    block_mask, maps = call.block_mask, (call.q_has_pair, call.kv_has_pair)
+    batch, q_heads, q_len, head_dim = call.q.shape
+    kv_heads, kv_len, v_dim = call.k.shape[1], call.k.shape[2], call.v.shape[3]
     columns = block_d(head_dim, v_dim)
     # each consumer warpgroup has 64 x 64 of dq
     block_m = 2 * WARPGROUP_ROWS * 64 // columns
-    blocks = (block_of((1, 1, rows, columns), q.dtype) for rows in (block_m, TILE, WARPGROUP_ROWS))
-    (block_q, block_kv, block_out), block_rows = blocks, block_of((block_m,), torch.float32)
-    padded = call.lse2.numel()
-    dq_tiles, maps = None, (call.q_has_pair, call.kv_has_pair)
-    if dq_acc is not None:
-        dq_shape = padded * columns // 32, 32
-        dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * columns // 64, 32), torch.float32))
     launch(
         _bwd_kernel,
         (grid.num_workers, 1, 1),
         (
-            tile_descriptor(q, q_shape, block_q),
-            tile_descriptor(k, k_shape, block_kv),
-            tile_descriptor(v, v_shape, block_kv),
-            tile_descriptor(do, (batch, q_heads, q_len, v_dim), block_q),
-            descriptor(scores.lse2, (padded,), (1,), block_rows),
-            descriptor(call.delta, (padded,), (1,), block_rows),
-            dq_tiles,
-            tile_descriptor(dk, k_shape, block_out),
-            tile_descriptor(dv, v_shape, block_out),
+            *_descriptors(call, scores.lse2, dk, dv, dq_acc, columns, block_m),
             *(in_turn or (None,) * 5),
             *mask_lists(block_mask, "cols"),
             *maps,
@@ -65,7 +50,7 @@ def launch_dkdv(
             q_heads // kv_heads,
             q_len,
             kv_len,
-            n_work_tiles,
+            tiles_over(kv_len) * kv_heads * batch,
             grid.swizzle_heads,
             call.sm_scale,
             scores.qk_scale,
@@ -80,9 +65,9 @@ def launch_dkdv(
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
         (
-            q.device,
-            q.dtype,
-            do.dtype,
+            call.q.device,
+            call.q.dtype,
+            call.do.dtype,
             q_heads // kv_heads,
             *[x is None for x in (dq_acc, in_turn, block_mask, *maps, k_sums)],
             *args_key((scores.terms,)),
@@ -91,6 +76,31 @@ def launch_dkdv(
         enable_fp_fusion=True,
         # a program that waits for one that cannot start would wait for ever
         launch_cooperative_grid=in_turn is not None,
+    )
+
+
+def _descriptors(
+    call: BackwardCall, lse2: Tensor, dk: Tensor, dv: Tensor, dq_acc: Tensor | None, columns: int, block_m: int
+) -> tuple[Any, ...]:
+    """Those of the kernel, in its order; steps have `block_m` queries."""
+    q, k, v = call.q, call.k, call.v
+    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    blocks = (block_of((1, 1, rows, columns), q.dtype) for rows in (block_m, TILE, WARPGROUP_ROWS))
+    (block_q, block_kv, block_out), block_rows = blocks, block_of((block_m,), torch.float32)
+    padded, dq_tiles = lse2.numel(), None
+    if dq_acc is not None:
+        dq_shape = padded * columns // 32, 32
+        dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * columns // 64, 32), torch.float32))
+    return (
+        tile_descriptor(q, q_shape, block_q),
+        tile_descriptor(k, k_shape, block_kv),
+        tile_descriptor(v, v_shape, block_kv),
+        tile_descriptor(call.do, (*q_shape[:3], v_shape[3]), block_q),
+        descriptor(lse2, (padded,), (1,), block_rows),
+        descriptor(call.delta, (padded,), (1,), block_rows),
+        dq_tiles,
+        tile_descriptor(dk, k_shape, block_out),
+        tile_descriptor(dv, v_shape, block_out),
     )
 
 

@@ -8,14 +8,13 @@ q and do, another adds dq to an fp32 accumulator in global memory. docs/kernels.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from anymask.backends.hopper.kernels.backward_dq import CONSUMER_AND_STORE, DQ_EMPTY, DQ_FULL, issue_dq, reduce_dq
+from anymask.backends.hopper.kernels.backward_dq import CONSUMER_AND_STORE, DQ_EMPTY, hand_over_dq, issue_dq, reduce_dq
 from anymask.backends.hopper.kernels.backward_terms import (
     add_key_sums,
     column_bias,
@@ -25,8 +24,8 @@ from anymask.backends.hopper.kernels.backward_terms import (
     store_key_sums,
     weights,
 )
-from anymask.backends.hopper.kernels.compat import tma_load, tma_store
-from anymask.backends.hopper.kernels.dq_sum import store_dq
+from anymask.backends.hopper.kernels.blocks import store_rows
+from anymask.backends.hopper.kernels.compat import tma_load
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, arrive, opaque, opaque_zero, sync
 from anymask.backends.hopper.kernels.records import (
     BackwardConfig,
@@ -43,8 +42,6 @@ from anymask.backends.hopper.kernels.records import (
     Worker,
 )
 from anymask.backends.hopper.kernels.scheduler import column_at, list_index, num_work_tiles
-from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2
-from anymask.backends.hopper.kernels.terms import scored
 from anymask.backends.hopper.kernels.turns import q_tile_at
 from anymask.backends.hopper.kernels.unused import has_unused, load_used_kv, used_rows, zero_queries
 from anymask.backends.hopper.kernels.words import ROWS, zero_words
@@ -143,15 +140,13 @@ def _consume(
     HAS_MASK: gl.constexpr = cfg.HAS_MASK
     HAS_DQ: gl.constexpr = cfg.HAS_DQ
     AHEAD: gl.constexpr = cfg.SCORES_AHEAD
-    HAS_TERMS: gl.constexpr = len(terms) > 0
-    DROPS: gl.constexpr = len(terms.dropout) == 1 if HAS_TERMS else False
-    CAPPED: gl.constexpr = len(terms.cap) == 1 if HAS_TERMS else False
-    BY_QUERY: gl.constexpr = len(terms.queries) + len(terms.diagonals) + DROPS > 0 if HAS_TERMS else False
+    MASKED: gl.constexpr = HAS_MASK or cfg.HAS_TAIL
+    DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
+    BY_QUERY: gl.constexpr = len(terms.queries) + len(terms.diagonals) + DROPS > 0 if len(terms) > 0 else False
     STEPS: gl.constexpr = TILE // BLOCK_M
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, KV_LAYOUT, 2)
-    COL_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     W_LAYOUT: gl.constexpr = zero_words(BLOCK_M, S_LAYOUT).type.layout
     dtype: gl.constexpr = dk_desc.dtype
     zero_s = gl.zeros([ROWS, BLOCK_M], gl.float32, S_LAYOUT)
@@ -168,8 +163,7 @@ def _consume(
         kept = kept_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
         sample, head, tile = next_column.sample, next_column.head, next_column.tile
-        dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT)
-        dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT)
+        dk, dv = (gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT),) * 2
         # without a mask the same words in every tile mask out the keys beyond kv_len
         w = gl.where(tile * TILE + offs // 4 < kv_len, -1, 0)
         mbarrier.wait(kv.full, iteration & 1)
@@ -180,8 +174,7 @@ def _consume(
             column = next_column
             next_column = column_at(iteration * group + i + 1, schedule, HAS_MASK)
             end = begin + (column.n_full + column.n_partial) * STEPS
-            if HAS_TERMS:
-                of_keys = column_bias(terms, column, zero_s, G)
+            of_keys = column_bias(terms, column, zero_s, G)
             if k_sums is not None:
                 sums = zero_words(BLOCK_M, S_LAYOUT).to(gl.float32)
             for pos in range(begin, end):
@@ -196,43 +189,17 @@ def _consume(
                 mbarrier.wait(do_stages.full.index(stage), (pos // STAGES) & 1)
                 v = kv.v_bufs.index(opaque(zero)).reshape([TILE, HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
                 do = do_stages.bufs.index(opaque(stage)).reshape([BLOCK_M, HEAD_DIM])
-                if AHEAD and not DROPS:
-                    # dp - delta, by starting the sum at -delta
-                    dp = zero_s - do_stages.delta_bufs.index(stage).load(COL_LAYOUT).expand_dims(0)
-                    dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)
-                else:
-                    dp = warpgroup_mma(v, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                dp = _issue_dp(v, do, do_stages.delta_bufs.index(stage), zero_s, AHEAD and not DROPS)
                 if BY_QUERY:
                     # read one step ahead: it is an indirection
                     start_q, j = next_q, pos + 1 - begin
                     next_q = q_tile_at(column, j // STEPS, schedule, HAS_MASK, cfg.IN_TURN) * TILE + j % STEPS * BLOCK_M
-                if HAS_TERMS:
-                    bias = step_bias(terms, of_keys, column, start_q, zero_s, G)
-                if not CAPPED:
-                    lse2 = q_stages.lse_bufs.index(stage).load(COL_LAYOUT)
-                if not AHEAD:
-                    s = warpgroup_mma_wait(1, deps=[s])
-                # [ROWS, BLOCK_M]
-                if HAS_TERMS:
-                    MASKED: gl.constexpr = HAS_MASK or cfg.HAS_TAIL
-                    z = scored(s, bias, qk_scale, terms)
-                    if CAPPED:
-                        # no registers before
-                        lse2 = q_stages.lse_bufs.index(stage).load(COL_LAYOUT)
-                    p, of_ds = weights(z, lse2, w, kept, terms, MASKED, dtype)
-                else:
-                    z = s * qk_scale - lse2.expand_dims(0)
-                    p = masked_exp2(z, w) if HAS_MASK or cfg.HAS_TAIL else exp2(z)
-                dv = warpgroup_mma(gl.convert_layout(p.to(dtype), A_LAYOUT), do, dv, is_async=True)
+                bias = step_bias(terms, of_keys, column, start_q, zero_s, G)
+                lse_buf = q_stages.lse_bufs.index(stage)
+                p, of_ds = weights(s, lse_buf, w, bias, kept, qk_scale, terms, dtype, MASKED, AHEAD, S_LAYOUT)
+                dv = warpgroup_mma(gl.convert_layout(p, A_LAYOUT), do, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=[dp])
-                if HAS_TERMS:
-                    delta = do_stages.delta_bufs.index(stage).load(COL_LAYOUT)
-                    ds = score_gradient(of_ds, dp, delta, kept, terms, AHEAD)
-                else:
-                    if not AHEAD:
-                        # delta is read off the way to dp, and so late that registers are free
-                        dp = dp - do_stages.delta_bufs.index(stage).load(COL_LAYOUT).expand_dims(0)
-                    ds = p * dp
+                ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), kept, terms, AHEAD)
                 if k_sums is not None and not AHEAD:
                     sums = add_key_sums(sums, ds)
                 ds = ds.to(dtype)
@@ -240,8 +207,8 @@ def _consume(
                     all_k = kv.k_bufs.index(opaque(zero)).reshape([TILE, HEAD_DIM])
                     dq = issue_dq(ds, pipes.ds_bufs.index((pos - iteration * AHEAD) & 1), all_k, G)
                 dk = warpgroup_mma(gl.convert_layout(ds, A_LAYOUT), q, dk, is_async=True)
+                # for the next step, beside the products: without a branch ptxas moves it before them
                 if DROPS:  # noqa: SIM102
-                    # for the next step, beside the products: ptxas would move it out of this branch
                     if pos + 1 < end:
                         kept = kept_words(terms, column, next_q, zero_s, W_LAYOUT, G)
                 dv = warpgroup_mma_wait(1 + HAS_DQ, deps=[dv])
@@ -253,11 +220,7 @@ def _consume(
                     s = _issue_scores(k, q_stages, pos + 1, S_LAYOUT, cfg)
                 if HAS_DQ:
                     # it moves beside dk
-                    dq = warpgroup_mma_wait(1 + AHEAD, deps=[dq])
-                    sync(DQ_EMPTY + G, CONSUMER_AND_STORE)
-                    store_dq(pipes.dq_bufs.index(G), dq)
-                    fence_async_shared()
-                    arrive(DQ_FULL + G, CONSUMER_AND_STORE)
+                    hand_over_dq(warpgroup_mma_wait(1 + AHEAD, deps=[dq]), pipes.dq_bufs.index(G), G)
                 dk = warpgroup_mma_wait(0 + AHEAD, deps=[dk])
                 arrive(Q_EMPTY + stage, CONSUMERS_AND_PRODUCER)
                 if AHEAD:
@@ -280,8 +243,8 @@ def _consume(
         mbarrier.arrive(kv.empty)
         # through a buffer of their own: the next k and v are on their way
         out_buf, row = pipes.out_bufs.index(G), tile * TILE + G * ROWS
-        _store(dk_desc, out_buf, dk, sm_scale, sample, head, group, row, HEAD_DIM)
-        _store(dv_desc, out_buf, dv, terms.dropout[0].scale if DROPS else None, sample, head, group, row, HEAD_DIM)
+        store_rows(dk_desc, out_buf, dk, sm_scale, sample, head, group, row, HEAD_DIM)
+        store_rows(dv_desc, out_buf, dv, terms.dropout[0].scale if DROPS else None, sample, head, group, row, HEAD_DIM)
     tma.store_wait(0)
     if HAS_DQ:
         # no arrival is left behind
@@ -299,14 +262,14 @@ def _issue_scores(k, q_stages, pos, S_LAYOUT: gl.constexpr, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _store(desc, buf, x, scale, sample, head, group, row, HEAD_DIM: gl.constexpr):
-    """Store `x [ROWS, HEAD_DIM]`, times `scale` unless it is None, through `buf`, when what it held before is read."""
-    tma.store_wait(0)
-    if scale is not None:
-        x *= scale
-    buf.reshape([ROWS, HEAD_DIM]).store(x.to(desc.dtype))
-    fence_async_shared()
-    tma_store(desc, [sample, head // group, row, 0], buf)
+def _issue_dp(v, do, delta_buf, zero_s, LESS_DELTA: gl.constexpr):
+    """Issue dp of `v [ROWS, HEAD_DIM]` and `do [BLOCK_M, HEAD_DIM]`, transposed; `LESS_DELTA`: dp - delta."""
+    COL_LAYOUT: gl.constexpr = gl.SliceLayout(0, zero_s.type.layout)
+    dp = zero_s
+    if LESS_DELTA:
+        # by starting the sum at -delta
+        dp = dp - delta_buf.load(COL_LAYOUT).expand_dims(0)
+    return warpgroup_mma(v, do.permute((1, 0)), dp, use_acc=LESS_DELTA, is_async=True)
 
 
 @gluon.jit

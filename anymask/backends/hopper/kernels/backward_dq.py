@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
 
 from anymask.backends.hopper.kernels.compat import tma_add
+from anymask.backends.hopper.kernels.dq_sum import store_dq
 from anymask.backends.hopper.kernels.pipeline import TILE, arrive, sync
 from anymask.backends.hopper.kernels.scheduler import column_at, num_work_tiles
 from anymask.backends.hopper.kernels.turns import pass_turn, q_tile_at, turn_at, wait_for_turn
@@ -33,6 +34,15 @@ def issue_dq(ds, ds_buf, k, G: gl.constexpr):
         k = k.slice(G * 64, 64, dim=1)
     zero_dq = gl.zeros([64, 64], gl.float32, HALVES)
     return warpgroup_mma(ds_buf.permute((1, 0)), k, zero_dq, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def hand_over_dq(dq, buf, G: gl.constexpr):
+    """Put dq of consumer warpgroup G into `buf`, when that is empty, for the dq store warp."""
+    sync(DQ_EMPTY + G, CONSUMER_AND_STORE)
+    store_dq(buf, dq)
+    fence_async_shared()
+    arrive(DQ_FULL + G, CONSUMER_AND_STORE)
 
 
 @gluon.jit

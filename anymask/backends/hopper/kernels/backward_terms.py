@@ -2,30 +2,37 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.pipeline import TILE
 from anymask.backends.hopper.kernels.softmax import exp2, mask_exponents, masked_exp2, row_sum_partials
-from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, load_seeds
+from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, load_seeds, scored
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, to_quad_view
 
 
 @gluon.jit
 def column_bias(terms, column, like, G: gl.constexpr):
     """The bias of the keys of a column, for `like [ROWS, N]` scores of consumer warpgroup G; 0.0 without one."""
-    LAYOUT: gl.constexpr = like.type.layout
-    start = column.tile * TILE + G * ROWS
-    return load_key_bias(terms, column.sample, column.head, start, like.shape[0], like.shape[1], LAYOUT, True)
+    bias = 0.0
+    if len(terms) > 0:
+        N: gl.constexpr = like.shape[1]
+        LAYOUT: gl.constexpr = like.type.layout
+        start = column.tile * TILE + G * ROWS
+        bias = load_key_bias(terms, column.sample, column.head, start, ROWS, N, LAYOUT, True)
+    return bias
 
 
 @gluon.jit
 def step_bias(terms, of_keys, column, start_q, like, G: gl.constexpr):
     """The bias of a step that starts at query `start_q`; 0.0 without one. `of_keys`: `column_bias`."""
-    LAYOUT: gl.constexpr = like.type.layout
-    start_k = column.tile * TILE + G * ROWS
-    return add_bias(
-        of_keys, terms, column.sample, column.head, start_q, start_k, like.shape[0], like.shape[1], LAYOUT, True
-    )
+    bias = of_keys
+    if len(terms) > 0:
+        N: gl.constexpr = like.shape[1]
+        LAYOUT: gl.constexpr = like.type.layout
+        start_k = column.tile * TILE + G * ROWS
+        bias = add_bias(of_keys, terms, column.sample, column.head, start_q, start_k, ROWS, N, LAYOUT, True)
+    return bias
 
 
 @gluon.jit
@@ -60,12 +67,36 @@ def _keep(x, words):
 
 
 @gluon.jit
-def weights(t, lse2, w, kept, terms, MASKED: gl.constexpr, dtype: gl.constexpr):
-    """Of scores `t [ROWS, N]` of `scored`: the weights of v in 16 bits, and those of ds, which know no dropout.
+def weights(
+    s,
+    lse_buf,
+    w,
+    bias,
+    kept,
+    qk_scale,
+    terms,
+    dtype: gl.constexpr,
+    MASKED: gl.constexpr,
+    ARE_THERE: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+):
+    """Of products `s [ROWS, N]`: the weights of v in 16 bits, and those of ds, which know no dropout.
 
     The latter have the slope of a soft cap. `w`: words of the mask, if the step is MASKED; `kept`: of `kept_words`.
+    `ARE_THERE`: or else the products before the last are waited for.
     """
-    if len(terms.cap) == 1:
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    CAPPED: gl.constexpr = len(terms.cap) == 1 if len(terms) > 0 else False
+    # under a cap there are no registers for it yet
+    lse2 = 0.0 if CAPPED else lse_buf.load(LAYOUT).expand_dims(0)
+    if not ARE_THERE:
+        s = warpgroup_mma_wait(1, deps=[s])
+    if len(terms) == 0:
+        z = s * qk_scale - lse2
+        of_ds = masked_exp2(z, w) if MASKED else exp2(z)
+        of_v = of_ds
+    elif CAPPED:
+        t = scored(s, bias, qk_scale, terms)
         HIDES: gl.constexpr = MASKED or len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0
         if MASKED:
             t = mask_exponents(t, w)
@@ -73,27 +104,31 @@ def weights(t, lse2, w, kept, terms, MASKED: gl.constexpr, dtype: gl.constexpr):
         of_v, of_ds = gl.inline_asm_elementwise(
             ptx.capped_weights_asm(dtype == gl.float16, HIDES),
             ptx.CAPPED_WEIGHTS_OPERANDS,
-            [t, lse2.expand_dims(0), factor(terms)],
+            [t, lse_buf.load(LAYOUT).expand_dims(0), factor(terms)],
             dtype=(dtype.value, gl.float32),
             is_pure=True,
             pack=2,
         )
     else:
-        z = t - lse2.expand_dims(0)
+        z = scored(s, bias, qk_scale, terms) - lse2
         of_ds = masked_exp2(z, w) if MASKED else exp2(z)
         of_v = of_ds
-    if len(terms.dropout) == 1:
-        of_v = _keep(of_v.to(gl.float32), kept)
+    if len(terms) > 0:  # noqa: SIM102
+        if len(terms.dropout) == 1:
+            of_v = _keep(of_v.to(gl.float32), kept)
     return of_v.to(dtype), of_ds
 
 
 @gluon.jit
-def score_gradient(of_ds, dp, delta, kept, terms, LESS_DELTA: gl.constexpr):
-    """ds of weights `of_ds [ROWS, N]`; `delta [N]`. `LESS_DELTA`: without dropout dp is less delta already."""
-    if len(terms.dropout) == 1:
-        dp = _keep(dp, kept) * terms.dropout[0].scale - delta.expand_dims(0)
-    elif not LESS_DELTA:
-        dp = dp - delta.expand_dims(0)
+def score_gradient(of_ds, dp, delta_buf, kept, terms, LESS_DELTA: gl.constexpr):
+    """ds of weights `of_ds [ROWS, N]`. `LESS_DELTA`: without dropout dp is less delta already."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, dp.type.layout)
+    DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
+    if DROPS:
+        dp = _keep(dp, kept) * terms.dropout[0].scale
+    if DROPS or not LESS_DELTA:
+        # delta is read off the way to dp, and so late that registers are free
+        dp = dp - delta_buf.load(LAYOUT).expand_dims(0)
     return of_ds * dp
 
 
