@@ -236,10 +236,10 @@ GPU: tuple[Mutant, ...] = (
         "test_masks and triton-random-q513 and bf16",
     ),
     _bug(
-        "backward: kept pairs of the step before",
+        "backward: dropped pairs of the step before",
         BACKWARD,
-        "kept_words(terms, column, next_q,",
-        "kept_words(terms, column, start_q,",
+        "dropped_words(terms, column, next_q,",
+        "dropped_words(terms, column, start_q,",
         "gradients_of_the_hopper and dropout-",
         "test_gpu_scores",
     ),

@@ -18,7 +18,7 @@ from anymask.backends.hopper.kernels.backward_dq import CONSUMER_AND_STORE, DQ_E
 from anymask.backends.hopper.kernels.backward_terms import (
     add_key_sums,
     column_bias,
-    kept_words,
+    dropped_words,
     score_gradient,
     step_bias,
     store_key_sums,
@@ -153,14 +153,14 @@ def _consume(
     # [ROWS, 4]: row and quad of this thread's words
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    begin, start_q, kept = 0, 0, 0
+    begin, start_q, dropped = 0, 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
     if HAS_MASK:
         next_w = _load_words(words, next_column, 0, offs, cfg)
     if BY_QUERY:
         next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
     if DROPS:
-        kept = kept_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
+        dropped = dropped_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
         sample, head, tile = next_column.sample, next_column.head, next_column.tile
         dk, dv = (gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT),) * 2
@@ -196,10 +196,10 @@ def _consume(
                     next_q = q_tile_at(column, j // STEPS, schedule, HAS_MASK, cfg.IN_TURN) * TILE + j % STEPS * BLOCK_M
                 bias = step_bias(terms, of_keys, column, start_q, zero_s, G)
                 lse_buf = q_stages.lse_bufs.index(stage)
-                p, of_ds = weights(s, lse_buf, w, bias, kept, qk_scale, terms, dtype, MASKED, AHEAD, S_LAYOUT)
+                p, of_ds = weights(s, lse_buf, w, bias, dropped, qk_scale, terms, dtype, MASKED, AHEAD, S_LAYOUT)
                 dv = warpgroup_mma(gl.convert_layout(p, A_LAYOUT), do, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=[dp])
-                ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), kept, terms, AHEAD)
+                ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), terms, AHEAD)
                 if k_sums is not None and not AHEAD:
                     sums = add_key_sums(sums, ds)
                 ds = ds.to(dtype)
@@ -210,7 +210,7 @@ def _consume(
                 # for the next step, beside the products: without a branch ptxas moves it before them
                 if DROPS:  # noqa: SIM102
                     if pos + 1 < end:
-                        kept = kept_words(terms, column, next_q, zero_s, W_LAYOUT, G)
+                        dropped = dropped_words(terms, column, next_q, zero_s, W_LAYOUT, G)
                 dv = warpgroup_mma_wait(1 + HAS_DQ, deps=[dv])
                 arrive(DO_EMPTY + stage, CONSUMERS_AND_PRODUCER)
                 if k_sums is not None and AHEAD:
@@ -234,7 +234,7 @@ def _consume(
             if BY_QUERY:
                 next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
             if DROPS:
-                kept = kept_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
+                dropped = dropped_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
         if AHEAD:
             # the stage of the step too many
             arrive(Q_EMPTY + (begin & (STAGES - 1)), CONSUMERS_AND_PRODUCER)

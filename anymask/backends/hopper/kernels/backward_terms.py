@@ -36,8 +36,8 @@ def step_bias(terms, of_keys, column, start_q, like, G: gl.constexpr):
 
 
 @gluon.jit
-def kept_words(terms, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.constexpr):
-    """int32 `[ROWS, 4]`: which pairs of a step dropout keeps, as bits like those of a mask, low bits first."""
+def dropped_words(terms, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.constexpr):
+    """int32 `[ROWS, 4]`: which pairs of a step dropout takes, as bits like those of a mask, low bits first."""
     start_k = column.tile * TILE + G * ROWS
     # read here, they take no registers elsewhere
     seeds = load_seeds(terms)
@@ -46,18 +46,18 @@ def kept_words(terms, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.const
     i = gl.arange(0, kept.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
     p = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
     bit = i.expand_dims(0).expand_dims(2).expand_dims(3) * 2 + p.expand_dims(0).expand_dims(1).expand_dims(2)
-    words = gl.where(kept, 1 << bit, 0)
+    words = gl.where(kept, 0, 1 << bit)
     return gl.convert_layout(gl.sum(gl.sum(words, 3), 1), W_LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
-def _keep(x, words):
-    """`x [ROWS, N]` where the bits of `words [ROWS, 4]` are set, else 0."""
+def _turn_sign(x, words):
+    """`x [ROWS, N]`, and -x where the bits of `words [ROWS, 4]` are set."""
     N: gl.constexpr = x.shape[1] // 2
     LAYOUT: gl.constexpr = x.type.layout
     x4 = gl.inline_asm_elementwise(
-        ptx.keep_asm(N),
-        ptx.select_operands(N),
+        ptx.sign_asm(N),
+        ptx.sign_operands(N),
         [to_quad_view(x), words.expand_dims(1).expand_dims(3)],
         dtype=gl.float32,
         is_pure=True,
@@ -67,12 +67,20 @@ def _keep(x, words):
 
 
 @gluon.jit
+def _pack_positive(x, dtype: gl.constexpr):
+    """`x [ROWS, N]` in 16 bits, 0 where it is below 0."""
+    return gl.inline_asm_elementwise(
+        ptx.pack_positive(dtype == gl.float16), "=r,f,f", [x], dtype=dtype.value, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def weights(
     s,
     lse_buf,
     w,
     bias,
-    kept,
+    dropped,
     qk_scale,
     terms,
     dtype: gl.constexpr,
@@ -80,10 +88,11 @@ def weights(
     ARE_THERE: gl.constexpr,
     S_LAYOUT: gl.constexpr,
 ):
-    """Of products `s [ROWS, N]`: the weights of v in 16 bits, and those of ds, which know no dropout.
+    """Of products `s [ROWS, N]`: the weights of v in 16 bits, and those of ds.
 
-    The latter have the slope of a soft cap. `w`: words of the mask, if the step is MASKED; `kept`: of `kept_words`.
-    `ARE_THERE`: or else the products before the last are waited for.
+    The latter have the slope of a soft cap, and the sign of those that dropout takes is turned. `w`: words of the mask,
+    if the step is MASKED; `dropped`: of `dropped_words`. `ARE_THERE`: or else the products before the last are waited
+    for.
     """
     LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     CAPPED: gl.constexpr = len(terms.cap) == 1 if len(terms) > 0 else False
@@ -115,21 +124,34 @@ def weights(
         of_v = of_ds
     if len(terms) > 0:  # noqa: SIM102
         if len(terms.dropout) == 1:
-            of_v = _keep(of_v.to(gl.float32), kept)
+            of_ds = _turn_sign(of_ds, dropped)
+            # under a cap by the sign bit, as the slope may be 0
+            is_taken = of_ds.to(gl.int32, bitcast=True) < 0
+            of_v = gl.where(is_taken, 0.0, of_v) if CAPPED else _pack_positive(of_ds, dtype)
     return of_v.to(dtype), of_ds
 
 
 @gluon.jit
-def score_gradient(of_ds, dp, delta_buf, kept, terms, LESS_DELTA: gl.constexpr):
+def score_gradient(of_ds, dp, delta_buf, terms, LESS_DELTA: gl.constexpr):
     """ds of weights `of_ds [ROWS, N]`. `LESS_DELTA`: without dropout dp is less delta already."""
     LAYOUT: gl.constexpr = gl.SliceLayout(0, dp.type.layout)
     DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
     if DROPS:
-        dp = _keep(dp, kept) * terms.dropout[0].scale
-    if DROPS or not LESS_DELTA:
+        # one by one, or the compiler has no registers
+        ds = gl.inline_asm_elementwise(
+            ptx.DROPPED_GRADIENT,
+            "=f,f,f,f,f",
+            [of_ds, dp, delta_buf.load(LAYOUT).expand_dims(0), terms.dropout[0].scale],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    elif LESS_DELTA:
+        ds = of_ds * dp
+    else:
         # delta is read off the way to dp, and so late that registers are free
-        dp = dp - delta_buf.load(LAYOUT).expand_dims(0)
-    return of_ds * dp
+        ds = of_ds * (dp - delta_buf.load(LAYOUT).expand_dims(0))
+    return ds
 
 
 @gluon.jit
