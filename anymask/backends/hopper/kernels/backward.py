@@ -207,14 +207,14 @@ def _consume(
                     all_k = kv.k_bufs.index(opaque(zero)).reshape([TILE, HEAD_DIM])
                     dq = issue_dq(ds, pipes.ds_bufs.index((pos - iteration * AHEAD) & 1), all_k, G)
                 dk = warpgroup_mma(gl.convert_layout(ds, A_LAYOUT), q, dk, is_async=True)
-                # for the next step, beside the products: without a branch ptxas moves it before them
-                if DROPS:  # noqa: SIM102
-                    if pos + 1 < end:
-                        dropped = dropped_words(terms, column, next_q, zero_s, W_LAYOUT, G)
                 dv = warpgroup_mma_wait(1 + HAS_DQ, deps=[dv])
                 arrive(DO_EMPTY + stage, CONSUMERS_AND_PRODUCER)
                 if k_sums is not None and AHEAD:
                     sums = add_key_sums(sums, ds.to(gl.float32))
+                # for the next step, beside the products: without a branch ptxas moves it before them
+                if DROPS:  # noqa: SIM102
+                    if pos + 1 < end:
+                        dropped = dropped_words(terms, column, next_q, zero_s, W_LAYOUT, G)
                 if AHEAD:
                     # with dv done, the registers of p are free for the scores of the next step
                     s = _issue_scores(k, q_stages, pos + 1, S_LAYOUT, cfg)
