@@ -15,7 +15,7 @@ import triton
 
 from anymask import pack
 from anymask.backends import hopper
-from anymask.backends.hopper.kernels.backward import DS_FULL
+from anymask.backends.hopper.kernels.backward_dq import DS_FULL
 from tests.helpers import scored
 from tests.helpers.compile_only import TARGETS, causal_mask, sass, spilled_bytes
 
@@ -209,6 +209,51 @@ def test_scores_keep_their_registers(hopper_kernels, kind):
     # and so does the generator of dropout, but before Triton 3.9 not in loops that read bits of a mask
     late = [_after_products(body, "IMAD.WIDE") > 1 for body in loops]
     assert sum(late) <= (len(loops) // 2 if kind == "dropout" and IS_OLD else 0)
+
+
+# terms, whether a bias of keys gets its gradient, and the most instructions of a step, without a mask, by head_dim
+SCORED_BACKWARD = {
+    "keys": ({"dense": ("keys",)}, False, {64: 680, 128: 470}),
+    "keys with their gradient": ({"dense": ("keys",)}, True, {64: 860, 128: 510}),
+    "distances": ({"tables": ("relative",)}, False, {64: 730, 128: 510}),
+    # both its ways
+    "cap": ({"softcap": 20.0}, False, {64: 1630, 128: 970}),
+    "dropout": ({"dropout_p": 0.1}, False, {64: 1900, 128: 1090}),
+}
+# of a step, what is kept in memory for it: masked steps at head_dim 64 have that few registers
+FEW_SCORED_STORES = {64: 16, 128: 1}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kind", SCORED_BACKWARD)
+def test_scores_backward_keep_their_registers(hopper_kernels, kind, dim, masked):
+    terms, with_gradient, most = SCORED_BACKWARD[kind]
+    call = scored.make_call("none", shape=(1, 4, 2, 2048, 2048), dims=(dim, dim), **terms)
+    mask = pack(torch.ones(2048, 2048, dtype=torch.bool).tril()) if masked else None
+    no = call.needs._replace(
+        dense=tuple(with_gradient for _ in call.scores.dense), tables=(False,) * len(call.scores.lookups)
+    )
+    hopper.backward_scores(
+        call.q, call.k, call.v, call.do, torch.zeros(1, 4, 2048), call.do, None, mask, 0.1, False, call.scores, no
+    )
+    assert [x.metadata.name for x in hopper_kernels] == KERNELS[1:]
+    kernel = hopper_kernels[1]
+    print(f"{kind}, head_dim {dim}: {kernel.metadata.shared} bytes shared, {spilled_bytes(kernel)} local")
+    assert kernel.metadata.shared <= TARGETS["sm_90"][1]
+    loops = loops_with_products(kernel)
+    assert len(loops) == LOOPS["_bwd_kernel", dim]
+    for body in loops:
+        assert len(body) <= most[dim] + 160 * masked
+        assert sum(op.startswith("STL") for op in body) <= FEW_SCORED_STORES[dim]
+        products = sum(op.startswith("HGMMA") for op in body)
+        # products that ptxas serialised are each followed by a wait
+        assert sum(op.startswith("WARPGROUP.DEPBAR") for op in body) <= products // 4
+        assert len([op for op in body if MEETING.match(op)]) == 1
+        if kind == "dropout":
+            # the generator runs beside the products of dq and dk: after the meeting
+            meeting = next(i for i, op in enumerate(body) if MEETING.match(op))
+            assert not [op for op in body[:meeting] if op.startswith("IMAD.WIDE")]
 
 
 def _after_products(body, name):

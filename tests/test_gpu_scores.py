@@ -13,6 +13,7 @@ from torch import Tensor
 import anymask
 from anymask.backends import for_gradients, hopper
 from anymask.backends import triton as backend
+from anymask.backends.gpu import scores as gpu_scores
 from anymask.backends.hopper import scores as hopper_scores
 from tests.helpers import scored
 from tests.helpers.grid import BF16, F16, F32
@@ -173,6 +174,106 @@ def test_kinds_of_the_hopper_kernels(kind: str, dims: tuple[int, int], mask: str
     first, second = (scored.check(hopper_for(call), call) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), f"{name} has other bits in a second run"
+
+
+# of what the backward kernel takes: no bias of pairs
+GRADIENT_KINDS: dict[str, dict[str, Any]] = {
+    name: HOPPER_KINDS[name]
+    for name in ("keys", "keys_by_head", "queries", "heads", "one", "relative", "relative_shared", "softcap", "low_cap")
+} | {
+    "dropout": {"dropout_p": 0.2},
+    "much_dropout": {"dropout_p": 0.9},
+    "hidden_keys": {"dense": ("keys_by_head",), "hidden": 0.3},
+    "hidden_queries": {"dense": ("queries",), "hidden": 0.3, "dropout_p": 0.1},
+    "keys_and_queries": {"dense": ("keys", "queries"), "hidden": 0.1, "sinks": True},
+    "capped_keys": {"dense": ("keys", "one"), "hidden": 0.1, "softcap": 2.0},
+    "capped_queries": {"dense": ("queries", "heads"), "hidden": 0.1, "softcap": 2.0},
+    "capped_dropout": {"softcap": 2.0, "dropout_p": 0.1},
+    "uncapped": {"dense": ("keys",), "tables": ("relative",), "dropout_p": 0.1, "hidden": 0.1, "sinks": True},
+    "everything": {
+        "dense": ("keys_by_head", "queries", "one"), "tables": ("relative_shared", "relative"),
+        "softcap": 3.0, "sinks": True, "dropout_p": 0.1, "hidden": 0.1,
+    },
+}  # fmt: skip
+
+
+def hopper_alone(call: scored.Call, monkeypatch: pytest.MonkeyPatch, deterministic: bool = True) -> Any:
+    """The Hopper kernels, forward and backward, as if all had been compared."""
+    monkeypatch.setattr(hopper_scores, "COMPARED", ALL)
+    monkeypatch.setattr(hopper_scores, "COMPARED_GRADIENTS", ALL)
+    assert for_gradients(hopper, call.scores) is hopper
+
+    def backward_scores(*arguments: Any) -> Any:
+        return hopper.backward_scores(*arguments[:9], deterministic, *arguments[10:])
+
+    return SimpleNamespace(why_not=hopper.why_not, forward=hopper.forward, backward_scores=backward_scores)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("mask", [*MASK_NAMES, "empty_head"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("kind", GRADIENT_KINDS)
+def test_gradients_of_the_hopper_kernels(
+    kind: str, dims: tuple[int, int], mask: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dq as a sum in memory, and, deterministic, from a kernel of its own, or in turns without a mask and if causal."""
+    if mask == "causal":
+        monkeypatch.setattr(hopper.tuning, "SHORT_COLUMN_IN_TURN", 0)
+    # a group's heads with keys that one of them alone attends to go to the portable kernels
+    heads = (4, 4) if mask in ("per_batch_head", "empty_head") else (4, 2)
+    call = scored.make_call(
+        mask, shape=(2, *heads, 300, 352), dims=dims, dtype=BF16 if mask == "random" else F16,
+        scale=-0.1 if mask == "empty_rows" else None, device=device, **GRADIENT_KINDS[kind],
+    )  # fmt: skip
+    for deterministic in (False, True):
+        first, second = (scored.check(hopper_alone(call, monkeypatch, deterministic), call) for _ in range(2))
+        for name in first:
+            if name != "dq" or deterministic:
+                assert torch.equal(first[name], second[name]), f"{name} has other bits in a second run"
+
+
+@pytest.mark.hopper
+def test_gradients_that_nobody_needs_are_not_made(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms: dict[str, Any] = {"dense": ("keys", "queries"), "tables": ("relative",), "softcap": 2.0, "sinks": True}
+    call = scored.make_call("causal", shape=(2, 4, 2, 300, 352), dims=(64, 64), device=device, **terms)
+    kernels = hopper_alone(call, monkeypatch)
+    o, lse = hopper.forward(call.q, call.k, call.v, call.mask, call.scale, call.scores)
+    arguments = call.q, call.k, call.v, o, lse, call.do, call.dlse, call.mask, call.scale, True, call.scores
+    none = call.needs._replace(dense=(False, False), tables=(False,), sinks=False)
+    monkeypatch.setattr(gpu_scores.PairSums, "_sum", lambda *_: pytest.fail("it sums pairs"))
+    grads = kernels.backward_scores(*arguments, none)
+    assert (grads.dense, grads.tables, grads.sinks) == ((None, None), (None,), None)
+    want = scored.expected(call)[2]
+    for name in ("dq", "dk", "dv"):
+        got, wanted = getattr(grads, name).double(), getattr(want, name)
+        assert float((got - wanted).norm()) <= 2e-3 * float(wanted.norm()), name
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("dims", [(80, 96), (40, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 2, 9, 352), (3, 8, 1, 1, 704), (2, 2, 2, 129, 8), (1, 2, 1, 1000, 3000)], ids=str
+)
+@pytest.mark.parametrize("kind", ["keys", "relative", "softcap", "dropout"])
+def test_shapes_of_the_hopper_gradients(
+    kind: str, shape: Any, dims: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = scored.make_call("none", shape=shape, dims=dims, device=device, **GRADIENT_KINDS[kind])
+    scored.check(hopper_alone(call, monkeypatch), call)
+
+
+@pytest.mark.hopper
+def test_nan_of_a_hidden_pair_reaches_no_hopper_gradient(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = 2, 4, 4, 300, 352
+    for softcap in (0.0, 2.0):
+        call = scored.make_call(
+            "empty_columns", ("keys_by_head",), shape=shape, dims=(64, 64), device=device, softcap=softcap
+        )
+        assert call.dense_mask is not None
+        unused = ~call.dense_mask.any(2, keepdim=True).any(0, keepdim=True)
+        assert unused.any()
+        keys = call.scores.dense[0].masked_fill(unused, math.nan)
+        scored.check(hopper_alone(call, monkeypatch), scored.without(call, dense=(keys,)))
 
 
 @pytest.mark.hopper

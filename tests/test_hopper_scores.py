@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 
 from anymask import backends
 from anymask.backends import hopper
+from anymask.backends.gpu.passes import BackwardCall
 from anymask.backends.hopper import scores as hopper_scores
-from anymask.backends.hopper.scores import UNIT, forward_scores, kernel_terms, why_not_scores
+from anymask.backends.hopper.scores import UNIT, backward_terms, forward_scores, kernel_terms, why_not_scores
 from anymask.precision import LOG2_E
 from anymask.scores import Scores
 from tests.helpers import scored
@@ -137,8 +138,41 @@ def test_what_shares_a_bias_of_pairs_is_computed_together(kind: str, together: i
     assert found.terms.pairs[0].samples == samples
 
 
-def test_where_gradients_come_from() -> None:
+def test_where_gradients_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
     names = SimpleNamespace(hopper=hopper, triton=backends.load("triton"))
+    monkeypatch.setattr(hopper_scores, "COMPARED_GRADIENTS", frozenset({"softcap", "bias of keys"}))
     assert backends.for_gradients(names.hopper, make(sinks=True)) is names.hopper
-    assert backends.for_gradients(names.hopper, make(softcap=2.0)) is names.triton
+    assert backends.for_gradients(names.hopper, make(softcap=2.0, dense=("keys",))) is names.hopper
+    assert backends.for_gradients(names.hopper, make(softcap=2.0, dropout_p=0.1)) is names.triton
+    assert "the call has a dropout" in str(hopper.why_not_gradients(make(softcap=2.0, dropout_p=0.1)))
     assert backends.for_gradients(names.triton, make(softcap=2.0)) is names.triton
+    everything = frozenset({"bias of keys", "bias of queries", "bias of pairs", "table", "softcap", "dropout"})
+    monkeypatch.setattr(hopper_scores, "COMPARED_GRADIENTS", everything)
+    assert backends.for_gradients(names.hopper, make(dense=("keys", "by_head"))) is names.triton
+
+
+@pytest.mark.parametrize(
+    ("kinds", "is_shift", "has_terms"),
+    [
+        ({"dense": ("queries",)}, True, False),
+        ({"dense": ("queries",), "dropout_p": 0.1}, True, True),
+        ({"dense": ("queries", "keys")}, False, True),
+        ({"dense": ("queries",), "tables": ("relative",)}, False, True),
+        ({"dense": ("queries",), "softcap": 2.0}, False, True),
+        ({"sinks": True}, False, False),
+    ],
+)
+def test_a_bias_of_queries_alone_is_in_lse(kinds: dict[str, Any], is_shift: bool, has_terms: bool) -> None:
+    scores = make(**kinds, hidden=0.2)
+    q, k = torch.empty(2, 4, Q_LEN, 16), torch.empty(2, 2, KV_LEN, 16)
+    lse2 = torch.full((2, 4, 128), math.inf)
+    lse2[..., :Q_LEN] = torch.randn(2, 4, Q_LEN)
+    call = BackwardCall(q, k, k, q, lse2.flatten(), lse2.flatten(), None, None, None, 0.25)
+    terms, _, shifted = backward_terms(scores, call)
+    want = lse2.clone()
+    if is_shift:
+        # that of a hidden query is inf, so that its weights are 0
+        want[..., :Q_LEN] -= scores.dense[0].float().squeeze(3) * LOG2_E
+    torch.testing.assert_close(shifted.view(lse2.shape), want)
+    assert bool(terms) is has_terms
+    assert not has_terms or bool(terms.queries) is ("queries" in kinds["dense"] and not is_shift)

@@ -258,6 +258,31 @@ def test_keys_of_scores_are_complete(keys: Keys) -> None:
     assert len(keys) > 300
 
 
+def test_keys_of_scores_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    for _ in range(100):
+        call = scored.make_call(
+            draw.choice(["none", "causal", "empty_rows"]),
+            tuple(draw.sample(["keys", "keys_by_head", "queries", "heads", "one"], draw.choice([0, 1, 1, 2]))),
+            tuple(draw.sample(["relative", "relative_shared"], draw.choice([0, 0, 1]))),
+            shape=(draw.choice([1, 2]), 4, draw.choice([2, 4]), draw.choice([1, 129]), draw.choice([16, 43, 144])),
+            dims=draw.choice([(64, 64), (40, 128)]),
+            dtype=draw.choice([torch.float16, torch.bfloat16]),
+            softcap=draw.choice([0.0, 0.0, 2.0]),
+            sinks=draw.choice([False, True]),
+            dropout_p=draw.choice([0.0, 0.0, 0.1]),
+        )
+        monkeypatch.setattr(hopper.tuning, "SHORT_COLUMN_IN_TURN", draw.choice([0, 12]))
+        arguments = call.q, call.k, call.v
+        o, lse = hopper.forward(*arguments, call.mask, call.scale, call.scores)
+        some = [tuple(draw.choice([True, False]) for _ in needed) for needed in call.needs[:2]]
+        rest = call.mask, call.scale, draw.choice([True, False]), call.scores, call.needs._replace(
+            dense=some[0], tables=some[1]
+        )  # fmt: skip
+        hopper.backward_scores(*arguments, o, lse, call.do, call.dlse, *rest)
+    assert len(keys) > 200
+
+
 HOPPER_DIMS = [(64, 64), (128, 128), (40, 64), (128, 72), (192, 128), (136, 192), (256, 256)]
 
 
@@ -267,7 +292,7 @@ def test_keys_of_the_hopper_kernels_are_complete(keys: Keys, monkeypatch: pytest
     draw = random.Random(0)
     for _ in range(300):
         (length, heads), dims = draw.choice(SHAPES), draw.choice(HOPPER_DIMS)
-        block_d = hopper._block_d(*dims)
+        block_d = hopper.narrow.block_d(*dims)
         options = draw.choice(list(hopper_candidates("fwd", block_d)))
         if max(dims) <= 128:
             monkeypatch.setitem(hopper.tuning.FORWARD, block_d, hopper.tuning.ForwardConfig(*options))

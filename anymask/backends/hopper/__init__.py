@@ -14,7 +14,6 @@ from torch import Tensor
 
 from anymask.backends.gpu import split, target, windows
 from anymask.backends.gpu.arguments import (
-    LOG2_E,
     MAX_GRID,
     has_pair,
     kernel_options,
@@ -23,13 +22,13 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, RowsOf, empty_rows, launch_delta, launch_dkdv, launch_dq
-from anymask.backends.gpu.sinks import sink_gradient
+from anymask.backends.gpu.scores import NO_SUMS, KernelTerms, Sums, empty_sums, gradients
 from anymask.backends.gpu.target import multiprocessors
-from anymask.backends.hopper import tuning, turns, wide
-from anymask.backends.hopper.descriptors import block_of, descriptor, tile_descriptor
+from anymask.backends.hopper import narrow, tuning, turns, wide
+from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, tile_descriptor
 from anymask.backends.hopper.dq_sum import empty_sum, launch_cast
 from anymask.backends.hopper.order import swizzle_heads
-from anymask.backends.hopper.scores import forward_scores, has_terms, why_not_scores
+from anymask.backends.hopper.scores import backward_terms, forward_scores, has_terms, why_not_scores
 from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
@@ -43,9 +42,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 256
 # up to it a warpgroup has registers for dk and dv of 64 keys
 NARROW = 128
-
-# queries of a consumer warpgroup in the forward kernel
-WARPGROUP_ROWS = 64
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:
@@ -237,13 +233,15 @@ def backward_scores(
     scores: Scores,
     needs: Needs,
 ) -> ScoreGrads:
-    """Gradients of q, k, v and of the sinks, which are in lse, so that no other kernel knows of them."""
-    # a sink makes lse finite where a query has no key, so delta would read these rows
-    do = zero_unused_rows(do, block_mask, "rows")
-    grads, delta = _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic)
-    assert scores.sinks is not None
-    delta = delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
-    return ScoreGrads(*grads, (), (), sink_gradient(scores.sinks, lse, delta) if needs.sinks else None)
+    """Gradients of q, k, v and of what `needs` names. Sinks are in lse, so that no other kernel knows of them."""
+    if scores.sinks is not None:
+        # a sink makes lse finite where a query has no key, so delta would read these rows
+        do = zero_unused_rows(do, block_mask, "rows")
+    sums = empty_sums(scores, needs, lse, k.shape[2])
+    grads, call = _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores=scores, sums=sums)
+    options = kernel_options(tuning.BIAS, q.shape[3], v.shape[3], True)
+    with device_guard(q.device):
+        return gradients(call, scores, needs, lse, dlse, grads, sums, options)
 
 
 def _gradients(
@@ -257,11 +255,15 @@ def _gradients(
     block_mask: BlockMask | None,
     sm_scale: float,
     deterministic: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """`(dq, dk, dv)`, and delta, flat.
+    *,
+    scores: Scores | None = None,
+    sums: Sums = NO_SUMS,
+) -> tuple[tuple[Tensor, Tensor, Tensor], BackwardCall]:
+    """`(dq, dk, dv)` and the `sums`, and what kernels were called with.
 
     Columns of few tiles leave dq to the Triton kernel, which is faster there: it computes the scores again and adds in
-    order. At head_dim 64 they leave dk and dv as well.
+    order. At head_dim 64 they leave dk and dv as well. Calls that want sums over keys leave it dq, as those lie in
+    other programs here.
     """
     batch, q_heads, q_len, head_dim = q.shape
     dq, dk, dv = empty_as(q), empty_as(k), empty_as(v)
@@ -274,25 +276,29 @@ def _gradients(
         with device_guard(q.device):
             call = BackwardCall(q, k, v, do, *launch_delta(o, do, lse, dlse), None, None, block_mask, sm_scale)
             _launch_wide(call, dq, dk, dv)
-        return (dq, dk, dv), call.delta
-    block_d, kv_heads = _block_d(head_dim, v_dim), k.shape[1]
+        return (dq, dk, dv), call
+    block_d, kv_heads = narrow.block_d(head_dim, v_dim), k.shape[1]
     n_work_tiles = tiles_over(k.shape[2]) * kv_heads * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
     is_short = n_work_tiles >= tuning.MANY_COLUMNS * programs and _leaves_short_columns(block_mask, block_d)
-    dq_acc = None
-    if takes_turns(q, k, v, block_mask) if deterministic else not is_short:
-        dq_acc = empty_sum(q, lse, block_d)
+    is_scored = scores is not None and has_terms(scores)
+    in_memory = takes_turns(q, k, v, block_mask) if deterministic else not is_short
+    dq_acc = empty_sum(q, lse, block_d) if in_memory and sums.queries is None else None
     with device_guard(q.device):
-        is_fused = dq_acc is None and tuning.DELTA_IN_DQ[block_d]
+        is_fused = dq_acc is None and tuning.DELTA_IN_DQ[block_d] and not is_scored
         rows = empty_rows(lse) if is_fused else launch_delta(o, do, lse, dlse, dq_acc)
         # the producer zeroes these
         unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
         call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
+        if scores is not None and is_scored:
+            terms = KernelTerms(scores, sm_scale, q_len, k.shape[2], True)
+            call = call._replace(terms=terms, qk_scale=terms.qk_scale)
         if dq_acc is None:
             # first, as it makes delta
-            options = kernel_options(tuning.SHORT_DQ[block_d] if is_short else tuning.DQ, head_dim, v_dim, True)
-            launch_dq(call, dq, *options, rows_of=RowsOf(o, lse, dlse) if is_fused else None)
-        if is_short and dq_acc is None and block_d in tuning.SHORT_DKDV:
+            config = tuning.DQ_TERMS if is_scored else tuning.SHORT_DQ[block_d] if is_short else tuning.DQ
+            rows_of = RowsOf(o, lse, dlse) if is_fused else None
+            launch_dq(call, dq, *kernel_options(config, head_dim, v_dim, True), sums.queries, rows_of)
+        if is_short and dq_acc is None and not is_scored and block_d in tuning.SHORT_DKDV:
             launch_dkdv(call, dk, dv, *kernel_options(tuning.SHORT_DKDV[block_d], head_dim, v_dim, True))
         else:
             swizzle = swizzle_heads(_mean_tiles(block_mask, "cols"), tiles_over(k.shape[2]), batch * kv_heads, programs)
@@ -300,73 +306,10 @@ def _gradients(
             in_turn = None
             if deterministic and dq_acc is not None:
                 in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
-            _launch_backward(call, dk, dv, dq_acc, grid, in_turn)
+            narrow.launch_dkdv(call, dk, dv, dq_acc, grid, in_turn, backward_terms(scores, call), sums.keys)
         if dq_acc is not None:
             launch_cast(dq_acc, dq, block_d, sm_scale)
-    return (dq, dk, dv), call.delta
-
-
-def _launch_backward(
-    call: BackwardCall, dk: Tensor, dv: Tensor, dq_acc: Tensor | None, grid: turns.Grid, in_turn: turns.Turns | None
-) -> None:
-    """dk and dv, and without `dq_acc` no more; with `in_turn` dq sums in that order."""
-    from anymask.backends.hopper.kernels.backward import _bwd_kernel
-
-    q, k, v, do, block_mask = call.q, call.k, call.v, call.do, call.block_mask
-    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-    batch, q_heads, q_len, head_dim = q_shape
-    kv_heads, kv_len, v_dim = k_shape[1], k_shape[2], v_shape[3]
-    n_work_tiles = tiles_over(kv_len) * kv_heads * batch
-    block_d = _block_d(head_dim, v_dim)
-    # each consumer warpgroup has 64 x 64 of dq
-    block_m = 2 * WARPGROUP_ROWS * 64 // block_d
-    blocks = (block_of((1, 1, rows, block_d), q.dtype) for rows in (block_m, TILE, WARPGROUP_ROWS))
-    (block_q, block_kv, block_out), block_rows = blocks, block_of((block_m,), torch.float32)
-    padded = call.lse2.numel()
-    dq_tiles, maps = None, (call.q_has_pair, call.kv_has_pair)
-    if dq_acc is not None:
-        dq_shape = padded * block_d // 32, 32
-        dq_tiles = descriptor(dq_acc, dq_shape, (32, 1), block_of((block_m * block_d // 64, 32), torch.float32))
-    launch(
-        _bwd_kernel,
-        (grid.num_workers, 1, 1),
-        (
-            tile_descriptor(q, q_shape, block_q),
-            tile_descriptor(k, k_shape, block_kv),
-            tile_descriptor(v, v_shape, block_kv),
-            tile_descriptor(do, (batch, q_heads, q_len, v_dim), block_q),
-            descriptor(call.lse2, (padded,), (1,), block_rows),
-            descriptor(call.delta, (padded,), (1,), block_rows),
-            dq_tiles,
-            tile_descriptor(dk, k_shape, block_out),
-            tile_descriptor(dv, v_shape, block_out),
-            *(in_turn or (None,) * 5),
-            *mask_lists(block_mask, "cols"),
-            *maps,
-            *plane_strides(block_mask),
-            tiles_over(q_len),
-            kv_heads,
-            q_heads // kv_heads,
-            q_len,
-            kv_len,
-            n_work_tiles,
-            grid.swizzle_heads,
-            call.sm_scale,
-            call.sm_scale * LOG2_E,
-        ),
-        {
-            "HEAD_DIM": block_d,
-            "BLOCK_M": block_m,
-            "STAGES": 2,
-            "SCORES_AHEAD": tuning.SCORES_AHEAD[block_d],
-            "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
-        },
-        (q.device, q.dtype, do.dtype, q_heads // kv_heads, *[x is None for x in (dq_acc, in_turn, block_mask, *maps)]),
-        num_warps=4,
-        enable_fp_fusion=True,
-        # a program that waits for one that cannot start would wait for ever
-        launch_cooperative_grid=in_turn is not None,
-    )
+    return (dq, dk, dv), call
 
 
 def _launch_wide(call: BackwardCall, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -419,10 +362,6 @@ def _padded_dims(head_dim: int, v_dim: int, configs: tuning.Forward = tuning.FOR
 def _row(dims: tuple[int, int]) -> int | tuple[int, int]:
     """The row of a table for padded dims."""
     return dims if dims[0] != dims[1] else dims[0]
-
-
-def _block_d(head_dim: int, v_dim: int) -> int:
-    return 64 if max(head_dim, v_dim) <= 64 else 128
 
 
 # strides of a tensor in elements, and its address modulo 16

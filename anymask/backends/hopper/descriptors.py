@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+# queries or keys of a consumer warpgroup
+WARPGROUP_ROWS = 64
+
 # Gluon's descriptor class, the shape of a block and its layout in shared memory
 Block: TypeAlias = tuple[type, list[int], Any]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anymask.backends.gpu.arguments import LOG2_E
+from anymask.backends.gpu.passes import BackwardCall
 from anymask.backends.hopper.descriptors import block_of, descriptor
 from anymask.launch import args_key
 from anymask.scores import Scores, dropout
@@ -18,6 +19,8 @@ from anymask.tiles import TILE, tiles_over
 UNIT = 4.0
 # what of scores, beside sinks, is equal to fp64 on a GPU and faster than by the portable kernels
 COMPARED = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
+# of these, what the backward kernel does right and faster too
+COMPARED_GRADIENTS: frozenset[str] = frozenset()
 # heads that share a bias of pairs and are computed together
 MOST_SHARING = 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,15 +28,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def why_not_scores(scores: Scores, wide: bool) -> str | None:
     """Why the kernels cannot take the scores, or None. `wide`: a head_dim of kernels that take sinks alone."""
-    asked = {
-        "bias of keys": any(t.shape[2] == 1 for t in scores.dense),
-        "bias of queries": any(t.shape[2] > 1 == t.shape[3] for t in scores.dense),
-        "bias of pairs": pairs_of(scores) is not None,
-        "table": bool(scores.lookups),
-        "softcap": bool(scores.softcap),
-        "dropout": scores.seed is not None,
-    }
-    unknown = [name for name, is_asked in asked.items() if is_asked and name not in COMPARED]
+    unknown = [name for name in _asked(scores) if name not in COMPARED]
     if unknown:
         return f"the call has a {unknown[0]}, which other kernels do faster"
     pairs = [t for t in scores.dense if min(t.shape[2:]) > 1]
@@ -51,9 +46,25 @@ def why_not_scores(scores: Scores, wide: bool) -> str | None:
     return None
 
 
+def _asked(scores: Scores) -> list[str]:
+    """What beside sinks happens to the scores, in words."""
+    asked = {
+        "bias of keys": any(t.shape[2] == 1 for t in scores.dense),
+        "bias of queries": any(t.shape[2] > 1 == t.shape[3] for t in scores.dense),
+        "bias of pairs": pairs_of(scores) is not None,
+        "table": bool(scores.lookups),
+        "softcap": bool(scores.softcap),
+        "dropout": scores.seed is not None,
+    }
+    return [name for name, is_asked in asked.items() if is_asked]
+
+
 def why_not_gradients(scores: Scores) -> str | None:
     """Why the backward kernels cannot take scores that the forward kernel takes, or None."""
-    return "the backward kernels have sinks alone" if has_terms(scores) else None
+    if pairs_of(scores) is not None:
+        return "the backward kernels have no bias of pairs"
+    unknown = [name for name in _asked(scores) if name not in COMPARED_GRADIENTS]
+    return f"the call has a {unknown[0]}, whose gradients other kernels do faster" if unknown else None
 
 
 def _loadable(t: Tensor) -> bool:
@@ -129,6 +140,28 @@ def forward_scores(scores: Scores | None, sm_scale: float, q: Tensor, kv_len: in
     """What the forward kernel takes of `scores`, of a call with so many keys."""
     terms, qk_scale = kernel_terms(scores, sm_scale, q.shape[2], kv_len, q.shape[0])
     return ForwardScores(qk_scale, None if scores is None else scores.sinks, terms, pairs_of(scores))
+
+
+class BackwardTerms(NamedTuple):
+    """The scores of a call as the backward kernel takes them; `lse2` as of `launch_delta`, less what is the same."""
+
+    terms: Any
+    qk_scale: float
+    lse2: Tensor
+
+
+def backward_terms(scores: Scores | None, call: BackwardCall) -> BackwardTerms:
+    """What the backward kernel takes of `scores`.
+
+    A bias of queries that nothing is added to or capped with is a shift of all scores of a query: it is in lse2.
+    """
+    terms, qk_scale = kernel_terms(scores, call.sm_scale, call.q.shape[2], call.k.shape[2])
+    lse2 = call.lse2
+    if len(terms) and terms.queries and not (terms.keys or terms.diagonals or terms.cap):
+        (shift,) = terms.queries
+        lse2 = (lse2.view(*call.q.shape[:2], -1) - shift.source).flatten()
+        terms = terms._replace(queries=()) if terms.dropout else ()
+    return BackwardTerms(terms, qk_scale, lse2)
 
 
 def _descriptor(bias: Tensor, rows: int, keys: int) -> Any:

@@ -85,6 +85,9 @@ WIDE_DQ = {
 SCORES_AHEAD = {64: True, 128: False}
 # dq from a kernel of its own: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)
+# the same with other scores than sinks, and blocks of the gradient of a table, as in triton/tuning.py
+DQ_TERMS = TileConfig(64, 64, 4, 2)
+BIAS = TileConfig(64, 64, 4, 2)
 # up to so many tiles a column, on average, it is faster than a sum in memory, with so many columns a multiprocessor; at
 # head_dim 64 where samples have masks of their own, together with the Triton kernel of dk and dv
 SHORT_COLUMN, MANY_COLUMNS = 3, 15

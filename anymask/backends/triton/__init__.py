@@ -29,8 +29,8 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dkdv, launch_dq
+from anymask.backends.gpu.scores import KernelTerms, empty_sums, gradients, why_not_scores
 from anymask.backends.triton import halves, tuning
-from anymask.backends.triton.scores import KernelTerms, gradients, why_not_scores
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
 from anymask.layout import empty_as
@@ -163,7 +163,9 @@ def backward_scores(
         lse2, delta = launch_delta(o, do, lse, dlse)
         terms = KernelTerms(scores, sm_scale, q.shape[2], k.shape[2], has_tma(target.current_target()))
         call = BackwardCall(q, k, v, do, lse2, delta, *used, block_mask, sm_scale, terms, terms.qk_scale)
-        return gradients(call, scores, needs, lse, dlse, _gradients, _options("bias", *_what(call)))
+        sums = empty_sums(scores, needs, lse, k.shape[2])
+        dq_dk_dv = _gradients(call, *sums)
+        return gradients(call, scores, needs, lse, dlse, dq_dk_dv, sums, _options("bias", *_what(call)))
 
 
 def _gradients(

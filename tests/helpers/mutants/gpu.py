@@ -2,10 +2,10 @@
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
-HOPPER = "anymask/backends/hopper/__init__.py"
-BACKWARD, FORWARD, MAINLOOP, PTX, SCHEDULER, WORDS = (
+HOPPER, NARROW = (f"anymask/backends/hopper/{name}.py" for name in ("__init__", "narrow"))
+BACKWARD, DQ, FORWARD, MAINLOOP, PTX, SCHEDULER, TERMS, WORDS = (
     f"anymask/backends/hopper/kernels/{name}.py"
-    for name in ("backward", "forward", "mainloop", "ptx", "scheduler", "words")
+    for name in ("backward", "backward_dq", "forward", "mainloop", "ptx", "scheduler", "backward_terms", "words")
 )
 
 
@@ -16,7 +16,7 @@ def _bug(name: str, file: str, old: str, new: str, chosen: str, by: str = "test_
 GPU: tuple[Mutant, ...] = (
     _bug(
         "backward: a tail by half tiles",
-        HOPPER,
+        NARROW,
         '"HAS_TAIL": block_mask is None and kv_len % TILE != 0,',
         '"HAS_TAIL": block_mask is None and kv_len % 64 != 0,',
         "far_from_zero and hopper-none and kv192",
@@ -152,20 +152,20 @@ GPU: tuple[Mutant, ...] = (
     _bug(
         "backward: scale in base 2",
         BACKWARD,
-        "(dk * sm_scale).to(dtype)",
-        "(dk * qk_scale).to(dtype)",
+        "out_buf, dk, sm_scale,",
+        "out_buf, dk, qk_scale,",
         "test_masks and hopper-none-q513 and bf16",
     ),
     _bug(
         "backward: dq of all heads added to the first",
-        BACKWARD,
+        DQ,
         "head_tile = (sample * kv_heads * group + head) * q_tiles",
         "head_tile = (sample * kv_heads * group) * q_tiles",
         "test_masks and hopper-none-q513 and bf16",
     ),
     _bug(
         "backward: both halves of dq added to the first",
-        BACKWARD,
+        DQ,
         "row += HALF",
         "row += g * 2 * HALF",
         "test_masks and hopper-none-q513 and bf16",
@@ -234,5 +234,37 @@ GPU: tuple[Mutant, ...] = (
         "setp.ne.u32 p, t, 0;",
         "setp.eq.u32 p, t, 0;",
         "test_masks and triton-random-q513 and bf16",
+    ),
+    _bug(
+        "backward: dropped pairs of the step before",
+        BACKWARD,
+        "dropped_words(terms, column, next_q,",
+        "dropped_words(terms, column, start_q,",
+        "gradients_of_the_hopper and dropout-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "backward: bias of keys of the first 64 keys for both warpgroups",
+        TERMS,
+        "start = column.tile * TILE + G * ROWS",
+        "start = column.tile * TILE",
+        "gradients_of_the_hopper and keys-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "backward: sums of keys of all heads in the first",
+        TERMS,
+        "(column.sample * q_heads + column.head)",
+        "(column.sample * q_heads)",
+        "gradients_of_the_hopper and keys_by_head-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "backward: slope of the soft cap lost",
+        PTX,
+        'mul.f32 ${1 + i}, p{i}, t;"',
+        'mov.f32 ${1 + i}, p{i};"',
+        "gradients_of_the_hopper and softcap-",
+        "test_gpu_scores",
     ),
 )

@@ -8,15 +8,24 @@ q and do, another adds dq to an fp32 accumulator in global memory. docs/kernels.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from anymask.backends.hopper.kernels.compat import tma_add, tma_load, tma_store
-from anymask.backends.hopper.kernels.dq_sum import store_dq
+from anymask.backends.hopper.kernels.backward_dq import CONSUMER_AND_STORE, DQ_EMPTY, hand_over_dq, issue_dq, reduce_dq
+from anymask.backends.hopper.kernels.backward_terms import (
+    add_key_sums,
+    column_bias,
+    dropped_words,
+    score_gradient,
+    step_bias,
+    store_key_sums,
+    weights,
+)
+from anymask.backends.hopper.kernels.blocks import store_rows
+from anymask.backends.hopper.kernels.compat import tma_load
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, arrive, opaque, opaque_zero, sync
 from anymask.backends.hopper.kernels.records import (
     BackwardConfig,
@@ -32,20 +41,14 @@ from anymask.backends.hopper.kernels.records import (
     Turns,
     Worker,
 )
-from anymask.backends.hopper.kernels.scheduler import column_at, list_index, load_q_tile, num_work_tiles
-from anymask.backends.hopper.kernels.softmax import exp2, masked_exp2
-from anymask.backends.hopper.kernels.turns import first_entry, pass_turn, turn_at, wait_for_turn
+from anymask.backends.hopper.kernels.scheduler import column_at, list_index, num_work_tiles
+from anymask.backends.hopper.kernels.turns import q_tile_at
 from anymask.backends.hopper.kernels.unused import has_unused, load_used_kv, used_rows, zero_queries
 from anymask.backends.hopper.kernels.words import ROWS, zero_words
 
-# Hardware barriers, by number, and the warps that meet there. Triton has 0 to 4: one for all warps, one that wakes
-# partitions, and one for each of four partitions less the first.
-DS_FULL = gl.constexpr(6)
-# two each: one a stage, and one a consumer warpgroup
-Q_EMPTY, DO_EMPTY, DQ_EMPTY, DQ_FULL = gl.constexpr(7), gl.constexpr(9), gl.constexpr(11), gl.constexpr(13)
-BOTH_CONSUMERS = gl.constexpr(8)
+# hardware barriers beside those of backward_dq.py, two each, one a stage, and the warps that meet there
+Q_EMPTY, DO_EMPTY = gl.constexpr(7), gl.constexpr(9)
 CONSUMERS_AND_PRODUCER = gl.constexpr(9)
-CONSUMER_AND_STORE = gl.constexpr(5)
 
 
 @gluon.jit
@@ -61,7 +64,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pi
     pos = 0
     kv_zeroed, q_zeroed = 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
-    q_tile = _load_q_tile(next_column, 0, schedule, cfg)
+    q_tile = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN)
     for iteration in range(num_work_tiles(n_work_tiles, worker)):
         mbarrier.wait(kv.empty, (iteration & 1) ^ 1)
         kv_zeroed = load_used_kv(k_desc, v_desc, has_pair, next_column, kv, schedule, kv_zeroed)
@@ -73,7 +76,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pi
             used = used_rows(has_pair.queries, strides, sample, head, q_len)
             for j in range(column.n_full + column.n_partial):
                 start = q_tile * TILE
-                q_tile = _load_q_tile(column, j + 1, schedule, cfg)
+                q_tile = q_tile_at(column, j + 1, schedule, HAS_MASK, cfg.IN_TURN)
                 for _ in gl.static_range(TILE // BLOCK_M):
                     stage = pos & (STAGES - 1)
                     at = stage
@@ -94,7 +97,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pi
                             q_zeroed += 1
                     start += BLOCK_M
                     pos += 1
-            q_tile = _load_q_tile(next_column, 0, schedule, cfg)
+            q_tile = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN)
         if cfg.SCORES_AHEAD:
             # consumers compute the scores of one step too many, from whatever the buffer holds
             stage = pos & (STAGES - 1)
@@ -117,51 +120,6 @@ def _wait_until_empty(barriers, pos, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_q_tile(column, j, schedule, cfg: gl.constexpr):
-    """The j-th query tile of a column."""
-    first = 0
-    if cfg.IN_TURN:
-        first = first_entry(column, schedule, cfg.HAS_MASK)
-    return load_q_tile(column, schedule.lists, j, cfg.HAS_MASK, first, cfg.IN_TURN)
-
-
-@gluon.jit
-def _reduce_dq(dq_desc, dq_bufs, turns, schedule, cfg: gl.constexpr):
-    """The dq store warp: adds both halves of the dq of each step to global memory, if there is a `dq_desc`.
-
-    With `IN_TURN` it waits for its turn at each query tile.
-    """
-    if dq_desc is not None:
-        worker, n_work_tiles = schedule.worker, schedule.n_work_tiles
-        q_tiles, kv_heads, group = schedule.sizes.q_tiles, schedule.sizes.kv_heads, schedule.sizes.group
-        HAS_MASK: gl.constexpr = cfg.HAS_MASK
-        HALF: gl.constexpr = cfg.BLOCK_M * cfg.HEAD_DIM // 64
-        for g in gl.static_range(2):
-            arrive(DQ_EMPTY + g, CONSUMER_AND_STORE)
-        next_column = column_at(0, schedule, HAS_MASK)
-        for index in range(num_work_tiles(n_work_tiles, worker) * group):
-            column = next_column
-            next_column = column_at(index + 1, schedule, HAS_MASK)
-            sample, head = column.sample, column.head
-            head_tile = (sample * kv_heads * group + head) * q_tiles
-            for j in range(column.n_full + column.n_partial):
-                q_tile = head_tile + _load_q_tile(column, j, schedule, cfg)
-                row = q_tile * (TILE * cfg.HEAD_DIM // 32)
-                if cfg.IN_TURN:
-                    wait_for_turn(turns.counters + q_tile, turn_at(turns, column, j, schedule, HAS_MASK))
-                for _ in gl.static_range(TILE // cfg.BLOCK_M):
-                    for g in gl.static_range(2):
-                        sync(DQ_FULL + g, CONSUMER_AND_STORE)
-                        tma_add(dq_desc, [row, 0], dq_bufs.index(g))
-                        row += HALF
-                    for g in gl.static_range(2):
-                        tma.store_wait(1 - g)
-                        arrive(DQ_EMPTY + g, CONSUMER_AND_STORE)
-                if cfg.IN_TURN:
-                    pass_turn(turns.counters + q_tile)
-
-
-@gluon.jit
 def _load_words(words, column, j, offs, cfg: gl.constexpr):
     """int32 `[TILE, 4]`: words of the j-th tile of a column, all ones where none is stored; `offs`: in a tile."""
     n_partial = column.n_partial
@@ -170,7 +128,9 @@ def _load_words(words, column, j, offs, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _consume(dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg: gl.constexpr, G: gl.constexpr):
+def _consume(
+    dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg: gl.constexpr, G: gl.constexpr
+):
     """Consumer warpgroup G: dk and dv of its half of each work tile, its half of every dq; (5) to (9), transposed."""
     kv, q_stages, do_stages = pipes.kv, pipes.q, pipes.do
     words, group = schedule.lists.words, schedule.sizes.group
@@ -180,25 +140,30 @@ def _consume(dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg:
     HAS_MASK: gl.constexpr = cfg.HAS_MASK
     HAS_DQ: gl.constexpr = cfg.HAS_DQ
     AHEAD: gl.constexpr = cfg.SCORES_AHEAD
+    MASKED: gl.constexpr = HAS_MASK or cfg.HAS_TAIL
+    DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
+    BY_QUERY: gl.constexpr = len(terms.queries) + len(terms.diagonals) + DROPS > 0 if len(terms) > 0 else False
     STEPS: gl.constexpr = TILE // BLOCK_M
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, KV_LAYOUT, 2)
-    COL_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     W_LAYOUT: gl.constexpr = zero_words(BLOCK_M, S_LAYOUT).type.layout
     dtype: gl.constexpr = dk_desc.dtype
     zero_s = gl.zeros([ROWS, BLOCK_M], gl.float32, S_LAYOUT)
     # [ROWS, 4]: row and quad of this thread's words
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    begin = 0
+    begin, start_q, dropped = 0, 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
     if HAS_MASK:
         next_w = _load_words(words, next_column, 0, offs, cfg)
+    if BY_QUERY:
+        next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
+    if DROPS:
+        dropped = dropped_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
         sample, head, tile = next_column.sample, next_column.head, next_column.tile
-        dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT)
-        dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT)
+        dk, dv = (gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT),) * 2
         # without a mask the same words in every tile mask out the keys beyond kv_len
         w = gl.where(tile * TILE + offs // 4 < kv_len, -1, 0)
         mbarrier.wait(kv.full, iteration & 1)
@@ -209,6 +174,9 @@ def _consume(dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg:
             column = next_column
             next_column = column_at(iteration * group + i + 1, schedule, HAS_MASK)
             end = begin + (column.n_full + column.n_partial) * STEPS
+            of_keys = column_bias(terms, column, zero_s, G)
+            if k_sums is not None:
+                sums = zero_words(BLOCK_M, S_LAYOUT).to(gl.float32)
             for pos in range(begin, end):
                 if HAS_MASK:
                     w = next_w >> (pos - begin) % STEPS * (BLOCK_M // 4)
@@ -221,48 +189,52 @@ def _consume(dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg:
                 mbarrier.wait(do_stages.full.index(stage), (pos // STAGES) & 1)
                 v = kv.v_bufs.index(opaque(zero)).reshape([TILE, HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
                 do = do_stages.bufs.index(opaque(stage)).reshape([BLOCK_M, HEAD_DIM])
-                if AHEAD:
-                    # dp - delta, by starting the sum at -delta
-                    dp = zero_s - do_stages.delta_bufs.index(stage).load(COL_LAYOUT).expand_dims(0)
-                    dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)
-                else:
-                    dp = warpgroup_mma(v, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-                lse2 = q_stages.lse_bufs.index(stage).load(COL_LAYOUT)
-                if not AHEAD:
-                    s = warpgroup_mma_wait(1, deps=[s])
-                # [ROWS, BLOCK_M]
-                z = s * qk_scale - lse2.expand_dims(0)
-                p = masked_exp2(z, w) if HAS_MASK or cfg.HAS_TAIL else exp2(z)
-                dv = warpgroup_mma(gl.convert_layout(p.to(dtype), A_LAYOUT), do, dv, is_async=True)
+                dp = _issue_dp(v, do, do_stages.delta_bufs.index(stage), zero_s, AHEAD and not DROPS)
+                if BY_QUERY:
+                    # read one step ahead: it is an indirection
+                    start_q, j = next_q, pos + 1 - begin
+                    next_q = q_tile_at(column, j // STEPS, schedule, HAS_MASK, cfg.IN_TURN) * TILE + j % STEPS * BLOCK_M
+                bias = step_bias(terms, of_keys, column, start_q, zero_s, G)
+                lse_buf = q_stages.lse_bufs.index(stage)
+                p, of_ds = weights(s, lse_buf, w, bias, dropped, qk_scale, terms, dtype, MASKED, AHEAD, S_LAYOUT)
+                dv = warpgroup_mma(gl.convert_layout(p, A_LAYOUT), do, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=[dp])
-                if not AHEAD:
-                    # delta is read off the way to dp, and so late that registers are free
-                    dp = dp - do_stages.delta_bufs.index(stage).load(COL_LAYOUT).expand_dims(0)
-                ds = (p * dp).to(dtype)
+                ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), terms, AHEAD)
+                if k_sums is not None and not AHEAD:
+                    sums = add_key_sums(sums, ds)
+                ds = ds.to(dtype)
                 if HAS_DQ:
                     all_k = kv.k_bufs.index(opaque(zero)).reshape([TILE, HEAD_DIM])
-                    dq = _issue_dq(ds, pipes.ds_bufs.index((pos - iteration * AHEAD) & 1), all_k, G)
+                    dq = issue_dq(ds, pipes.ds_bufs.index((pos - iteration * AHEAD) & 1), all_k, G)
                 dk = warpgroup_mma(gl.convert_layout(ds, A_LAYOUT), q, dk, is_async=True)
                 dv = warpgroup_mma_wait(1 + HAS_DQ, deps=[dv])
                 arrive(DO_EMPTY + stage, CONSUMERS_AND_PRODUCER)
+                if k_sums is not None and AHEAD:
+                    sums = add_key_sums(sums, ds.to(gl.float32))
+                # for the next step, beside the products: without a branch ptxas moves it before them
+                if DROPS:  # noqa: SIM102
+                    if pos + 1 < end:
+                        dropped = dropped_words(terms, column, next_q, zero_s, W_LAYOUT, G)
                 if AHEAD:
                     # with dv done, the registers of p are free for the scores of the next step
                     s = _issue_scores(k, q_stages, pos + 1, S_LAYOUT, cfg)
                 if HAS_DQ:
                     # it moves beside dk
-                    dq = warpgroup_mma_wait(1 + AHEAD, deps=[dq])
-                    sync(DQ_EMPTY + G, CONSUMER_AND_STORE)
-                    store_dq(pipes.dq_bufs.index(G), dq)
-                    fence_async_shared()
-                    arrive(DQ_FULL + G, CONSUMER_AND_STORE)
+                    hand_over_dq(warpgroup_mma_wait(1 + AHEAD, deps=[dq]), pipes.dq_bufs.index(G), G)
                 dk = warpgroup_mma_wait(0 + AHEAD, deps=[dk])
                 arrive(Q_EMPTY + stage, CONSUMERS_AND_PRODUCER)
                 if AHEAD:
                     # docs/kernels.md, finding 3
                     s = warpgroup_mma_wait(0, deps=[s])
             begin = end
+            if k_sums is not None:
+                store_key_sums(k_sums, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
             if HAS_MASK:
                 next_w = _load_words(words, next_column, 0, offs, cfg)
+            if BY_QUERY:
+                next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
+            if DROPS:
+                dropped = dropped_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
         if AHEAD:
             # the stage of the step too many
             arrive(Q_EMPTY + (begin & (STAGES - 1)), CONSUMERS_AND_PRODUCER)
@@ -271,14 +243,8 @@ def _consume(dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg:
         mbarrier.arrive(kv.empty)
         # through a buffer of their own: the next k and v are on their way
         out_buf, row = pipes.out_bufs.index(G), tile * TILE + G * ROWS
-        tma.store_wait(0)
-        out_buf.reshape([ROWS, HEAD_DIM]).store((dk * sm_scale).to(dtype))
-        fence_async_shared()
-        tma_store(dk_desc, [sample, head // group, row, 0], out_buf)
-        tma.store_wait(0)
-        out_buf.reshape([ROWS, HEAD_DIM]).store(dv.to(dtype))
-        fence_async_shared()
-        tma_store(dv_desc, [sample, head // group, row, 0], out_buf)
+        store_rows(dk_desc, out_buf, dk, sm_scale, sample, head, group, row, HEAD_DIM)
+        store_rows(dv_desc, out_buf, dv, terms.dropout[0].scale if DROPS else None, sample, head, group, row, HEAD_DIM)
     tma.store_wait(0)
     if HAS_DQ:
         # no arrival is left behind
@@ -296,19 +262,14 @@ def _issue_scores(k, q_stages, pos, S_LAYOUT: gl.constexpr, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _issue_dq(ds, ds_buf, k, G: gl.constexpr):
-    """Write `ds [ROWS, BLOCK_M]`, wait for the other warpgroup's, and issue half G of `ds^T k`, `[64, 64]`."""
-    HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    ds_buf.slice(G * ROWS, ROWS, dim=0).store(ds)
-    fence_async_shared()
-    sync(DS_FULL, BOTH_CONSUMERS)
-    # by rows where there are rows enough, else by columns
-    if ds.shape[1] == 128:
-        ds_buf = ds_buf.slice(G * 64, 64, dim=1)
-    else:
-        k = k.slice(G * 64, 64, dim=1)
-    zero_dq = gl.zeros([64, 64], gl.float32, HALVES)
-    return warpgroup_mma(ds_buf.permute((1, 0)), k, zero_dq, use_acc=False, is_async=True)
+def _issue_dp(v, do, delta_buf, zero_s, LESS_DELTA: gl.constexpr):
+    """Issue dp of `v [ROWS, HEAD_DIM]` and `do [BLOCK_M, HEAD_DIM]`, transposed; `LESS_DELTA`: dp - delta."""
+    COL_LAYOUT: gl.constexpr = gl.SliceLayout(0, zero_s.type.layout)
+    dp = zero_s
+    if LESS_DELTA:
+        # by starting the sum at -delta
+        dp = dp - delta_buf.load(COL_LAYOUT).expand_dims(0)
+    return warpgroup_mma(v, do.permute((1, 0)), dp, use_acc=LESS_DELTA, is_async=True)
 
 
 @gluon.jit
@@ -355,6 +316,7 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
         "partial_turns",
         "q_has_pair",
         "kv_has_pair",
+        "k_sums",
     ],
 )
 def _bwd_kernel(
@@ -391,6 +353,8 @@ def _bwd_kernel(
     swizzle_heads,
     sm_scale,
     qk_scale,
+    terms,
+    k_sums,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
@@ -402,6 +366,9 @@ def _bwd_kernel(
     Grid: (programs), between 1 and `n_work_tiles = batch * kv_heads * kv tiles`. `sample_planes`, `head_planes`: planes
     from one sample or query head to the next. Without a `dq_desc` there is no dq. With `counters` it is added in turns,
     for which all programs have to run at the same time; see `Turns` of hopper/turns.py.
+
+    `terms`: `Terms`, none of pairs, or () if nothing else happens to scores. `k_sums`, if not None: fp32 `[batch,
+    q_heads, kv_len]`, the gradient of a bias of the keys.
     """
     kv_tiles = (kv_len + TILE - 1) // TILE
     cfg: gl.constexpr = BackwardConfig(
@@ -432,10 +399,16 @@ def _bwd_kernel(
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
-            (_consume, (dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg, gl.constexpr(0))),
-            (_consume, (dk_desc, dv_desc, pipes, schedule, kv_len, sm_scale, qk_scale, cfg, gl.constexpr(1))),
+            (
+                _consume,
+                (dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(0)),
+            ),
+            (
+                _consume,
+                (dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(1)),
+            ),
             (_produce, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, maps, pipes, schedule, cfg)),
-            (_reduce_dq, (dq_desc, dq_bufs, turns, schedule, cfg)),
+            (reduce_dq, (dq_desc, dq_bufs, turns, schedule, cfg)),
         ],
         [4, 1, 1],
         [240, 24, 24],

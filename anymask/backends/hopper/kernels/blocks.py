@@ -6,9 +6,14 @@ buffer: block c of stage s is the buffer's element `s * blocks + c`.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from anymask.backends.hopper.kernels.compat import tma_load
+from anymask.backends.hopper.kernels.compat import tma_load, tma_store
 from anymask.backends.hopper.kernels.words import ROWS
 
 
@@ -71,3 +76,17 @@ def wait_sums(flying, p):
         a, b, c, p = warpgroup_mma_wait(0, deps=[flying[0], flying[1], flying[2], p])
         acc = [a, b, c]
     return acc, p
+
+
+@gluon.jit
+def store_rows(desc, buf, x, scale, sample, head, group, row, HEAD_DIM: gl.constexpr):
+    """Store `x [ROWS, HEAD_DIM]` of a query head of a group, times `scale` unless it is None, for its kv head.
+
+    It goes through `buf`, once what that held before is read.
+    """
+    tma.store_wait(0)
+    if scale is not None:
+        x *= scale
+    buf.reshape([ROWS, HEAD_DIM]).store(x.to(desc.dtype))
+    fence_async_shared()
+    tma_store(desc, [sample, head // group, row, 0], buf)

@@ -26,6 +26,11 @@ COUNT_WHEN_DONE = gl.constexpr(
     "{ .reg .pred p; .reg .b32 x; cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 x, %laneid; "
     "setp.eq.s32 p, x, 0; @p red.release.gpu.global.add.s32 [$1], 1; mov.b32 $0, x; }"
 )
+# ds of weight $1, below 0 if dropout takes it, dp $2, delta $3 and the factor $4 of what dropout keeps
+DROPPED_GRADIENT = gl.constexpr(
+    "{ .reg .f32 t, u; max.f32 t, $1, 0f00000000; mul.f32 u, $2, $4; mul.f32 t, t, u; abs.f32 u, $1; neg.f32 u, u; "
+    "fma.rn.f32 $0, u, $3, t; }"
+)
 # p may be as large as 2**8, which fp16 holds with its full precision
 HEADROOM = "41000000"  # 8.0
 # the row max of a row that has met a key is at least this far from 0, which is that of one that has met none
@@ -48,6 +53,12 @@ def barrier(op: str, warps: int):
 def pack_halves(is_fp16: bool):
     """PTX that rounds two floats to 16 bits and puts them into one word, the first one low."""
     return ("cvt.rn.f16x2.f32" if is_fp16 else "cvt.rn.bf16x2.f32") + " $0, $2, $1;"
+
+
+@gluon.constexpr_function
+def pack_positive(is_fp16: bool):
+    """PTX that rounds two floats to 16 bits, those below 0 to 0, and puts them into one word, the first one low."""
+    return ("cvt.rn.relu.f16x2.f32" if is_fp16 else "cvt.rn.relu.bf16x2.f32") + " $0, $2, $1;"
 
 
 @gluon.constexpr_function
@@ -77,6 +88,29 @@ def select_asm(n: int, exp2: bool):
             else:
                 lines.append(f"selp.f32 ${i}, ${n + i}, 0fFF800000, p;")
     return "{ .reg .pred p; .reg .b32 x; .reg .f32 t; " + "\n".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def sign_asm(n: int):
+    """PTX that turns the sign of `n` numbers of a thread, $0 to $n-1, in place, where their bit is set.
+
+    $2n and $2n+2 are the words of both rows.
+    """
+    lines = []
+    for row in (0, 2):
+        for b, i in enumerate(_of_row(n, row)):
+            # a ^ (b & c)
+            lines.append(
+                f"shl.b32 x, ${2 * n + row}, {31 - b}; mov.b32 y, ${i}; lop3.b32 y, y, x, 0x80000000, 0x78; "
+                f"mov.b32 ${i}, y;"
+            )
+    return "{ .reg .b32 x, y; " + "\n".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def sign_operands(n: int):
+    """Constraints of `sign_asm`."""
+    return in_place(n) + ",r" * n
 
 
 @gluon.constexpr_function
@@ -198,6 +232,27 @@ def soft_cap_asm(n: int):
             f"setp.eq.f32 p, ${i}, 0fFF800000; selp.f32 ${i}, ${i}, t, p;"
         )
     return "{ .reg .pred p, q; .reg .b32 a, x; .reg .f32 t, u; " + "\n".join(lines) + " END: }"
+
+
+@gluon.constexpr_function
+def capped_weights_asm(is_fp16: bool, hides: bool):
+    """PTX for two capped scores t, $3 and $4, of factor $7 and lse2 $5, $6: $0 is 2**(t $7 - $5) of both in 16 bits.
+
+    $1 and $2 are the same times the derivative of the cap, 1 - t**2; with `hides` it is 0 where t is -inf.
+    """
+    at_least_0 = "max.f32 t, t, 0f00000000;" if hides else ""
+    lines = []
+    for i in range(2):
+        lines.append(
+            f"neg.f32 t, ${5 + i}; fma.rn.f32 p{i}, ${3 + i}, ${7 + i}, t; ex2.approx.ftz.f32 p{i}, p{i}; "
+            f"neg.f32 t, ${3 + i}; fma.rn.f32 t, t, ${3 + i}, 0f3F800000; {at_least_0} "
+            f"mul.f32 ${1 + i}, p{i}, t;"
+        )
+    pack = "cvt.rn.f16x2.f32" if is_fp16 else "cvt.rn.bf16x2.f32"
+    return "{ .reg .f32 t, p0, p1; " + "\n".join(lines) + f" {pack} $0, p1, p0; }}"
+
+
+CAPPED_WEIGHTS_OPERANDS = gl.constexpr("=r,=&f,=&f,f,f,f,f,f,f")
 
 
 @gluon.constexpr_function

@@ -107,13 +107,44 @@ def load_bias(
 
     0.0 without such a bias, and that of pairs is not in it. Beyond the lengths it is finite.
     """
+    bias = load_key_bias(terms, sample, head, start_k, ROWS, COLUMNS, LAYOUT, BY_KEY)
+    return add_bias(bias, terms, sample, head, start_q, start_k, ROWS, COLUMNS, LAYOUT, BY_KEY)
+
+
+@gluon.jit
+def load_key_bias(
+    terms, sample, head, start_k, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr, BY_KEY: gl.constexpr
+):
+    """The part of `load_bias` that is the same for all queries; 0.0 without a bias of keys."""
     bias = 0.0
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)
-    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
-    queries, keys = (columns, rows) if BY_KEY else (rows, columns)
     if len(terms.keys) == 1:
+        if BY_KEY:
+            keys = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)
+        else:
+            keys = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
         bias = _load_vector(terms.keys[0], sample, head, start_k, keys)
+    return bias
+
+
+@gluon.jit
+def add_bias(
+    bias,
+    terms,
+    sample,
+    head,
+    start_q,
+    start_k,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    BY_KEY: gl.constexpr,
+):
+    """`load_bias` from `bias`, its part of `load_key_bias`."""
     if len(terms.queries) == 1:
+        if BY_KEY:
+            queries = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
+        else:
+            queries = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)
         of_queries = _load_vector(terms.queries[0], sample, head, start_q, queries)
         bias = add(bias, of_queries) if len(terms.keys) == 1 else of_queries
     if len(terms.diagonals) == 1:
@@ -183,15 +214,6 @@ def factor(terms):
         return terms.cap[0]
     else:
         return 1.0
-
-
-@gluon.jit
-def cap_slope(z, terms):
-    """Derivative of the soft cap at scores of `scored`, NaN where they are -inf; 1.0 without a cap."""
-    slope = 1.0
-    if len(terms.cap) == 1:
-        slope = 1.0 - z * z
-    return slope
 
 
 @gluon.jit

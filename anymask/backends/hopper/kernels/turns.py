@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from anymask.backends.hopper.kernels import ptx
-from anymask.backends.hopper.kernels.scheduler import list_index
+from anymask.backends.hopper.kernels.scheduler import list_index, load_q_tile
 
 
 @gluon.jit
@@ -17,6 +17,15 @@ def first_entry(column, schedule, HAS_MASK: gl.constexpr):
     if not HAS_MASK:
         first, _ = _rank(column, schedule)
     return first
+
+
+@gluon.jit
+def q_tile_at(column, j, schedule, HAS_MASK: gl.constexpr, IN_TURN: gl.constexpr):
+    """The j-th query tile of a column."""
+    first = 0
+    if IN_TURN:
+        first = first_entry(column, schedule, HAS_MASK)
+    return load_q_tile(column, schedule.lists, j, HAS_MASK, first, IN_TURN)
 
 
 @gluon.jit

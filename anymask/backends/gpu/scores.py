@@ -12,9 +12,8 @@ The gradient of a bias is the sum of ds over what shares the bias. Four ways, no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +47,14 @@ def why_not_scores(scores: Scores | None) -> str | None:
     return None
 
 
+class _Parts(NamedTuple):
+    """Terms by how kernels read them; `tiled`: what the copy engine reads, and its query tiles if it is of strips."""
+
+    dense: list[Tensor]
+    tables: list[Lookup]
+    tiled: tuple[Tensor, tuple[int, ...]] | None
+
+
 class KernelTerms:
     """The scores of a call as kernels take them, for any block of queries and keys."""
 
@@ -55,42 +62,43 @@ class KernelTerms:
         """`use_tma`: whether the target has a copy engine."""
         self._factor = 2 * LOG2_E / scores.softcap if scores.softcap else LOG2_E
         self._scores, self.qk_scale = scores, sm_scale * self._factor
-        self._dense, self._tables = list(scores.dense), list(scores.lookups)
-        # the term that the copy engine reads, and its query tiles if it is one of strips
-        self._tiled: tuple[Tensor, tuple[int, ...]] | None = None
-        if use_tma:
-            self._choose_tiled(q_len, kv_len)
+        self._lengths, self._use_tma = (q_len, kv_len), use_tma
 
-    def _choose_tiled(self, q_len: int, kv_len: int) -> None:
-        """One term, since a kernel takes no descriptor inside a tuple: a dense one, or else a table of diagonals."""
-        for i, t in enumerate(self._dense):
-            if _loadable(t):
-                self._tiled = self._dense.pop(i), ()
-                return
+    @cached_property
+    def _parts(self) -> _Parts:
+        """One term is tiled, since a kernel takes no descriptor inside a tuple: a dense one, or else one of diagonals.
+
+        Made when a kernel first wants it, as not all callers launch one.
+        """
+        dense, tables = list(self._scores.dense), list(self._scores.lookups)
+        for i, t in enumerate(dense):
+            if self._use_tma and _loadable(t):
+                return _Parts(dense[:i] + dense[i + 1 :], tables, (t, ()))
+        q_len, kv_len = self._lengths
         tiles = tiles_over(q_len), tiles_over(kv_len)
-        for i, x in enumerate(self._tables):
-            if x.is_diagonal and x.table.shape[0] * sum(tiles) * TILE * TILE <= MAX_STRIPS:
-                self._tables.pop(i)
-                self._tiled = _strips(x.table, q_len, kv_len), tiles[:1]
-                return
+        for i, x in enumerate(tables):
+            fits = x.is_diagonal and x.table.shape[0] * sum(tiles) * TILE * TILE <= MAX_STRIPS
+            if self._use_tma and fits:
+                return _Parts(dense, tables[:i] + tables[i + 1 :], (_strips(x.table, q_len, kv_len), tiles[:1]))
+        return _Parts(dense, tables, None)
 
     def __call__(self, rows: int, keys: int) -> tuple[Any, Any]:
         """`Terms` and descriptor of a kernel whose steps have so many queries and keys."""
         from anymask.backends.gpu.kernels.scores import Bias, Dropout, Table, Terms, Tiled
 
-        scores, p = self._scores, self._scores.dropout_p
+        scores, p, parts = self._scores, self._scores.dropout_p, self._parts
         dense = []
-        for t in self._dense:
+        for t in parts.dense:
             b, h, q, k = (() if size == 1 else (step,) for size, step in zip(t.shape, t.stride(), strict=True))
             dense.append(Bias(t, sum(b), sum(h), q, k + k))
         tables = [
             Table(x.table, x.table.shape[1] * (x.table.shape[0] > 1), () if x.is_diagonal else (x.q_code, x.k_code))
-            for x in self._tables
+            for x in parts.tables
         ]
         tiled: tuple[Any, ...] = ()
         blocks = None
-        if self._tiled is not None:
-            t, strips = self._tiled
+        if parts.tiled is not None:
+            t, strips = parts.tiled
             tiled, blocks = (Tiled(int(t.shape[0] > 1), int(t.shape[1] > 1), strips),), _descriptor(t, rows, keys)
         cap = (scores.softcap * LOG2_E,) if scores.softcap else ()
         sinks = () if scores.sinks is None else (scores.sinks,)
@@ -124,25 +132,44 @@ def _strips(table: Tensor, q_len: int, kv_len: int) -> Tensor:
     return strips
 
 
+class Sums(NamedTuple):
+    """fp32 sums of ds that kernels make on their way: over keys `[batch, q_heads, q_len]`, over queries `[.., kv_len]`.
+
+    None where no bias that is asked for needs them.
+    """
+
+    queries: Tensor | None
+    keys: Tensor | None
+
+
+NO_SUMS = Sums(None, None)
+
+
+def empty_sums(scores: Scores, needs: Needs, lse: Tensor, kv_len: int) -> Sums:
+    """Memory for the sums that a call needs; `lse` is `[batch, q_heads, q_len]`."""
+    shapes = [t.shape for t, needed in zip(scores.dense, needs.dense, strict=True) if needed]
+    of_queries = torch.empty_like(lse) if scores.softcap and any(shape[3] == 1 for shape in shapes) else None
+    of_keys = any(shape[2] == 1 < shape[3] for shape in shapes)
+    return Sums(of_queries, lse.new_empty(*lse.shape[:2], kv_len) if of_keys else None)
+
+
 def gradients(
     call: BackwardCall,
     scores: Scores,
     needs: Needs,
     lse: Tensor,
     dlse: Tensor | None,
-    of_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    dq_dk_dv: tuple[Tensor, Tensor, Tensor],
+    sums: Sums,
     options: tuple[dict[str, Any], dict[str, Any]],
 ) -> ScoreGrads:
-    """All gradients of a call: `of_qkv` launches those of q, k and v, `options` are those of `PairSums`."""
-    shapes = [t.shape for t, needed in zip(scores.dense, needs.dense, strict=True) if needed]
-    q_sums = k_sums = None
-    if scores.softcap and any(shape[3] == 1 for shape in shapes):
-        q_sums = torch.empty_like(lse)
-    if any(shape[2] == 1 < shape[3] for shape in shapes):
-        k_sums = lse.new_empty(*lse.shape[:2], call.k.shape[2])
-    dq_dk_dv = of_qkv(call, q_sums, k_sums)
+    """All gradients of a call, after the kernels have made those of q, k and v and the `sums`.
+
+    `options` are those of `PairSums`.
+    """
     # whole tiles, of which the last may be longer than the queries
     delta = call.delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
+    q_sums, k_sums = sums
     if q_sums is None:
         q_sums = row_gradient(scores, lse, delta, dlse)
     pairs = PairSums(call, *options)
@@ -228,7 +255,7 @@ class PairSums:
         return found.mT.contiguous()
 
     def _sum(self, places: int, shape: tuple[int, ...], outputs: tuple[int, int], first: int, diagonal: bool) -> Tensor:
-        from anymask.backends.triton.kernels.bias import _bwd_bias_kernel
+        from anymask.backends.gpu.kernels.bias import _bwd_bias_kernel
 
         call, constants, size = self._call, self._constants, math.prod(shape)
         assert call.terms is not None

@@ -1,0 +1,171 @@
+"""What the Hopper backward kernel does to scores beside masking them; equations (10) and (11), on transposed scores."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
+
+from anymask.backends.hopper.kernels import ptx
+from anymask.backends.hopper.kernels.pipeline import TILE
+from anymask.backends.hopper.kernels.softmax import exp2, mask_exponents, masked_exp2, row_sum_partials
+from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, load_seeds, scored
+from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, to_quad_view
+
+
+@gluon.jit
+def column_bias(terms, column, like, G: gl.constexpr):
+    """The bias of the keys of a column, for `like [ROWS, N]` scores of consumer warpgroup G; 0.0 without one."""
+    bias = 0.0
+    if len(terms) > 0:
+        N: gl.constexpr = like.shape[1]
+        LAYOUT: gl.constexpr = like.type.layout
+        start = column.tile * TILE + G * ROWS
+        bias = load_key_bias(terms, column.sample, column.head, start, ROWS, N, LAYOUT, True)
+    return bias
+
+
+@gluon.jit
+def step_bias(terms, of_keys, column, start_q, like, G: gl.constexpr):
+    """The bias of a step that starts at query `start_q`; 0.0 without one. `of_keys`: `column_bias`."""
+    bias = of_keys
+    if len(terms) > 0:
+        N: gl.constexpr = like.shape[1]
+        LAYOUT: gl.constexpr = like.type.layout
+        start_k = column.tile * TILE + G * ROWS
+        bias = add_bias(of_keys, terms, column.sample, column.head, start_q, start_k, ROWS, N, LAYOUT, True)
+    return bias
+
+
+@gluon.jit
+def dropped_words(terms, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.constexpr):
+    """int32 `[ROWS, 4]`: which pairs of a step dropout takes, as bits like those of a mask, low bits first."""
+    start_k = column.tile * TILE + G * ROWS
+    # read here, they take no registers elsewhere
+    seeds = load_seeds(terms)
+    kept = to_quad_view(keep(terms, seeds, column.sample, column.head, start_q, start_k, like, True))
+    LAYOUT: gl.constexpr = kept.type.layout
+    i = gl.arange(0, kept.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
+    p = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+    bit = i.expand_dims(0).expand_dims(2).expand_dims(3) * 2 + p.expand_dims(0).expand_dims(1).expand_dims(2)
+    words = gl.where(kept, 0, 1 << bit)
+    return gl.convert_layout(gl.sum(gl.sum(words, 3), 1), W_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _turn_sign(x, words):
+    """`x [ROWS, N]`, and -x where the bits of `words [ROWS, 4]` are set."""
+    N: gl.constexpr = x.shape[1] // 2
+    LAYOUT: gl.constexpr = x.type.layout
+    x4 = gl.inline_asm_elementwise(
+        ptx.sign_asm(N),
+        ptx.sign_operands(N),
+        [to_quad_view(x), words.expand_dims(1).expand_dims(3)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=N,
+    )
+    return from_quad_view(x4, LAYOUT)
+
+
+@gluon.jit
+def _pack_positive(x, dtype: gl.constexpr):
+    """`x [ROWS, N]` in 16 bits, 0 where it is below 0."""
+    return gl.inline_asm_elementwise(
+        ptx.pack_positive(dtype == gl.float16), "=r,f,f", [x], dtype=dtype.value, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def weights(
+    s,
+    lse_buf,
+    w,
+    bias,
+    dropped,
+    qk_scale,
+    terms,
+    dtype: gl.constexpr,
+    MASKED: gl.constexpr,
+    ARE_THERE: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+):
+    """Of products `s [ROWS, N]`: the weights of v in 16 bits, and those of ds.
+
+    The latter have the slope of a soft cap, and the sign of those that dropout takes is turned. `w`: words of the mask,
+    if the step is MASKED; `dropped`: of `dropped_words`. `ARE_THERE`: or else the products before the last are waited
+    for.
+    """
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    CAPPED: gl.constexpr = len(terms.cap) == 1 if len(terms) > 0 else False
+    # under a cap there are no registers for it yet
+    lse2 = 0.0 if CAPPED else lse_buf.load(LAYOUT).expand_dims(0)
+    if not ARE_THERE:
+        s = warpgroup_mma_wait(1, deps=[s])
+    if len(terms) == 0:
+        z = s * qk_scale - lse2
+        of_ds = masked_exp2(z, w) if MASKED else exp2(z)
+        of_v = of_ds
+    elif CAPPED:
+        t = scored(s, bias, qk_scale, terms)
+        HIDES: gl.constexpr = MASKED or len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0
+        if MASKED:
+            t = mask_exponents(t, w)
+        # by pairs, or the compiler makes all powers first and has no registers
+        of_v, of_ds = gl.inline_asm_elementwise(
+            ptx.capped_weights_asm(dtype == gl.float16, HIDES),
+            ptx.CAPPED_WEIGHTS_OPERANDS,
+            [t, lse_buf.load(LAYOUT).expand_dims(0), factor(terms)],
+            dtype=(dtype.value, gl.float32),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        z = scored(s, bias, qk_scale, terms) - lse2
+        of_ds = masked_exp2(z, w) if MASKED else exp2(z)
+        of_v = of_ds
+    if len(terms) > 0:  # noqa: SIM102
+        if len(terms.dropout) == 1:
+            of_ds = _turn_sign(of_ds, dropped)
+            # under a cap by the sign bit, as the slope may be 0
+            is_taken = of_ds.to(gl.int32, bitcast=True) < 0
+            of_v = gl.where(is_taken, 0.0, of_v) if CAPPED else _pack_positive(of_ds, dtype)
+    return of_v.to(dtype), of_ds
+
+
+@gluon.jit
+def score_gradient(of_ds, dp, delta_buf, terms, LESS_DELTA: gl.constexpr):
+    """ds of weights `of_ds [ROWS, N]`. `LESS_DELTA`: without dropout dp is less delta already."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, dp.type.layout)
+    DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
+    if DROPS:
+        # one by one, or the compiler has no registers
+        ds = gl.inline_asm_elementwise(
+            ptx.DROPPED_GRADIENT,
+            "=f,f,f,f,f",
+            [of_ds, dp, delta_buf.load(LAYOUT).expand_dims(0), terms.dropout[0].scale],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    elif LESS_DELTA:
+        ds = of_ds * dp
+    else:
+        # delta is read off the way to dp, and so late that registers are free
+        ds = of_ds * (dp - delta_buf.load(LAYOUT).expand_dims(0))
+    return ds
+
+
+@gluon.jit
+def add_key_sums(sums, ds):
+    """`sums [ROWS, 4]`, of each thread of a quad, and those of `ds [ROWS, N]` over queries."""
+    LAYOUT: gl.constexpr = sums.type.layout
+    return sums + row_sum_partials(ds, LAYOUT)
+
+
+@gluon.jit
+def store_key_sums(k_sums, sums, column, q_heads, kv_len, G: gl.constexpr):
+    """Write `sums [ROWS, 4]` of a column to fp32 `k_sums [batch, q_heads, kv_len]`."""
+    total = gl.sum(sums, 1)
+    LAYOUT: gl.constexpr = total.type.layout
+    keys = column.tile * TILE + G * ROWS + gl.arange(0, ROWS, layout=LAYOUT)
+    plane = (column.sample * q_heads + column.head).to(gl.int64) * kv_len
+    gl.store(k_sums + plane + keys, total, mask=keys < kv_len)
