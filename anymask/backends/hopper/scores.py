@@ -20,7 +20,7 @@ UNIT = 4.0
 # what of scores, beside sinks, is equal to fp64 on a GPU and faster than by the portable kernels
 COMPARED = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
 # of these, what the backward kernel does right and faster too
-COMPARED_GRADIENTS: frozenset[str] = frozenset()
+COMPARED_GRADIENTS = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
 # heads that share a bias of pairs and are computed together
 MOST_SHARING = 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
