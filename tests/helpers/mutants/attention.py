@@ -234,8 +234,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant(
         "launcher: rows for columns",
         TRITON,
-        'grid, call, "cols", (dk, dv)',
-        'grid, call, "rows", (dk, dv)',
+        'grid, of_keys, "cols", (dk, dv)',
+        'grid, of_keys, "rows", (dk, dv)',
         seen_by("test_interpreter", "test_masks_and_dtypes and causal and bf16"),
     ),
     Mutant(
