@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from anymask import BlockMask, attention, calls, causal, direct, launch, pack, plan
 from anymask.backends import hopper
 from anymask.backends import triton as triton_backend
+from anymask.backends.triton import halves
 from benchmarks import host
 from tests.helpers.driver import STREAM, Driver
 
@@ -57,6 +58,8 @@ def driver() -> Iterator[Driver]:
         patch.setattr(triton_backend, "why_not", lambda *args: None)
         # dq apart for columns of few tiles
         patch.setattr(hopper.tuning, "MANY_COLUMNS", 0)
+        # fp32 in parts for calls of 600
+        patch.setattr(halves, "FEWEST", 600)
         yield found
     triton_backend._options.cache_clear()
     torch.backends.cuda.matmul.fp32_precision = precision

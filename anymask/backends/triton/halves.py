@@ -30,7 +30,7 @@ from anymask.block_mask import BlockMask
 from anymask.tiles import TILE, tiles_over
 
 # queries and keys from which on parts are worth making
-FEWEST = 512
+FEWEST = 1024
 # of head_dim and v_dim: above, sums and the products that are added to them do not fit registers
 MAX_DIM = 128
 # as of kernels/parts.py
