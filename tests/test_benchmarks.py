@@ -256,7 +256,6 @@ def test_the_page_has_the_tables_of_the_results() -> None:
 
 def test_what_is_committed_is_small_and_says_where_it_comes_from() -> None:
     files = [*draw.RESULTS.iterdir(), *draw.PICTURES.iterdir(), draw.DOCS / "mask.png"]
-    # one of each suite, and ten pictures
     assert len(files) <= len(cases.SUITES) + 10
     assert sum(file.stat().st_size for file in files) <= 1.5e6
     for path in draw.RESULTS.iterdir():
