@@ -186,8 +186,7 @@ def _vector(found: list[Tensor], length: int, unit: float) -> tuple[Any, ...]:
 
     total = _sum(found) * unit
     batch, heads, _ = total.shape
-    padded = total.new_zeros(batch, heads, tiles_over(length) * TILE)
-    padded[:, :, :length] = total
+    padded = _padded(total.expand(batch, heads, length), 0, tiles_over(length) * TILE)
     strides = (step * (n > 1) for n, step in zip((batch, heads), padded.stride(), strict=False))
     return (Vector(padded, *strides),)
 
@@ -199,12 +198,17 @@ def _diagonals(found: list[Tensor], q_len: int, kv_len: int, unit: float) -> tup
     from anymask.backends.hopper.kernels.terms import Diagonals
 
     total = _sum(found) * unit
-    heads, entries = total.shape
+    heads = total.shape[0]
     rows, keys = tiles_over(q_len) * TILE, tiles_over(kv_len) * TILE
     # entry 0 is of the first query and the last key
-    padded = total.new_zeros(heads, rows + keys)
-    padded[:, keys - kv_len : keys - kv_len + entries] = total
+    padded = _padded(total, keys - kv_len, rows + keys)
     return (Diagonals(padded, padded.shape[1] * (heads > 1), keys - 1),)
+
+
+def _padded(t: Tensor, before: int, length: int) -> Tensor:
+    """`t` with zeros `before` it and after, dense and `length` long; itself, if it is so already."""
+    after = length - before - t.shape[-1]
+    return torch.nn.functional.pad(t, (before, after)) if before or after else t.contiguous()
 
 
 def _sum(found: list[Tensor]) -> Tensor:
