@@ -402,7 +402,7 @@ PACKING: tuple[Mutant, ...] = (
         TILES,
         "(tile_row.to(tl.int64) * q_tiles + tile)",
         "(tile_row.to(tl.int64) * kv_tiles + tile)",
-        seen_by("test_interpreter_packing", "packing_is_the_same and tiles-300"),
+        seen_by("test_interpreter_packing", "packing_is_the_same and tiles-130"),
     ),
     Mutant(
         "unused keys without unused queries lost",
