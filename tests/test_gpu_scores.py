@@ -19,9 +19,7 @@ from tests.helpers import scored
 from tests.helpers.grid import BF16, F16, F32
 from tests.helpers.scored import DENSE
 
-# cuBLAS says so the first time that a thread of autograd needs it
-NO_CONTEXT = "ignore:Attempting to run cuBLAS"
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings(NO_CONTEXT)]
+pytestmark = pytest.mark.gpu
 KINDS: dict[str, dict[str, Any]] = {
     **{name: {"dense": (name,)} for name in DENSE},
     "hidden": {"dense": ("shared",), "hidden": 0.5},

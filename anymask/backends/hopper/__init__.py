@@ -281,24 +281,23 @@ def _gradients(
     n_work_tiles = tiles_over(k.shape[2]) * kv_heads * batch
     programs = min(n_work_tiles, multiprocessors(q.device))
     is_short = n_work_tiles >= tuning.MANY_COLUMNS * programs and _leaves_short_columns(block_mask, block_d)
-    is_scored = scores is not None and has_terms(scores)
+    terms = _terms(scores, sm_scale, q_len, k.shape[2])
     in_memory = takes_turns(q, k, v, block_mask) if deterministic else not is_short
     dq_acc = empty_sum(q, lse, block_d) if in_memory and sums.queries is None else None
     with device_guard(q.device):
-        is_fused = dq_acc is None and tuning.DELTA_IN_DQ[block_d] and not is_scored
+        is_fused = dq_acc is None and tuning.DELTA_IN_DQ[block_d] and terms is None
         rows = empty_rows(lse) if is_fused else launch_delta(o, do, lse, dlse, dq_acc)
         # the producer zeroes these
         unused = has_pair(block_mask, "rows"), has_pair(block_mask, "cols")
-        call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale)
-        if scores is not None and is_scored:
-            terms = KernelTerms(scores, sm_scale, q_len, k.shape[2], True)
-            call = call._replace(terms=terms, qk_scale=terms.qk_scale)
+        qk_scale = 0.0 if terms is None else terms.qk_scale
+        call = BackwardCall(q, k, v, do, *rows, *unused, block_mask, sm_scale, terms, qk_scale)
         if dq_acc is None:
             # first, as it makes delta
-            config = tuning.DQ_TERMS if is_scored else tuning.SHORT_DQ[block_d] if is_short else tuning.DQ
+            config = tuning.SHORT_DQ[block_d] if is_short else tuning.DQ
+            config = config if terms is None else tuning.DQ_TERMS
             rows_of = RowsOf(o, lse, dlse) if is_fused else None
             launch_dq(call, dq, *kernel_options(config, head_dim, v_dim, True), sums.queries, rows_of)
-        if is_short and dq_acc is None and not is_scored and block_d in tuning.SHORT_DKDV:
+        if is_short and dq_acc is None and terms is None and block_d in tuning.SHORT_DKDV:
             launch_dkdv(call, dk, dv, *kernel_options(tuning.SHORT_DKDV[block_d], head_dim, v_dim, True))
         else:
             swizzle = swizzle_heads(_mean_tiles(block_mask, "cols"), tiles_over(k.shape[2]), batch * kv_heads, programs)
@@ -310,6 +309,13 @@ def _gradients(
         if dq_acc is not None:
             launch_cast(dq_acc, dq, block_d, sm_scale)
     return (dq, dk, dv), call
+
+
+def _terms(scores: Scores | None, sm_scale: float, q_len: int, kv_len: int) -> KernelTerms | None:
+    """What the Triton kernels of a backward pass take of the scores; None without other scores than sinks."""
+    if scores is None or not has_terms(scores):
+        return None
+    return KernelTerms(scores, sm_scale, q_len, kv_len, True)
 
 
 def _launch_wide(call: BackwardCall, dq: Tensor, dk: Tensor, dv: Tensor) -> None:

@@ -33,8 +33,6 @@ from anymask.tiles import TILE, tiles_over
 FEWEST = 1024
 # of head_dim and v_dim: above, sums and the products that are added to them do not fit registers
 MAX_DIM = 128
-# as of kernels/parts.py
-NUMBERS, REDO_ROWS = 3, 16
 
 
 class Parts(NamedTuple):
@@ -71,13 +69,13 @@ def make_parts(
         planes: `plane_strides` of the mask.
         like_rows: of q and k, whose small rows need scores of their own; sums of those of v and do are judged after.
     """
-    from anymask.backends.triton.kernels.parts import _parts_kernel
+    from anymask.backends.triton.kernels.parts import NUMBERS, _parts_kernel
 
     batch, heads, length, dim = t.shape
     row = -(-dim // 8) * 8
     strides = 2 * heads * length * row, length * row, row, 1
     parts = t.new_empty_strided((batch, 2 * heads, length, dim), strides, dtype=torch.float16)
-    numbers = t.new_empty(batch * heads * tiles_over(length) * NUMBERS)
+    numbers = t.new_empty(batch * heads * tiles_over(length) * NUMBERS.value)
     block_d = padded_dim(dim)
     launch_triton(
         _parts_kernel,
@@ -126,7 +124,7 @@ def forward(
             *(x.parts.stride()[:3] for x in made),
             o.stride()[:3],
             *mask_lists(block_mask, "rows"),
-            plane_strides(block_mask),
+            planes,
             q_heads,
             q_heads // k.shape[1],
             q_len,
@@ -222,8 +220,10 @@ def _launch(
 
 def _new_redo(t: Tensor) -> Tensor:
     """int32, one for so many rows of whole tiles of each head of `t`."""
+    from anymask.backends.gpu.kernels.redo import REDO_ROWS
+
     batch, heads, length, _ = t.shape
-    made: Tensor = t.new_empty(batch * heads * tiles_over(length) * TILE // REDO_ROWS, dtype=torch.int32)
+    made: Tensor = t.new_empty(batch * heads * tiles_over(length) * TILE // REDO_ROWS.value, dtype=torch.int32)
     return made
 
 
