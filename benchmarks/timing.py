@@ -19,6 +19,8 @@ FLUSH_BYTES = 256 * 2**20
 AHEAD = 16
 # the same before the calls by which the others are planned
 FAR_AHEAD = 64
+# ms above which a function is timed by the calls that plan alone
+SLOW_MS = 1000.0
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,22 @@ def cuda_ms(functions: Mapping[str, Function], rounds: int, block_ms: float) -> 
     """Device time of each function in ms, by CUDA events, L2 flushed before every call.
 
     Functions take turns in blocks of about `block_ms`, so a change of clock meets them all. The slower the host is with
-    a function, the more flushes are queued before a block of its calls.
+    a function, the more flushes are queued before a block of its calls. One that takes over a second has one block.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+    samples: dict[str, list[float]] = {}
     flush_ms = statistics.median(_cuda_block(flush.zero_, 3, flush, FAR_AHEAD)[0])
     plans = {}
     for name, function in functions.items():
         times, host_ms = _cuda_block(function, 3, flush, FAR_AHEAD)
         call_ms = max(statistics.median(times), 1e-3)
-        repeats = min(50, max(3, round(block_ms / call_ms)))
-        late_ms = repeats * max(0.0, host_ms - call_ms - flush_ms)
-        plans[name] = repeats, AHEAD + math.ceil(late_ms / flush_ms)
+        samples[name] = times if call_ms > SLOW_MS else []
+        if call_ms <= SLOW_MS:
+            repeats = min(50, max(3, round(block_ms / call_ms)))
+            plans[name] = repeats, AHEAD + math.ceil(repeats * max(0.0, host_ms - call_ms - flush_ms) / flush_ms)
     for _ in range(rounds):
-        for name, function in functions.items():
-            repeats, ahead = plans[name]
-            samples[name] += _cuda_block(function, repeats, flush, ahead)[0]
+        for name, (repeats, ahead) in plans.items():
+            samples[name] += _cuda_block(functions[name], repeats, flush, ahead)[0]
     return {name: Quantiles.of(found) for name, found in samples.items()}
 
 
