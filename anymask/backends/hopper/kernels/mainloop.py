@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from anymask.backends.hopper.kernels.blocks import block_at, issue_scores, issue_sums, wait_sums
+from anymask.backends.hopper.kernels.columns import issue_bias
 from anymask.backends.hopper.kernels.pipeline import TILE, opaque, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
 from anymask.backends.hopper.kernels.scheduler import load_kv_tile
@@ -151,7 +152,7 @@ def _steps(
         last = stage_and_phase(i - 1, STAGES)[0]
         stage, phase = stage_and_phase(i, STAGES)
         mbarrier.wait(kv.k_full.index(stage), phase)
-        s_flying = issue_scores(q, kv.k_bufs, stage)
+        s_flying = issue_bias(issue_scores(q, kv.k_bufs, stage), kv.columns, stage)
         p = unpack_halves(p, dtype, P_LAYOUT)
         acc_flying = issue_sums(p, kv.v_bufs, last, acc)
         step_bias, pairs, start_k = 0.0, 0, 0
@@ -235,7 +236,7 @@ def mainloop(
         partial = PartialTiles(None, w, sizes.mask_rows)
     stage, phase = stage_and_phase(step_base, STAGES)
     mbarrier.wait(kv.k_full.index(stage), phase)
-    s = issue_scores(q, kv.k_bufs, stage)
+    s = issue_bias(issue_scores(q, kv.k_bufs, stage), kv.columns, stage)
     bias, pairs, start_k = 0.0, 0, 0
     if len(scoring.terms) > 0:
         start_k = _start_of(0, scoring, cfg, BLOCK_N)
