@@ -224,7 +224,7 @@ SCORES: tuple[Mutant, ...] = (
     Mutant(
         "dropout: the same bits for two runs of 8 queries",
         DROPOUT,
-        "bits = (word >> (16 * half)) & (STEPS - 1)",
+        "bits = (word >> (16 * neighbour)) & (STEPS - 1)",
         "bits = word & (STEPS - 1)",
         seen_by("test_scores", "test_heads_samples_queries_and_keys_differ"),
     ),
