@@ -25,7 +25,7 @@ from anymask.backends.hopper.kernels.softmax import (
     unpack_halves,
     update_row_max,
 )
-from anymask.backends.hopper.kernels.terms import add, factor, keep, load_bias, scored
+from anymask.backends.hopper.kernels.terms import add, drop, factor, load_bias, scored
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_words, tail_words, to_quad_view, zero_words
 
 
@@ -99,15 +99,14 @@ def _exponents(s, m_i, bias, pairs, scoring):
 
 
 @gluon.jit
-def _drop(x, start_k, scoring, WARPGROUP: gl.constexpr):
-    """Weights `x [ROWS, N]` of a step where dropout keeps them, else 0."""
+def _drop(p, start_k, scoring, WARPGROUP: gl.constexpr):
+    """Packed weights `p` of a step where dropout keeps them, else 0."""
     if len(scoring.terms) > 0:  # noqa: SIM102
         if len(scoring.terms.dropout) == 1:
             tile = scoring.tile
             start_q = tile.tile * TILE + WARPGROUP * ROWS
-            kept = keep(scoring.terms, scoring.seeds, tile.sample, tile.head, start_q, start_k, x, False)
-            x = gl.where(kept, x, 0.0)
-    return x
+            p = drop(p, scoring.terms, scoring.seeds, tile.sample, tile.head, start_q, start_k)
+    return p
 
 
 @gluon.jit
@@ -183,7 +182,7 @@ def _steps(
         _free_pairs(i, scoring, alpha)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
         if DROPS:
-            next_p = pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype)
+            next_p = _drop(pack_halves(x, dtype), start_k, scoring, WARPGROUP)
             # masked steps have no registers for it
             needed = needs_rescale(alpha, l_i if MASK_STEPS == "all" else after(l_i, next_p))
         else:
@@ -251,7 +250,7 @@ def mainloop(
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
     mbarrier.arrive(kv.empty.index(stage))
-    state = SoftmaxState(pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype), acc, l_i, m_i)
+    state = SoftmaxState(_drop(pack_halves(x, dtype), start_k, scoring, WARPGROUP), acc, l_i, m_i)
     begin, end, last_partial = step_base + 1, step_base + n, step_base + partial_steps - 1
     # one loop for all where two pairs share the multiprocessor: two loops were slower there
     REST: gl.constexpr = "some" if STEPS > 1 else "none"
