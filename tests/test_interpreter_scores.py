@@ -16,7 +16,7 @@ import triton.language as tl
 from anymask.backends import triton as backend
 from anymask.backends.gpu import scores as kernel_terms
 from anymask.backends.gpu.kernels.dropout import keep_pairs
-from anymask.backends.hopper.parts import COLUMNS, PARTS, key_columns
+from anymask.backends.hopper.columns import COLUMNS, PARTS, key_columns
 from anymask.scores import dropout
 from tests.helpers import scored
 from tests.helpers.grid import BF16, F32

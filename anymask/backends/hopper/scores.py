@@ -12,8 +12,8 @@ from torch import Tensor
 from anymask.backends.gpu.arguments import LOG2_E
 from anymask.backends.gpu.passes import BackwardCall
 from anymask.backends.hopper import tuning
+from anymask.backends.hopper.columns import LEAST_SCALE, columns_descriptor, key_columns, planes_of
 from anymask.backends.hopper.descriptors import block_of, descriptor
-from anymask.backends.hopper.parts import LEAST_SCALE, columns_descriptor, key_columns, planes_of
 from anymask.launch import args_key
 from anymask.scores import Scores, dropout
 from anymask.tiles import TILE, tiles_over
@@ -24,6 +24,8 @@ UNIT = 4.0
 COMPARED = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
 # of these, what the backward kernel does right and faster too
 COMPARED_GRADIENTS = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
+# a threshold of dropout is compared as a number of fp16, and this one is infinity
+MOST_DROPPED = 0x7C00
 # heads that share a bias of pairs and are computed together
 MOST_SHARING = 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,6 +46,8 @@ def why_not_scores(scores: Scores, wide: bool) -> str | None:
         )
     if not all(x.is_diagonal for x in scores.lookups):
         return "a table is read by place, the kernels read tables by distance"
+    if dropout.threshold(scores.dropout_p) > MOST_DROPPED:
+        return f"dropout_p is {scores.dropout_p:g}, the kernels take up to {MOST_DROPPED / dropout.STEPS:g}"
     if wide and has_terms(scores):
         return "the call has a bias, a softcap or dropout, which these kernels have up to head_dim 128"
     return None

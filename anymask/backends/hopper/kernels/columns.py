@@ -1,4 +1,4 @@
-"""A bias of keys as 16 more columns of k, whose product with a constant block of more columns of q is the bias.
+"""A bias of keys as 16 more columns of k, whose product with a block of ones beside q is the bias.
 
 The tensor cores add it to the scores: equation (10) costs the softmax nothing. Columns are bf16, whatever q and k are,
 as bf16 has the range of fp32: three of them hold all bits of a number, and the rest are 0.
@@ -15,10 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from anymask.backends.hopper.kernels.blocks import block_at
 from anymask.backends.hopper.kernels.compat import tma_load
 from anymask.backends.hopper.kernels.words import ROWS
-from anymask.backends.hopper.parts import COLUMNS, PARTS
 
 LARGEST = tl.constexpr(3.3895313892515355e38)
-_COLUMNS, _PARTS = gl.constexpr(COLUMNS), gl.constexpr(PARTS)
 
 
 class KeyColumns(NamedTuple):
@@ -29,7 +27,7 @@ class KeyColumns(NamedTuple):
 
 
 class ColumnStages(NamedTuple):
-    """Stages of the columns `[1, 1, BLOCK_N, COLUMNS]`, full and empty with those of k, and the constant block."""
+    """Stages of the columns `[1, 1, BLOCK_N, COLUMNS]`, full and empty with those of k, and the block of ones."""
 
     bufs: Any
     ones: Any
@@ -42,12 +40,11 @@ def allocate_columns(desc, STAGES: gl.constexpr):
         return ()
     else:
         bufs = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-        column = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
-        # 0 beyond the parts, where columns are 0 too, as 0 times -inf is NaN
-        value = gl.where(column < _PARTS, 1.0, 0.0) + gl.zeros([ROWS, _COLUMNS], gl.float32, LAYOUT)
-        ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, _COLUMNS], gl.bfloat16)
-        ones = gl.allocate_shared_memory(gl.bfloat16, [ROWS, _COLUMNS], ONES, value.to(gl.bfloat16))
+        SHAPE: gl.constexpr = [ROWS, desc.block_type.shape[3]]
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(SHAPE, desc.dtype)
+        # of the four warps that the kernel begins with
+        value = gl.full(SHAPE, 1.0, desc.dtype, gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
+        ones = gl.allocate_shared_memory(desc.dtype, SHAPE, LAYOUT, value)
         fence_async_shared()
         return ColumnStages(bufs, ones)
 
