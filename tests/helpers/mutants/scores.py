@@ -222,7 +222,7 @@ SCORES: tuple[Mutant, ...] = (
         seen_by("test_score_transforms", "one_by_one or same_under"),
     ),
     Mutant(
-        "dropout: the same bits for two runs of 8 queries",
+        "dropout: the same bits for two neighbouring keys",
         DROPOUT,
         "bits = (word >> (16 * neighbour)) & (STEPS - 1)",
         "bits = word & (STEPS - 1)",
