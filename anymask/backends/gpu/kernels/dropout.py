@@ -45,14 +45,14 @@ def keep_pairs(
     QUERIES and KEYS are multiples of 16, as start_q and start_k are.
     """
     seed, offset = tl.load(seed_ptr).to(tl.uint64), tl.load(seed_ptr + 1).to(tl.uint64)
-    # rows are q_block, q_half, q_low, keys are k_block, k_half, k_pair, k_low; of [rows, keys], or keys first
-    Q: tl.constexpr = 4 if BY_KEY else 0
+    # queries are q_block, q_half, q_low, keys are k_block, k_half, k_low; of [queries, keys], or keys first
+    Q: tl.constexpr = 3 if BY_KEY else 0
     K: tl.constexpr = 0 if BY_KEY else 3
     q_block, q_half, q_low = _axis(QUERIES // 16, Q), _axis(2, Q + 1), _axis(8, Q + 2)
-    k_block, k_half, k_pair, k_low = _axis(KEYS // 16, K), _axis(2, K + 1), _axis(4, K + 2), _axis(2, K + 3)
+    k_block, k_half, k_low = _axis(KEYS // 16, K), _axis(2, K + 1), _axis(8, K + 2)
     w0, w1, w2, w3 = _philox(
         ((start_q // 16 + q_block) * 8 + q_low).to(tl.uint32),
-        ((start_k // 16 + k_block) * 4 + k_pair).to(tl.uint32),
+        ((start_k // 16 + k_block) * 4 + (k_low >> 1)).to(tl.uint32),
         (sample.to(tl.uint32) << 16) ^ head.to(tl.uint32),
         (offset & LOW).to(tl.uint32),
         seed & LOW,
@@ -60,16 +60,15 @@ def keep_pairs(
     )
     word = tl.where(q_half == 0, tl.where(k_half == 0, w0, w1), tl.where(k_half == 0, w2, w3))
     # 15 bits of its half decide, moved to the top
-    word = tl.where(k_low == 1, word << 1, word << 17)
-    kept = word >= (tl.cast(drop_below, tl.uint32) << 17)
+    kept = (word << (17 - 16 * (k_low & 1)).to(tl.uint32)) >= (tl.cast(drop_below, tl.uint32) << 17)
     return tl.reshape(kept, [KEYS, QUERIES] if BY_KEY else [QUERIES, KEYS])
 
 
 @triton.jit
 def _axis(SIZE: tl.constexpr, D: tl.constexpr):
-    """int32 indices along dimension D of seven, of size 1 along the others."""
+    """int32 indices along dimension D of six, of size 1 along the others."""
     i = tl.arange(0, SIZE)
-    for d in tl.static_range(7):
+    for d in tl.static_range(6):
         if d != D:
             i = tl.expand_dims(i, d)
     return i
