@@ -196,7 +196,9 @@ def test_scores_keep_their_registers(hopper_kernels, kind):
     call = scored.make_call("none", shape=(2, 4, 4, 384, 384), dims=(128, 128), **terms)
     mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
     hopper.forward(call.q, call.k, call.v, mask, 0.1, call.scores)
-    (kernel,) = hopper_kernels
+    *before, kernel = hopper_kernels
+    # the columns of a bias of keys
+    assert [x.metadata.name for x in before] == ["_columns_kernel"] * (kind == "keys")
     assert kernel.metadata.shared <= TARGETS["sm_90"][1]
     assert spilled_bytes(kernel) <= FEW_WIDE_BYTES
     loops = loops_with_products(kernel)
