@@ -129,8 +129,7 @@ def _cap(softcap: float, sm_scale: float) -> Any:
     # powers of larger ones leave fp32
     limit = 2.0 / abs(unit) if abs(unit) < STEEP else 0.0
     tanh = [struct.unpack(">f", bytes.fromhex(c))[0] if limit else 0.0 for c in TANH]
-    c0, c1, c2, c3 = [factor * c * unit ** (2 * i + 1) for i, c in enumerate(tanh)]
-    return Cap(factor, c0, c1, c2, c3, limit, unit / 2 * LOG2_E)
+    return Cap(factor, *[factor * c * unit ** (2 * i + 1) for i, c in enumerate(tanh)], limit, unit / 2 * LOG2_E)
 
 
 class ForwardScores(NamedTuple):
