@@ -88,7 +88,7 @@ def test_kernels_read_the_whole_bias(softcap: float) -> None:
     terms, qk_scale = kernel_terms(scores, 0.25, Q_LEN, KV_LEN)
     unit = UNIT / softcap if softcap else LOG2_E
     assert qk_scale == pytest.approx(0.25 * unit)
-    assert [cap.factor for cap in terms.cap] == ([softcap * LOG2_E] if softcap else [])
+    assert terms.cap == ((softcap * LOG2_E,) if softcap else ())
     i, j = torch.arange(Q_LEN)[:, None], torch.arange(KV_LEN)
     for sample in range(2):
         for head in range(4):

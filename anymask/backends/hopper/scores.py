@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,8 +18,6 @@ from anymask.launch import args_key
 from anymask.scores import Scores, dropout
 from anymask.tiles import TILE, tiles_over
 
-# beyond this factor of scores under a cap the kernels compute no polynomial
-STEEP = 1e4
 # tanh(z / UNIT) is what the kernels compute of a score z
 UNIT = 4.0
 # what of scores, beside sinks, is equal to fp64 on a GPU and faster than by the portable kernels
@@ -114,22 +111,10 @@ def kernel_terms(
         _vector(queries, q_len, unit),
         _diagonals([x.table for x in scores.lookups], q_len, kv_len, unit),
         () if pairs is None else (_pairs(pairs, samples, unit),),
-        (_cap(scores.softcap, sm_scale),) if scores.softcap else (),
+        (scores.softcap * LOG2_E,) if scores.softcap else (),
         () if seed is None else (Dropout(seed, float(dropout.threshold(p)), dropout.keep_scale(p)),),
     )
     return terms, sm_scale * unit
-
-
-def _cap(softcap: float, sm_scale: float) -> Any:
-    """`Cap` of kernels/terms.py."""
-    from anymask.backends.hopper.kernels.ptx import TANH
-    from anymask.backends.hopper.kernels.terms import Cap
-
-    unit, factor = sm_scale * UNIT / softcap, softcap * LOG2_E
-    # powers of larger ones leave fp32
-    limit = 2.0 / abs(unit) if abs(unit) < STEEP else 0.0
-    tanh = [struct.unpack(">f", bytes.fromhex(c))[0] if limit else 0.0 for c in TANH]
-    return Cap(factor, *[factor * c * unit ** (2 * i + 1) for i, c in enumerate(tanh)], limit, unit / 2 * LOG2_E)
 
 
 class ForwardScores(NamedTuple):

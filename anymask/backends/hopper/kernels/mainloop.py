@@ -25,7 +25,7 @@ from anymask.backends.hopper.kernels.softmax import (
     unpack_halves,
     update_row_max,
 )
-from anymask.backends.hopper.kernels.terms import add, capped, drop, factor, load_bias, scored
+from anymask.backends.hopper.kernels.terms import add, drop, factor, load_bias, scored
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_words, tail_words, to_quad_view, zero_words
 
 
@@ -85,8 +85,6 @@ def _exponents(s, m_i, bias, pairs, scoring):
     terms = scoring.terms
     if len(terms) == 0:
         z = exponents(s, m_i, scoring.qk_scale)
-    elif len(terms.cap) == 1 and len(terms.keys) + len(terms.queries) + len(terms.diagonals) + len(terms.pairs) == 0:
-        z = capped(s, m_i, terms.cap[0])
     elif len(terms.pairs) == 0:
         z = exponents(scored(s, bias, scoring.qk_scale, terms), m_i, factor(terms))
     elif len(terms.keys) + len(terms.queries) + len(terms.diagonals) + len(terms.cap) == 0:

@@ -277,42 +277,6 @@ def soft_cap_asm(n: int):
 
 
 @gluon.constexpr_function
-def capped_asm(n: int):
-    """PTX that makes of `n` products s of a thread, $0 to $n-1, in place, their scores under a cap less the row max.
-
-    $2n to $3n-1 are the row maxima; then come, each `n` times, the numbers of `Cap`. Where no |s| of a warp is the
-    limit or more, it is a polynomial. As integers, the largest is the largest above 0, and the largest unsigned one is
-    the least below 0. Else it is `factor (1 - 2 / (1 + exp))`.
-    """
-    factor, c0, c1, c2, c3, limit, power = (f"${i * n}" for i in range(3, 10))
-    lines = ["mov.b32 a, $0; mov.b32 b, a;"]
-    for i in range(1, n):
-        lines.append(f"mov.b32 x, ${i}; max.s32 a, a, x; max.u32 b, b, x;")
-    lines.append(
-        f"mov.b32 x, {limit}; setp.ge.s32 p, a, x; or.b32 x, x, 0x80000000; setp.ge.or.u32 p, b, x, p; "
-        "vote.sync.any.pred q, p, 0xffffffff; @q bra LARGE;"
-    )
-    for i in range(n):
-        lines.append(
-            f"mul.f32 u, ${i}, ${i}; fma.rn.f32 t, u, {c3}, {c2}; fma.rn.f32 t, t, u, {c1}; fma.rn.f32 t, t, u, {c0}; "
-            f"neg.f32 u, ${2 * n + i}; fma.rn.f32 ${i}, ${i}, t, u;"
-        )
-    lines.append(f"bra END; LARGE: mul.f32 v, {factor}, 0fC0000000;")
-    for i in range(n):
-        lines.append(
-            f"mul.f32 t, ${i}, {power}; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t; "
-            f"sub.f32 u, {factor}, ${2 * n + i}; fma.rn.f32 ${i}, t, v, u;"
-        )
-    return "{ .reg .pred p, q; .reg .b32 a, b, x; .reg .f32 t, u, v; " + "\n".join(lines) + " END: }"
-
-
-@gluon.constexpr_function
-def capped_operands(n: int):
-    """Constraints of `capped_asm`."""
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * (8 * n))
-
-
-@gluon.constexpr_function
 def capped_weights_asm(is_fp16: bool, hides: bool):
     """PTX for two capped scores t, $3 and $4, of factor $7 and lse2 $5, $6: $0 is 2**(t $7 - $5) of both in 16 bits.
 

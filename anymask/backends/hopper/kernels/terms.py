@@ -10,7 +10,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from anymask.backends.hopper.kernels import ptx
-from anymask.backends.hopper.kernels.words import from_quad_view, to_quad_view
 from anymask.scores import dropout
 
 ROUNDS = gl.constexpr(dropout.ROUNDS)
@@ -50,22 +49,6 @@ class Pairs(NamedTuple):
     samples: Any
 
 
-class Cap(NamedTuple):
-    """A soft cap c: `factor` is `c log2(e)`, the rest is for products s of q and k without a bias.
-
-    `c0` to `c3`: factors of s, s^3, s^5, s^7 of the scores in base 2, right where |s| is less than `limit`; 2 to the
-    `power * s` is exp(2 score / c).
-    """
-
-    factor: Any
-    c0: Any
-    c1: Any
-    c2: Any
-    c3: Any
-    limit: Any
-    power: Any
-
-
 class Dropout(NamedTuple):
     """Seed and offset, int64 `[2]`; the threshold of a pair's 16 bits; what kept weights are multiplied by."""
 
@@ -89,7 +72,7 @@ class Terms(NamedTuple):
     diagonals: Any
     # (`Pairs`,)
     pairs: Any
-    # (`Cap`,)
+    # (factor,), with a cap
     cap: Any
     # (`Dropout`,)
     dropout: Any
@@ -214,36 +197,10 @@ def scored(s, bias, qk_scale, terms):
 
 
 @gluon.jit
-def capped(s, m, cap):
-    """Scores in base 2 under a `Cap`, of products `s [ROWS, N]` without a bias, less the row max `m [ROWS, 4]`."""
-    N: gl.constexpr = s.shape[1] // 2
-    LAYOUT: gl.constexpr = s.type.layout
-    z4 = gl.inline_asm_elementwise(
-        ptx.capped_asm(N),
-        ptx.capped_operands(N),
-        [
-            to_quad_view(s),
-            m.expand_dims(1).expand_dims(3),
-            cap.factor,
-            cap.c0,
-            cap.c1,
-            cap.c2,
-            cap.c3,
-            cap.limit,
-            cap.power,
-        ],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=N,
-    )
-    return from_quad_view(z4, LAYOUT)
-
-
-@gluon.jit
 def factor(terms):
     """What scores of `scored` are multiplied by."""
     if len(terms.cap) == 1:
-        return terms.cap[0].factor
+        return terms.cap[0]
     else:
         return 1.0
 
