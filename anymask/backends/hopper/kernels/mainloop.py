@@ -25,7 +25,7 @@ from anymask.backends.hopper.kernels.softmax import (
     unpack_halves,
     update_row_max,
 )
-from anymask.backends.hopper.kernels.terms import add, drop, factor, load_bias, scored
+from anymask.backends.hopper.kernels.terms import add, drop, factor, load_bias, scored, words_of
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_words, tail_words, to_quad_view, zero_words
 
 
@@ -99,13 +99,23 @@ def _exponents(s, m_i, bias, pairs, scoring):
 
 
 @gluon.jit
-def _drop(p, start_k, scoring, WARPGROUP: gl.constexpr):
-    """Packed weights `p` of a step where dropout keeps them, else 0."""
+def _random_words(like, start_k, scoring, WARPGROUP: gl.constexpr):
+    """`words_of` a step, of the shape and layout of packed weights `like`; 0 without dropout."""
+    words = 0
     if len(scoring.terms) > 0:  # noqa: SIM102
         if len(scoring.terms.dropout) == 1:
             tile = scoring.tile
             start_q = tile.tile * TILE + WARPGROUP * ROWS
-            p = drop(p, scoring.terms, scoring.seeds, tile.sample, tile.head, start_q, start_k)
+            words = words_of(like, scoring.terms, scoring.seeds, tile.sample, tile.head, start_q, start_k)
+    return words
+
+
+@gluon.jit
+def _drop(p, words, scoring):
+    """Packed weights `p` of a step where dropout keeps them, else 0; themselves without dropout."""
+    if len(scoring.terms) > 0:  # noqa: SIM102
+        if len(scoring.terms.dropout) == 1:
+            p = drop(p, words, scoring.terms)
     return p
 
 
@@ -181,18 +191,16 @@ def _steps(
             x = exp2(z)
         _free_pairs(i, scoring, alpha)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
-        if DROPS:
-            next_p = _drop(pack_halves(x, dtype), start_k, scoring, WARPGROUP)
-            # masked steps have no registers for it
-            needed = needs_rescale(alpha, l_i if MASK_STEPS == "all" else after(l_i, next_p))
-        else:
-            needed = needs_rescale(alpha, l_i)
+        # words and not weights: a second p in 16 bits would be moved to where the product reads it
+        random = _random_words(state.p, start_k, scoring, WARPGROUP)
+        # masked steps have no registers for it
+        needed = needs_rescale(alpha, after(l_i, random) if DROPS and MASK_STEPS != "all" else l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(kv.v_full.index(stage), phase)
         acc, p = wait_sums(acc_flying, p)
         mbarrier.arrive(kv.empty.index(stage))
         acc = [rescale(block, alpha, needed) for block in acc]
-        p = next_p if DROPS else pack_halves(x, dtype)
+        p = _drop(pack_halves(x, dtype), random, scoring)
     return SoftmaxState(p, acc, l_i, m_i)
 
 
@@ -250,7 +258,8 @@ def mainloop(
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
     mbarrier.arrive(kv.empty.index(stage))
-    state = SoftmaxState(_drop(pack_halves(x, dtype), start_k, scoring, WARPGROUP), acc, l_i, m_i)
+    p = pack_halves(x, dtype)
+    state = SoftmaxState(_drop(p, _random_words(p, start_k, scoring, WARPGROUP), scoring), acc, l_i, m_i)
     begin, end, last_partial = step_base + 1, step_base + n, step_base + partial_steps - 1
     # one loop for all where two pairs share the multiprocessor: two loops were slower there
     REST: gl.constexpr = "some" if STEPS > 1 else "none"

@@ -26,6 +26,8 @@ COUNT_WHEN_DONE = gl.constexpr(
     "{ .reg .pred p; .reg .b32 x; cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 x, %laneid; "
     "setp.eq.s32 p, x, 0; @p red.release.gpu.global.add.s32 [$1], 1; mov.b32 $0, x; }"
 )
+# $1, at least 0: the least of it and of a number with any bits $2, which is infinity or NaN
+SAME_FLOAT = gl.constexpr("{ .reg .b32 x; lop3.b32 x, $2, 0x7F800000, 0x80000000, 0x54; min.f32 $0, $1, x; }")
 # two weights in 16 bits, $1, each 0 if the low 15 bits of its half of $2 are less than those of $3. As numbers of fp16
 # without a sign they have the order of integers, and what is NaN is more than all $3, which are infinity at most
 KEEP = gl.constexpr("{ .reg .b32 x; abs.f16x2 x, $2; set.geu.u32.f16x2 x, x, $3; and.b32 $0, $1, x; }")

@@ -278,14 +278,14 @@ def least_kept(terms):
 
 
 @gluon.jit
-def drop(p, terms, seeds, sample, head, start_q, start_k):
-    """Weights `p [ROWS, N // 8, 4]`, of `pack_halves`, where dropout keeps them, else 0.
+def words_of(like, terms, seeds, sample, head, start_q, start_k):
+    """Random words int32 `[ROWS, N // 8, 4]` of a tile, one for each pair of weights that `pack_halves` makes.
 
-    The tile starts at multiples of 16 queries and keys.
+    `like`: of their shape and layout. The tile starts at multiples of 16 queries and keys.
     """
-    R: gl.constexpr = p.shape[0]
-    C: gl.constexpr = p.shape[1]
-    LAYOUT: gl.constexpr = p.type.layout
+    R: gl.constexpr = like.shape[0]
+    C: gl.constexpr = like.shape[1]
+    LAYOUT: gl.constexpr = like.type.layout
     x6 = gl.zeros([R, C, 4], gl.int32, LAYOUT).reshape([R // 16, 2, 8, C // 2, 2, 4])
     w0, w1, w2, w3 = random_words(
         seeds,
@@ -297,6 +297,12 @@ def drop(p, terms, seeds, sample, head, start_q, start_k):
     q_half, k_half = axis_of(x6, 1), axis_of(x6, 4)
     word = gl.where(q_half == 0, gl.where(k_half == 0, w0, w1), gl.where(k_half == 0, w2, w3))
     word = gl.convert_layout(word.reshape([R, C, 4]), LAYOUT, assert_trivial=True)
+    return word.to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def drop(p, words, terms):
+    """Weights `p [ROWS, N // 8, 4]`, of `pack_halves`, where dropout keeps them by their `words_of`, else 0."""
     return gl.inline_asm_elementwise(
-        ptx.KEEP, "=r,r,r,r", [p, word, least_kept(terms)], dtype=gl.int32, is_pure=True, pack=1
+        ptx.KEEP, "=r,r,r,r", [p, words, least_kept(terms)], dtype=gl.int32, is_pure=True, pack=1
     )
