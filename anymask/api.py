@@ -114,7 +114,7 @@ def attention(
         softcap: c of `c tanh(s / c)`, which scores with their bias become; above 0.
         sinks: float `[q_heads]` or `[q_heads, n]`, differentiable: logits of keys that every query sees and that have
             no value. They are in lse.
-        dropout_p: probability that the weight of a pair becomes 0, in [0, 1) and as a multiple of 1 / 65536; others
+        dropout_p: probability that the weight of a pair becomes 0, in [0, 1) and as a multiple of 1 / 32768; others
             are divided by what is left. The generator of torch decides, and lse is that of all pairs.
         is_causal: the same as `mask=causal()`, upper-left aligned; excludes `mask`.
         return_lse: also return the log-sum-exp of the scores, differentiable.

@@ -182,8 +182,10 @@ def test_keeps_its_registers(hopper_kernels, monkeypatch, dim, group, masked, de
 
 # terms, whether there is a mask, and the most instructions of a step of 64 x 128 pairs; a cap has both its ways
 SCORED = {
+    # no more than without it
+    "keys": ({"dense": ("keys",)}, False, 600),
     "distances": ({"tables": ("relative",)}, True, 940),
-    "dropout": ({"dropout_p": 0.1}, True, 1300),
+    "dropout": ({"dropout_p": 0.1}, True, 1150),
     "pairs under a cap": ({"dense": ("by_head",), "softcap": 20.0}, False, 1600),
 }
 
@@ -194,7 +196,9 @@ def test_scores_keep_their_registers(hopper_kernels, kind):
     call = scored.make_call("none", shape=(2, 4, 4, 384, 384), dims=(128, 128), **terms)
     mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
     hopper.forward(call.q, call.k, call.v, mask, 0.1, call.scores)
-    (kernel,) = hopper_kernels
+    *before, kernel = hopper_kernels
+    # the columns of a bias of keys
+    assert [x.metadata.name for x in before] == ["_columns_kernel"] * (kind == "keys")
     assert kernel.metadata.shared <= TARGETS["sm_90"][1]
     assert spilled_bytes(kernel) <= FEW_WIDE_BYTES
     loops = loops_with_products(kernel)
@@ -218,7 +222,7 @@ SCORED_BACKWARD = {
     "distances": ({"tables": ("relative",)}, False, {64: 730, 128: 510}),
     # both its ways
     "cap": ({"softcap": 20.0}, False, {64: 1630, 128: 970}),
-    "dropout": ({"dropout_p": 0.1}, False, {64: 1900, 128: 1090}),
+    "dropout": ({"dropout_p": 0.1}, False, {64: 1400, 128: 860}),
 }
 # of a step, what is kept in memory for it: masked steps at head_dim 64 have that few registers
 FEW_SCORED_STORES = {64: 16, 128: 1}

@@ -303,6 +303,47 @@ def test_shapes_of_the_hopper_kernels(kind: str, shape: Any, device: str) -> Non
     scored.check(hopper_for(call), call)
 
 
+LARGE = [
+    (-1e4, F16),
+    (-1e4, F32),
+    (-1e9, F32),
+    (float(torch.finfo(BF16).min), BF16),
+    (float(torch.finfo(F32).min), F32),
+]
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("value", "bias_dtype"), LARGE, ids=str)
+def test_large_biases_of_keys_on_hopper(value: float, bias_dtype: torch.dtype, dim: int, device: str) -> None:
+    """Paddings by large numbers; of -1e4, which leaves bits of the scores, a sample has no other keys."""
+    call = scored.make_call("causal", ("keys",), shape=(2, 4, 2, 300, 352), dims=(dim, dim), device=device)
+    bias = call.scores.dense[0].to(bias_dtype)
+    bias[0, ..., 100:] = value
+    if value == -1e4:
+        bias[1] = value
+    scored.check(hopper_for(call), scored.without(call, dense=(bias,)), factor=2.0)
+
+
+@pytest.mark.hopper
+def test_a_bias_of_keys_as_columns_and_as_terms(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways hide the same pairs, NaN comes through, and the rest is as near as fp32 sums are."""
+    call = scored.make_call("random", ("keys_by_head",), shape=(2, 4, 2, 300, 352), dims=(64, 64), device=device)
+    bias = call.scores.dense[0].float().repeat(2, 1, 1, 1)
+    bias[0, ..., ::3], bias[0, 1], bias[1, 2, ..., 7] = -math.inf, torch.finfo(F32).min, math.nan
+    arguments = call.q, call.k, call.v, call.mask, call.scale, scored.without(call, dense=(bias,)).scores
+    columns = hopper.forward(*arguments)
+    monkeypatch.setattr(hopper_scores, "_takes_columns", lambda *_: False)
+    terms = hopper.forward(*arguments)
+    for x, y in zip(columns, terms, strict=True):
+        assert torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(x == -math.inf, y == -math.inf)
+        assert x.isnan().any()
+        x, y = (t.float().nan_to_num(neginf=0.0) for t in (x, y))
+        torch.testing.assert_close(x, y, atol=2e-3, rtol=2e-3)
+    assert (columns[1][0, 1] == -math.inf).all()
+
+
 @pytest.mark.hopper
 def test_nan_of_a_hidden_pair_reaches_nothing_on_hopper(device: str) -> None:
     for softcap in (0.0, 2.0):

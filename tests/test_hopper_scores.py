@@ -16,6 +16,7 @@ from anymask import backends
 from anymask.backends import hopper
 from anymask.backends.gpu.passes import BackwardCall
 from anymask.backends.hopper import scores as hopper_scores
+from anymask.backends.hopper.columns import LEAST_SCALE
 from anymask.backends.hopper.scores import UNIT, backward_terms, forward_scores, kernel_terms, why_not_scores
 from anymask.precision import LOG2_E
 from anymask.scores import Scores
@@ -44,6 +45,8 @@ def make(**kinds: Any) -> Scores:
         ({"dense": ("shared", "full")}, "the copy engine takes one"),
         ({"dense": ("shared",), "bias_dtype": torch.float32}, "of 16 bits"),
         ({"dense": ("keys",), "bias_dtype": torch.float64}, "a bias is torch.float64"),
+        ({"dropout_p": 31744 / 32768}, None),
+        ({"dropout_p": 31745 / 32768}, "dropout_p is 0.968781, the kernels take up to 0.96875"),
     ],
 )
 def test_which_scores_it_takes(kinds: dict[str, Any], reason: str | None) -> None:
@@ -125,6 +128,37 @@ def test_nothing_but_sinks_is_no_terms() -> None:
     for scores in (None, make(sinks=True)):
         assert kernel_terms(scores, 0.25, Q_LEN, KV_LEN) == ((), pytest.approx(0.25 * LOG2_E))
     assert forward_scores(make(dense=("shared",)), 0.25, torch.empty(2, 4, Q_LEN, 16), KV_LEN).pairs is not None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "scale", "is_taken"),
+    [
+        ({"dense": ("keys",)}, 0.25, True),
+        ({"dense": ("keys_by_head", "one"), "sinks": True, "dropout_p": 0.1}, 0.25, True),
+        ({"dense": ("keys", "queries")}, 0.25, False),
+        ({"dense": ("keys",), "tables": ("relative",)}, 0.25, False),
+        ({"dense": ("keys",), "softcap": 2.0}, 0.25, False),
+        ({"dense": ("keys",)}, -0.25, False),
+        ({"dense": ("keys",)}, LEAST_SCALE / 2, False),
+        ({"dropout_p": 0.1}, 0.25, False),
+    ],
+)
+def test_which_biases_are_more_columns_of_k(
+    kinds: dict[str, Any], scale: float, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Tensor] = []
+    columns = torch.empty(2, 1, KV_LEN, 16, dtype=torch.bfloat16)
+    monkeypatch.setattr(hopper_scores, "key_columns", lambda bias, *_: given.append(bias) or columns)
+    scores = make(**kinds, bias_dtype=torch.float32)
+    found = forward_scores(scores, scale, torch.empty(2, 4, Q_LEN, 16), KV_LEN)
+    assert (found.columns is columns) is is_taken is bool(given)
+    # then the terms have all but that bias
+    assert bool(found.terms) is (not is_taken or "dropout_p" in kinds)
+    assert not is_taken or not found.terms or (found.terms.keys, len(found.terms.dropout)) == ((), 1)
+    if is_taken:
+        (bias,) = given
+        wanted = [t.squeeze(2).expand(2, 4, KV_LEN) for t in scores.dense]
+        torch.testing.assert_close(bias.expand(2, 4, KV_LEN), torch.stack(wanted).sum(0))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import triton.language as tl
 from anymask.backends import triton as backend
 from anymask.backends.gpu import scores as kernel_terms
 from anymask.backends.gpu.kernels.dropout import keep_pairs
+from anymask.backends.hopper.columns import COLUMNS, PARTS, key_columns
 from anymask.scores import dropout
 from tests.helpers import scored
 from tests.helpers.grid import BF16, F32
@@ -24,6 +25,8 @@ from tests.helpers.interpreter import interpreter as interpreter
 
 pytestmark = MARKS
 SHAPE = 2, 2, 1, 20, 140
+# of bf16
+LARGEST = torch.finfo(BF16).max
 EVERYTHING: dict[str, Any] = {
     "dense": ("by_sample", "keys_by_head"), "tables": ("relative_shared",), "softcap": 3.0, "sinks": True,
     "dropout_p": 0.2, "hidden": 0.2,
@@ -123,3 +126,21 @@ def test_nan_of_a_hidden_pair_reaches_nothing() -> None:
 def test_a_soft_cap_is_exact_in_fp32() -> None:
     call = scored.make_call(shape=(1, 1, 1, 20, 70), dtype=F32, softcap=50.0)
     scored.check(backend, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, F32], ids=str)
+def test_columns_of_a_bias_of_keys(dtype: torch.dtype) -> None:
+    """Each row adds up to the bias over the scale, bit for bit; what is beyond fp32 stays finite or hides a pair."""
+    bias = torch.randn(2, 3, 300).to(dtype)
+    bias[..., 7], bias[..., 8], bias[1, 2, 9] = -math.inf, math.nan, -1e4
+    strided = torch.full((3, 2, 700), math.nan, dtype=dtype)[..., :600:2].transpose(0, 1).copy_(bias)
+    for given in (bias, strided, bias[:1, :, :1]):
+        columns = key_columns(given, 300, 0.125)
+        assert columns.shape == (*given.shape[:2], 300, COLUMNS)
+        want = given.float().expand(-1, -1, 300) * 8
+        assert torch.equal(columns.float().sum(3).nan_to_num(9.0, neginf=-9.0), want.nan_to_num(9.0, neginf=-9.0))
+        assert not columns[..., PARTS:].any()
+        # of -inf one part is -inf and none is NaN
+        assert torch.equal(columns.isnan().any(3), want.isnan())
+    large = torch.tensor([[[-1e38, 1e38, torch.finfo(F32).min]]])
+    assert key_columns(large, 3, 0.125).float().sum(3).tolist() == [[[-LARGEST, LARGEST, -math.inf]]]

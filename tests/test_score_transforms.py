@@ -294,7 +294,7 @@ class TestDropout:
         assert torch.equal(kept[0], kept[1]) == torch.equal(kept[1], kept[2]) == (randomness == "same")
         for i in range(N):
             leaves = [t.clone().requires_grad_() for t in (q[i], bias, table, k[i], v[i])]
-            keep = kept[i].view(B, H, L, M).double() / (1 - 26214 / 65536)
+            keep = kept[i].view(B, H, L, M).double() / (1 - 13107 / 32768)
             d = torch.arange(L)[:, None] - torch.arange(M) + M - 1
             s = leaves[0] @ leaves[3].repeat_interleave(H // G, 1).mT / 2 + leaves[1] + leaves[2][:, d]
             if given is not None:

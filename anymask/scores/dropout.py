@@ -1,8 +1,10 @@
 """Which pairs dropout keeps: a pure function of (seed, offset, sample, head, query, key), by a counter-based generator.
 
-Philox-4x32 with 7 rounds (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011). One call
-gives 16 bits to each of 8 pairs: queries `q, q + 8` and keys `k, k + 8, k + 16, k + 24`. Those lie in one thread of a
-tensor-core accumulator, by queries; `backends/gpu/kernels/dropout.py` says the same in Triton.
+Philox-4x32 with 7 rounds (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011: the fewest
+that pass BigCrush). One call serves 8 pairs: queries `q, q + 8` and keys `k, k + 1, k + 8, k + 9`, k even, which lie in
+one thread of a tensor-core accumulator by queries, and in two threads of one by keys. A word of the four has both
+neighbouring keys of a query, as a register of packed weights has; of the 16 bits of a pair 15 decide, so that a
+comparison of fp16 numbers decides two pairs. `backends/gpu/kernels/dropout.py` says the same in Triton.
 
 Counter: number of the pair of queries, number of the four keys, `sample << 16 ^ head`, low half of the offset. Key: low
 half of the seed, and its high half xor that of the offset.
@@ -16,13 +18,13 @@ from torch import Tensor
 ROUNDS = 7
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85
-# values that 16 bits take: probabilities are multiples of 1 / STEPS
-STEPS = 1 << 16
+# values that the bits of a pair take: probabilities are multiples of 1 / STEPS
+STEPS = 1 << 15
 _LOW = 0xFFFFFFFF
 
 
 def threshold(dropout_p: float) -> int:
-    """A pair is kept if its 16 bits are at least this: `dropout_p` as a multiple of 1 / 65536, 0 to 65535."""
+    """A pair is kept if its bits are at least this: `dropout_p` as a multiple of 1 / 32768, 0 to 32767."""
     return min(round(dropout_p * STEPS), STEPS - 1)
 
 
@@ -39,36 +41,37 @@ def keep(seed: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor,
         sample, head, query, key: int64, any shapes that broadcast: of the whole call, not of a slice of it.
         dropout_p: in [0, 1).
     """
-    words = _words(seed, sample, head, query // 16 * 8 + query % 8, key // 32 * 8 + key % 8)
-    which, is_second = key // 8 % 4, query // 8 % 2
-    word = torch.where(
-        which < 2, torch.where(which == 0, words[0], words[1]), torch.where(which == 2, words[2], words[3])
-    )
-    return ((word >> (16 * is_second)) & (STEPS - 1)) >= threshold(dropout_p)
+    words = _words(seed, sample, head, query // 16 * 8 + query % 8, key // 16 * 4 + key % 8 // 2)
+    q_half, k_half = query // 8 % 2 == 0, key // 8 % 2 == 0
+    word = torch.where(q_half, torch.where(k_half, words[0], words[1]), torch.where(k_half, words[2], words[3]))
+    return ((word >> (16 * (key % 2))) & (STEPS - 1)) >= threshold(dropout_p)
 
 
 def keep_blocks(
     seed: Tensor, sample: Tensor, head: Tensor, q_blocks: Tensor, k_blocks: Tensor, dropout_p: float
 ) -> Tensor:
-    """`keep` of whole blocks of 16 queries and 32 keys, for an eighth of the work: `[.., 16 q_blocks, 32 k_blocks]`.
+    """`keep` of whole blocks of 16 queries and 16 keys, for an eighth of the work: `[.., 16 q_blocks, 16 k_blocks]`.
 
     Args:
         seed, dropout_p: as of `keep`.
         sample, head: int64 `[.., 1, 1]`, shapes that broadcast.
         q_blocks, k_blocks: int64 `[n]`, numbers of blocks.
     """
-    lane = torch.arange(8, device=seed.device)
-    query, key = ((blocks[:, None] * 8 + lane).flatten() for blocks in (q_blocks, k_blocks))
+    query, key = (
+        (blocks[:, None] * n + torch.arange(n, device=seed.device)).flatten()
+        for blocks, n in ((q_blocks, 8), (k_blocks, 4))
+    )
     words = _words(seed, sample, head, query[:, None], key)
     least = threshold(dropout_p)
     kept = torch.empty(
-        *words[0].shape[:-2], q_blocks.numel(), 2, 8, k_blocks.numel(), 4, 8, dtype=torch.bool, device=seed.device
+        *words[0].shape[:-2], q_blocks.numel(), 2, 8, k_blocks.numel(), 2, 4, 2, dtype=torch.bool, device=seed.device
     )
     for which, word in enumerate(words):
-        for half in (0, 1):
-            bits = (word >> (16 * half)) & (STEPS - 1)
-            kept[..., half, :, :, which, :] = (bits >= least).unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8))
-    return kept.flatten(-6, -4).flatten(-3, -1)
+        for neighbour in (0, 1):
+            bits = (word >> (16 * neighbour)) & (STEPS - 1)
+            of_word = (bits >= least).unflatten(-1, (-1, 4)).unflatten(-3, (-1, 8))
+            kept[..., which // 2, :, :, which % 2, :, neighbour] = of_word
+    return kept.flatten(-7, -5).flatten(-4, -1)
 
 
 def _words(seed: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:

@@ -136,7 +136,7 @@ class _Pairs:
             heads = torch.arange(call.k.shape[1] * call.group).view(-1, call.group)
             h = _own_heads(heads, tile_row)[..., None, None]
             q_blocks = torch.arange(tile_row.rows.start // 16, -(-tile_row.rows.stop // 16))
-            k_blocks = (tiles[:, None] * (TILE // 32) + torch.arange(TILE // 32)).flatten()
+            k_blocks = (tiles[:, None] * (TILE // 16) + torch.arange(TILE // 16)).flatten()
             kept = keep_blocks(scores.seed, b, h, q_blocks, k_blocks, scores.dropout_p)[..., :rows, :]
             factor = kept.flatten(2, 3).to(call.compute).mul_(keep_scale(scores.dropout_p))
         return _Pairs(call.group, scores, tile_row, step, apart, keys, factor)

@@ -161,7 +161,7 @@ def _kept(planes: Planes, q: Q, k: K, scores: Scores) -> Tensor | None:
     (q_len, kv_len), heads = (q.shape[2], k.shape[2]), planes.query_heads
     b = torch.arange(planes.b.start, planes.b.stop)[:, None, None, None]
     h = torch.arange(heads.start, heads.stop)[:, None, None]
-    blocks = torch.arange(-(-q_len // 16)), torch.arange(-(-kv_len // 32))
+    blocks = torch.arange(-(-q_len // 16)), torch.arange(-(-kv_len // 16))
     kept = keep_blocks(scores.seed, b, h, *blocks, scores.dropout_p)[..., :q_len, :kv_len]
     return kept.to(planes.compute).mul_(keep_scale(scores.dropout_p))
 

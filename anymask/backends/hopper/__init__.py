@@ -148,9 +148,7 @@ def _launch_forward(call: _Forward) -> None:
     q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
     batch, q_heads, q_len, head_dim = q_shape
     scores = forward_scores(call.scores, call.sm_scale, q, k_shape[2])
-    configs = tuning.FORWARD_TERMS if scores.terms else tuning.FORWARD
-    if scores.pairs is not None:
-        configs = tuning.FORWARD_PAIRS
+    configs = scores.configs
     dims = _padded_dims(head_dim, v_shape[3], configs)
     config = configs[_row(dims)]
     d_width, v_width = config.widths or dims

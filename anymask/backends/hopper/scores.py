@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from anymask.backends.gpu.arguments import LOG2_E
 from anymask.backends.gpu.passes import BackwardCall
+from anymask.backends.hopper import tuning
+from anymask.backends.hopper.columns import LEAST_SCALE, columns_descriptor, key_columns, planes_of
 from anymask.backends.hopper.descriptors import block_of, descriptor
 from anymask.launch import args_key
 from anymask.scores import Scores, dropout
@@ -21,6 +24,8 @@ UNIT = 4.0
 COMPARED = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
 # of these, what the backward kernel does right and faster too
 COMPARED_GRADIENTS = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
+# a threshold of dropout is compared as a number of fp16, and this one is infinity
+MOST_DROPPED = 0x7C00
 # heads that share a bias of pairs and are computed together
 MOST_SHARING = 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,6 +46,8 @@ def why_not_scores(scores: Scores, wide: bool) -> str | None:
         )
     if not all(x.is_diagonal for x in scores.lookups):
         return "a table is read by place, the kernels read tables by distance"
+    if dropout.threshold(scores.dropout_p) > MOST_DROPPED:
+        return f"dropout_p is {scores.dropout_p:g}, the kernels take up to {MOST_DROPPED / dropout.STEPS:g}"
     if wide and has_terms(scores):
         return "the call has a bias, a softcap or dropout, which these kernels have up to head_dim 128"
     return None
@@ -96,7 +103,7 @@ def kernel_terms(
     from anymask.backends.hopper.kernels.terms import Dropout, Terms
 
     unit = UNIT / scores.softcap if scores.softcap else LOG2_E
-    keys = [t.squeeze(2) for t in scores.dense if t.shape[2] == 1]
+    keys = _key_biases(scores)
     queries = [t.squeeze(3) for t in scores.dense if t.shape[2] > 1 == t.shape[3]]
     pairs, p, seed = pairs_of(scores), scores.dropout_p, scores.seed
     terms = Terms(
@@ -111,17 +118,33 @@ def kernel_terms(
 
 
 class ForwardScores(NamedTuple):
-    """The scores of a call as the forward kernel takes them; `pairs`: the bias of pairs, or None."""
+    """The scores of a call as the forward kernel takes them.
+
+    `pairs`: the bias of pairs, or None. `columns`: of `key_columns`, for a bias of keys, then not in `terms`, or None.
+    """
 
     qk_scale: float
     sinks: Tensor | None
     terms: Any
     pairs: Tensor | None
+    columns: Tensor | None
 
     def arguments(self, rows: int, keys: int) -> tuple[Any, ...]:
-        """In the order of the kernel's parameters; so many are a block of the bias of pairs."""
+        """In the order of the kernel's parameters; so many queries and keys are a block of a bias."""
         bias = None if self.pairs is None else _descriptor(self.pairs, rows, keys)
-        return self.qk_scale, self.sinks, self.terms, bias
+        planes, columns = (), None
+        if self.columns is not None:
+            planes, columns = planes_of(self.columns), columns_descriptor(self.columns, keys)
+        return self.qk_scale, self.sinks, self.terms, bias, columns, planes
+
+    @property
+    def configs(self) -> tuning.Forward:
+        """The table of launch options."""
+        if self.columns is not None:
+            return tuning.FORWARD_COLUMNS_TERMS if self.terms else tuning.FORWARD_COLUMNS
+        if self.pairs is not None:
+            return tuning.FORWARD_PAIRS
+        return tuning.FORWARD_TERMS if self.terms else tuning.FORWARD
 
     def swizzle_heads(self, usual: int, q: Tensor) -> int:
         """How many heads are swizzled together: of those that share a bias of pairs, as many as fit the L2 cache."""
@@ -133,13 +156,30 @@ class ForwardScores(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """What the compiled kernel depends on."""
-        return self.sinks is None, None if self.pairs is None else self.pairs.dtype, *args_key((self.terms,))
+        planes = None if self.columns is None else planes_of(self.columns)
+        return self.sinks is None, None if self.pairs is None else self.pairs.dtype, planes, *args_key((self.terms,))
 
 
 def forward_scores(scores: Scores | None, sm_scale: float, q: Tensor, kv_len: int) -> ForwardScores:
     """What the forward kernel takes of `scores`, of a call with so many keys."""
+    columns = None
+    if scores is not None and _takes_columns(scores, sm_scale):
+        found = _key_biases(scores)
+        columns = key_columns(found[0] if len(found) == 1 else _sum(found), kv_len, sm_scale)
+        scores = replace(scores, dense=())
     terms, qk_scale = kernel_terms(scores, sm_scale, q.shape[2], kv_len, q.shape[0])
-    return ForwardScores(qk_scale, None if scores is None else scores.sinks, terms, pairs_of(scores))
+    return ForwardScores(qk_scale, None if scores is None else scores.sinks, terms, pairs_of(scores), columns)
+
+
+def _key_biases(scores: Scores) -> list[Tensor]:
+    """The terms that are the same for all queries: `[batch or 1, heads or 1, kv_len or 1]`."""
+    return [t.squeeze(2) for t in scores.dense if t.shape[2] == 1]
+
+
+def _takes_columns(scores: Scores, sm_scale: float) -> bool:
+    """Whether all biases are of keys, and can be more columns of k: nothing else is added or capped after them."""
+    is_alone = not (scores.lookups or scores.softcap) and all(t.shape[2] == 1 for t in scores.dense)
+    return bool(scores.dense) and is_alone and sm_scale >= LEAST_SCALE
 
 
 class BackwardTerms(NamedTuple):

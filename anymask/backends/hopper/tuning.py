@@ -70,6 +70,15 @@ FORWARD_PAIRS: Forward = {
     64: ForwardConfig(128, 1, 3, 2, (True, True), BIAS_STAGES=2),
     128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=1),
 }
+# with a bias of keys as more columns of k, whose stages take the place of one of q: alone, and with dropout
+FORWARD_COLUMNS: Forward = {
+    64: ForwardConfig(64, 2, 4, 1, (False, True)),
+    128: ForwardConfig(128, 1, 2, 1, (True, True)),
+}
+FORWARD_COLUMNS_TERMS: Forward = {
+    64: FORWARD_TERMS[64],
+    128: FORWARD_COLUMNS[128],
+}
 # of the backward pass above 128
 WIDE_DKDV = {
     (192, 128): DKDVConfig(64, 3, 2),

@@ -3,10 +3,13 @@
 from tests.helpers.mutants.record import Mutant, seen_by
 
 HOPPER, NARROW = (f"anymask/backends/hopper/{name}.py" for name in ("__init__", "narrow"))
-BACKWARD, DQ, FORWARD, MAINLOOP, PTX, SCHEDULER, TERMS, WORDS = (
+BACKWARD, COLUMNS, DQ, FORWARD, KERNEL_TERMS, MAINLOOP, PTX, SCHEDULER, TERMS, WORDS = (
     f"anymask/backends/hopper/kernels/{name}.py"
-    for name in ("backward", "backward_dq", "forward", "mainloop", "ptx", "scheduler", "backward_terms", "words")
-)
+    for name in (
+        "backward", "columns", "backward_dq", "forward", "terms", "mainloop", "ptx", "scheduler", "backward_terms",
+        "words",
+    )
+)  # fmt: skip
 
 
 def _bug(name: str, file: str, old: str, new: str, chosen: str, by: str = "test_gpu") -> Mutant:
@@ -257,6 +260,38 @@ GPU: tuple[Mutant, ...] = (
         "(column.sample * q_heads + column.head)",
         "(column.sample * q_heads)",
         "gradients_of_the_hopper and keys_by_head-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "forward: columns of the first head's bias of keys",
+        COLUMNS,
+        "tile.head & planes.head, key, 0]",
+        "tile.head & 0, key, 0]",
+        "hopper_kernels and keys_by_head-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "forward: half of a bias of keys",
+        COLUMNS,
+        "value = gl.full(SHAPE, 1.0,",
+        "value = gl.full(SHAPE, 0.5,",
+        "hopper_kernels and keys-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "forward: dropout of the keys before",
+        KERNEL_TERMS,
+        "gl.where(k_half == 0, w0, w1)",
+        "gl.where(k_half == 1, w0, w1)",
+        "hopper_kernels and dropout-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "backward: random words of another pair of keys",
+        PTX,
+        "shfl.sync.bfly.b32 s, s, 4,",
+        "shfl.sync.bfly.b32 s, s, 8,",
+        "gradients_of_the_hopper and dropout-",
         "test_gpu_scores",
     ),
     _bug(

@@ -222,9 +222,9 @@ SCORES: tuple[Mutant, ...] = (
         seen_by("test_score_transforms", "one_by_one or same_under"),
     ),
     Mutant(
-        "dropout: the same bits for two runs of 8 queries",
+        "dropout: the same bits for two neighbouring keys",
         DROPOUT,
-        "bits = (word >> (16 * half)) & (STEPS - 1)",
+        "bits = (word >> (16 * neighbour)) & (STEPS - 1)",
         "bits = word & (STEPS - 1)",
         seen_by("test_scores", "test_heads_samples_queries_and_keys_differ"),
     ),

@@ -42,48 +42,33 @@ def keep_pairs(
 ):
     """Whether pairs are kept, int1 `[QUERIES, KEYS]`, or `[KEYS, QUERIES]` with `BY_KEY`.
 
-    QUERIES is a multiple of 16 and start_q too, KEYS of 16 and start_k of KEYS.
+    QUERIES and KEYS are multiples of 16, as start_q and start_k are.
     """
     seed, offset = tl.load(seed_ptr).to(tl.uint64), tl.load(seed_ptr + 1).to(tl.uint64)
-    # a call of the generator serves 8 keys apart by 8, of which short blocks have two
-    FOURS: tl.constexpr = KEYS // 32 if KEYS >= 32 else 1
-    OF_FOUR: tl.constexpr = KEYS // 8 // FOURS
-    first_four = (start_k // 8) % 4 if KEYS < 32 else 0
-    q_pair, half, q_low = tl.arange(0, QUERIES // 16), tl.arange(0, 2), tl.arange(0, 8)
-    k_four, which, k_low = tl.arange(0, FOURS), first_four + tl.arange(0, OF_FOUR), tl.arange(0, 8)
-    # [QUERIES // 16, 2, 8, FOURS, OF_FOUR, 8], or the last three first
-    if BY_KEY:
-        k_four, which, k_low = (
-            k_four[:, None, None, None, None, None],
-            which[None, :, None, None, None, None],
-            k_low[None, None, :, None, None, None],
-        )
-        q_pair, half, q_low = (
-            q_pair[None, None, None, :, None, None],
-            half[None, None, None, None, :, None],
-            q_low[None, None, None, None, None, :],
-        )
-    else:
-        q_pair, half, q_low = (
-            q_pair[:, None, None, None, None, None],
-            half[None, :, None, None, None, None],
-            q_low[None, None, :, None, None, None],
-        )
-        k_four, which, k_low = (
-            k_four[None, None, None, :, None, None],
-            which[None, None, None, None, :, None],
-            k_low[None, None, None, None, None, :],
-        )
+    # queries are q_block, q_half, q_low, keys are k_block, k_half, k_low; of [queries, keys], or keys first
+    Q: tl.constexpr = 3 if BY_KEY else 0
+    K: tl.constexpr = 0 if BY_KEY else 3
+    q_block, q_half, q_low = _axis(QUERIES // 16, Q), _axis(2, Q + 1), _axis(8, Q + 2)
+    k_block, k_half, k_low = _axis(KEYS // 16, K), _axis(2, K + 1), _axis(8, K + 2)
     w0, w1, w2, w3 = _philox(
-        ((start_q // 16 + q_pair) * 8 + q_low).to(tl.uint32),
-        ((start_k // 32 + k_four) * 8 + k_low).to(tl.uint32),
+        ((start_q // 16 + q_block) * 8 + q_low).to(tl.uint32),
+        ((start_k // 16 + k_block) * 4 + (k_low >> 1)).to(tl.uint32),
         (sample.to(tl.uint32) << 16) ^ head.to(tl.uint32),
         (offset & LOW).to(tl.uint32),
         seed & LOW,
         (seed >> 32) ^ (offset >> 32),
     )
-    word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
-    # its high half decides, so a low half is moved up
-    word = tl.where(half == 1, word, word << 16)
-    kept = word >= (tl.cast(drop_below, tl.uint32) << 16)
+    word = tl.where(q_half == 0, tl.where(k_half == 0, w0, w1), tl.where(k_half == 0, w2, w3))
+    # 15 bits of its half decide, moved to the top
+    kept = (word << (17 - 16 * (k_low & 1)).to(tl.uint32)) >= (tl.cast(drop_below, tl.uint32) << 17)
     return tl.reshape(kept, [KEYS, QUERIES] if BY_KEY else [QUERIES, KEYS])
+
+
+@triton.jit
+def _axis(SIZE: tl.constexpr, D: tl.constexpr):
+    """int32 indices along dimension D of six, of size 1 along the others."""
+    i = tl.arange(0, SIZE)
+    for d in tl.static_range(6):
+        if d != D:
+            i = tl.expand_dims(i, d)
+    return i

@@ -7,7 +7,16 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.pipeline import TILE
 from anymask.backends.hopper.kernels.softmax import exp2, mask_exponents, masked_exp2, row_sum_partials
-from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, load_seeds, scored
+from anymask.backends.hopper.kernels.terms import (
+    add_bias,
+    axis_of,
+    factor,
+    least_kept,
+    load_key_bias,
+    load_seeds,
+    random_words,
+    scored,
+)
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, to_quad_view
 
 
@@ -38,16 +47,30 @@ def step_bias(terms, of_keys, column, start_q, like, G: gl.constexpr):
 @gluon.jit
 def dropped_words(terms, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.constexpr):
     """int32 `[ROWS, 4]`: which pairs of a step dropout takes, as bits like those of a mask, low bits first."""
-    start_k = column.tile * TILE + G * ROWS
-    # read here, they take no registers elsewhere
-    seeds = load_seeds(terms)
-    kept = to_quad_view(keep(terms, seeds, column.sample, column.head, start_q, start_k, like, True))
-    LAYOUT: gl.constexpr = kept.type.layout
-    i = gl.arange(0, kept.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
-    p = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
-    bit = i.expand_dims(0).expand_dims(2).expand_dims(3) * 2 + p.expand_dims(0).expand_dims(1).expand_dims(2)
-    words = gl.where(kept, 0, 1 << bit)
-    return gl.convert_layout(gl.sum(gl.sum(words, 3), 1), W_LAYOUT, assert_trivial=True)
+    N: gl.constexpr = like.shape[1] // 16
+    L7: gl.constexpr = gl.zeros_like(like).reshape([ROWS // 16, 2, 8, N, 2, 4, 2]).type.layout
+    # [block of keys, key of 8, block of queries, pair of queries]: what a thread calls the generator for
+    x = gl.zeros([ROWS // 16, 8, N, 4], gl.int32, gl.SliceLayout(1, gl.SliceLayout(4, gl.SliceLayout(6, L7))))
+    start_k, key = column.tile * TILE + G * ROWS, axis_of(x, 1)
+    w0, w1, w2, w3 = random_words(
+        # read here, they take no registers elsewhere
+        load_seeds(terms),
+        column.sample,
+        column.head,
+        (start_q // 16 + axis_of(x, 2)) * 8 + axis_of(x, 3) * 2 + key % 2,
+        (start_k // 16 + axis_of(x, 0)) * 4 + key // 2,
+    )
+    first, second = gl.inline_asm_elementwise(
+        ptx.dropped_asm(N),
+        ptx.dropped_operands(N),
+        [w0, w1, w2, w3, key % 2, least_kept(terms)],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=N,
+    )
+    # of the N summands one is not 0: no addition is left
+    both = gl.join(gl.sum(first, 2), gl.sum(second, 2)).permute((0, 3, 1, 2))
+    return gl.convert_layout(both.reshape([ROWS, 4]), W_LAYOUT, assert_trivial=True)
 
 
 @gluon.jit

@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from anymask.backends.hopper.kernels.blocks import blocks_at, load_blocks
+from anymask.backends.hopper.kernels.columns import allocate_columns, load_columns
 from anymask.backends.hopper.kernels.compat import tma_load, tma_store
 from anymask.backends.hopper.kernels.mainloop import mainloop
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
@@ -52,7 +53,7 @@ def _words_of(tile_range, lists):
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedule, group, cfg: gl.constexpr):
+def _produce(q_desc, k_desc, v_desc, bias_desc, columns, terms, kv_has_pair, pair, schedule, group, cfg: gl.constexpr):
     """The producer warp: loads q of every work tile, then k and v of the steps through its kv tiles.
 
     v runs one step behind k, which is the order that the consumers want them in.
@@ -62,6 +63,8 @@ def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedu
     HAS_MASK: gl.constexpr = cfg.HAS_MASK
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     STEPS: gl.constexpr = TILE // BLOCK_N
+    OF_BIAS: gl.constexpr = columns[0].block_type.nbytes if len(columns) > 0 else 0
+    K_BYTES: gl.constexpr = cfg.D_BLOCKS * k_desc.block_type.nbytes + OF_BIAS
     step_base = 0
     n_zeroed = 0
     kv_len = schedule.sizes.kv_len
@@ -89,8 +92,10 @@ def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedu
             # read one step ahead: it is an indirection
             kv_tile = load_kv_tile((t + 1) // STEPS, lists, tile_range, HAS_MASK)
             mbarrier.wait(kv.empty.index(stage), phase ^ 1)
-            mbarrier.expect(kv.k_full.index(stage), cfg.D_BLOCKS * k_desc.block_type.nbytes)
+            mbarrier.expect(kv.k_full.index(stage), K_BYTES)
             load_blocks(k_desc, sample, kv_head, row, kv.k_full.index(stage), kv.k_bufs, stage, cfg.D_BLOCKS)
+            if len(columns) > 0:
+                load_columns(columns[0], columns[1], tile, row, kv.k_full.index(stage), kv.columns.bufs, stage)
             if t > 0:
                 last = stage_and_phase(step_base + t - 1, STAGES)[0]
                 is_partial = t <= tile_range.n_partial * STEPS
@@ -245,7 +250,15 @@ def _allocate_bias(desc, STAGES: gl.constexpr):
 
 @gluon.jit
 def _allocate_pair(
-    q_desc, k_desc, v_desc, o_desc, bias_desc, cfg: gl.constexpr, PAIR: gl.constexpr, CONSUMER_PAIRS: gl.constexpr
+    q_desc,
+    k_desc,
+    v_desc,
+    o_desc,
+    bias_desc,
+    columns_desc,
+    cfg: gl.constexpr,
+    PAIR: gl.constexpr,
+    CONSUMER_PAIRS: gl.constexpr,
 ):
     """What a pair of consumer warpgroups of a program shares with its producer."""
     STAGES: gl.constexpr = cfg.STAGES
@@ -258,7 +271,8 @@ def _allocate_pair(
     o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
     k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES + 1, 1)
-    kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS))
+    columns = allocate_columns(columns_desc, STAGES)
+    kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS), columns)
     bias = () if bias_desc is None else _allocate_bias(bias_desc, cfg.BIAS_STAGES)
     worker = Worker(gl.program_id(0) * CONSUMER_PAIRS + PAIR, gl.num_programs(0) * CONSUMER_PAIRS)
     return ConsumerPair(q, kv, bias, o_bufs, worker)
@@ -316,6 +330,8 @@ def _fwd_kernel(
     sinks,
     terms,
     bias_desc,
+    columns_desc,
+    column_planes,
     D_BLOCKS: gl.constexpr,
     V_BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -329,8 +345,8 @@ def _fwd_kernel(
 
     `sinks`: fp32, one for each query head, or None. `terms`: `Terms`, or () if nothing else happens to scores.
     `bias_desc`: of their `pairs`, `[batch or 1, heads or 1, q_len, kv_len]` with blocks `[1, 1, ROWS, BLOCK_N]`, or
-    None.
-
+    None. `columns_desc`: of a bias of keys, `[batch or 1, heads or 1, kv_len, 16]` with blocks `[1, 1, BLOCK_N, 16]`,
+    of which `column_planes`, `KeyColumns`, chooses; or None.
 
     Grid: (programs), so many that there is a work tile for each, `n_work_tiles = batch * q_heads * q_tiles`.
     Descriptors are `[batch, heads, length, D]` with blocks `[1, 1, ROWS, width]` for q and o, `[1, 1, BLOCK_N, width]`
@@ -358,28 +374,29 @@ def _fwd_kernel(
         samples = terms.pairs[0].samples
     schedule = ForwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, samples)
     per_row = (lse,) if sinks is None else (lse, sinks)
-    a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, bias_desc, cfg, 0, CONSUMER_PAIRS)
+    columns = () if columns_desc is None else (columns_desc, column_planes)
+    a = _allocate_pair(q_desc, k_desc, v_desc, o_desc, bias_desc, columns_desc, cfg, 0, CONSUMER_PAIRS)
     # argument lists are written inline (docs/kernels.md, finding 8)
     if CONSUMER_PAIRS == 1:
         gl.warp_specialize(
             [
                 (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
                 (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
-                (_produce, (q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, a, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, bias_desc, columns, terms, kv_has_pair, a, schedule, group, cfg)),
             ],
             [4, 1],
             [240, 24],
         )
     else:
-        b = _allocate_pair(q_desc, k_desc, v_desc, o_desc, bias_desc, cfg, 1, CONSUMER_PAIRS)
+        b = _allocate_pair(q_desc, k_desc, v_desc, o_desc, bias_desc, columns_desc, cfg, 1, CONSUMER_PAIRS)
         gl.warp_specialize(
             [
                 (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
                 (_consume, (o_desc, per_row, a, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
                 (_consume, (o_desc, per_row, b, schedule, qk_scale, terms, cfg, gl.constexpr(0))),
                 (_consume, (o_desc, per_row, b, schedule, qk_scale, terms, cfg, gl.constexpr(1))),
-                (_produce, (q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, a, schedule, group, cfg)),
-                (_produce, (q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, b, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, bias_desc, columns, terms, kv_has_pair, a, schedule, group, cfg)),
+                (_produce, (q_desc, k_desc, v_desc, bias_desc, columns, terms, kv_has_pair, b, schedule, group, cfg)),
             ],
             [4, 4, 4, 1, 1],
             [112, 112, 112, 24, 24],

@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from anymask.backends.hopper.kernels.blocks import block_at, issue_scores, issue_sums, wait_sums
+from anymask.backends.hopper.kernels.columns import issue_bias
 from anymask.backends.hopper.kernels.pipeline import TILE, opaque, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
 from anymask.backends.hopper.kernels.scheduler import load_kv_tile
@@ -24,7 +25,7 @@ from anymask.backends.hopper.kernels.softmax import (
     unpack_halves,
     update_row_max,
 )
-from anymask.backends.hopper.kernels.terms import add, factor, keep, load_bias, scored
+from anymask.backends.hopper.kernels.terms import add, drop, factor, load_bias, scored, words_of
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_words, tail_words, to_quad_view, zero_words
 
 
@@ -98,15 +99,24 @@ def _exponents(s, m_i, bias, pairs, scoring):
 
 
 @gluon.jit
-def _drop(x, start_k, scoring, WARPGROUP: gl.constexpr):
-    """Weights `x [ROWS, N]` of a step where dropout keeps them, else 0."""
+def _random_words(like, start_k, scoring, WARPGROUP: gl.constexpr):
+    """`words_of` a step, of the shape and layout of packed weights `like`; 0 without dropout."""
+    words = 0
     if len(scoring.terms) > 0:  # noqa: SIM102
         if len(scoring.terms.dropout) == 1:
             tile = scoring.tile
             start_q = tile.tile * TILE + WARPGROUP * ROWS
-            kept = keep(scoring.terms, scoring.seeds, tile.sample, tile.head, start_q, start_k, x, False)
-            x = gl.where(kept, x, 0.0)
-    return x
+            words = words_of(like, scoring.terms, scoring.seeds, tile.sample, tile.head, start_q, start_k)
+    return words
+
+
+@gluon.jit
+def _drop(p, words, scoring):
+    """Packed weights `p` of a step where dropout keeps them, else 0; themselves without dropout."""
+    if len(scoring.terms) > 0:  # noqa: SIM102
+        if len(scoring.terms.dropout) == 1:
+            p = drop(p, words, scoring.terms)
+    return p
 
 
 @gluon.jit
@@ -151,7 +161,7 @@ def _steps(
         last = stage_and_phase(i - 1, STAGES)[0]
         stage, phase = stage_and_phase(i, STAGES)
         mbarrier.wait(kv.k_full.index(stage), phase)
-        s_flying = issue_scores(q, kv.k_bufs, stage)
+        s_flying = issue_bias(issue_scores(q, kv.k_bufs, stage), kv.columns, stage)
         p = unpack_halves(p, dtype, P_LAYOUT)
         acc_flying = issue_sums(p, kv.v_bufs, last, acc)
         step_bias, pairs, start_k = 0.0, 0, 0
@@ -181,18 +191,16 @@ def _steps(
             x = exp2(z)
         _free_pairs(i, scoring, alpha)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
-        if DROPS:
-            next_p = pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype)
-            # masked steps have no registers for it
-            needed = needs_rescale(alpha, l_i if MASK_STEPS == "all" else after(l_i, next_p))
-        else:
-            needed = needs_rescale(alpha, l_i)
+        # words and not weights: a second p in 16 bits would be moved to where the product reads it
+        random = _random_words(state.p, start_k, scoring, WARPGROUP)
+        # masked steps have no registers for it
+        needed = needs_rescale(alpha, after(l_i, random) if DROPS and MASK_STEPS != "all" else l_i)
         # here and not before the product: its branch keeps ptxas from moving the wait below to above the softmax
         mbarrier.wait(kv.v_full.index(stage), phase)
         acc, p = wait_sums(acc_flying, p)
         mbarrier.arrive(kv.empty.index(stage))
         acc = [rescale(block, alpha, needed) for block in acc]
-        p = next_p if DROPS else pack_halves(x, dtype)
+        p = _drop(pack_halves(x, dtype), random, scoring)
     return SoftmaxState(p, acc, l_i, m_i)
 
 
@@ -235,7 +243,7 @@ def mainloop(
         partial = PartialTiles(None, w, sizes.mask_rows)
     stage, phase = stage_and_phase(step_base, STAGES)
     mbarrier.wait(kv.k_full.index(stage), phase)
-    s = issue_scores(q, kv.k_bufs, stage)
+    s = issue_bias(issue_scores(q, kv.k_bufs, stage), kv.columns, stage)
     bias, pairs, start_k = 0.0, 0, 0
     if len(scoring.terms) > 0:
         start_k = _start_of(0, scoring, cfg, BLOCK_N)
@@ -250,7 +258,8 @@ def mainloop(
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
     mbarrier.arrive(kv.empty.index(stage))
-    state = SoftmaxState(pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype), acc, l_i, m_i)
+    p = pack_halves(x, dtype)
+    state = SoftmaxState(_drop(p, _random_words(p, start_k, scoring, WARPGROUP), scoring), acc, l_i, m_i)
     begin, end, last_partial = step_base + 1, step_base + n, step_base + partial_steps - 1
     # one loop for all where two pairs share the multiprocessor: two loops were slower there
     REST: gl.constexpr = "some" if STEPS > 1 else "none"

@@ -26,6 +26,11 @@ COUNT_WHEN_DONE = gl.constexpr(
     "{ .reg .pred p; .reg .b32 x; cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 x, %laneid; "
     "setp.eq.s32 p, x, 0; @p red.release.gpu.global.add.s32 [$1], 1; mov.b32 $0, x; }"
 )
+# $1, at least 0: the least of it and of a number with any bits $2, which is infinity or NaN
+SAME_FLOAT = gl.constexpr("{ .reg .b32 x; lop3.b32 x, $2, 0x7F800000, 0x80000000, 0x54; min.f32 $0, $1, x; }")
+# two weights in 16 bits, $1, each 0 if the low 15 bits of its half of $2 are less than those of $3. As numbers of fp16
+# without a sign they have the order of integers, and what is NaN is more than all $3, which are infinity at most
+KEEP = gl.constexpr("{ .reg .b32 x; abs.f16x2 x, $2; set.geu.u32.f16x2 x, x, $3; and.b32 $0, $1, x; }")
 # ds of weight $1, below 0 if dropout takes it, dp $2, delta $3 and the factor $4 of what dropout keeps
 DROPPED_GRADIENT = gl.constexpr(
     "{ .reg .f32 t, u; max.f32 t, $1, 0f00000000; mul.f32 u, $2, $4; mul.f32 t, t, u; abs.f32 u, $1; neg.f32 u, u; "
@@ -117,6 +122,45 @@ def sign_operands(n: int):
 def select_operands(n: int):
     """Constraints of `select_asm`."""
     return ",".join(["=f"] * n + ["f"] * n + ["r"] * n)
+
+
+@gluon.constexpr_function
+def dropped_asm(n: int):
+    """PTX that makes of random words which pairs of a thread dropout takes, as bits.
+
+    A thread has two keys 8 apart, and of `n` blocks of 16 queries four each: 2c, 2c + 1, and those 8 after. It has the
+    words of query 2c or 2c + 1, as its keys are even or odd, for both them and their neighbours, which the thread 4
+    lanes on has; those of the other query come from there.
+
+    $0 are the bits of the first key, zeros follow to $n-1; $n those of the second, and zeros. Words are $2n to $6n-1:
+    first query and first key of all blocks, first and second, second and first, both second. $6n is 1 if keys are odd,
+    $7n the least bits that are kept, twice.
+    """
+    lines = [f"setp.ne.u32 o, ${6 * n}, 0; selp.b32 own, 0x7632, 0x5410, o; xor.b32 other, own, 0x2222;"]
+    lines.append("mov.b32 a0, 0; mov.b32 a1, 0;")
+    for block in range(n):
+        for r in (0, 1):
+            words = f"${(2 + 2 * r) * n + block}, ${(3 + 2 * r) * n + block}"
+            bit = 4 * (block % 4) + 2 * r
+            lines.append(
+                f"prmt.b32 k, {words}, own; prmt.b32 s, {words}, other; shfl.sync.bfly.b32 s, s, 4, 31, 0xffffffff; "
+                "selp.b32 x, s, k, o; selp.b32 y, k, s, o;"
+            )
+            for x, b in (("x", bit), ("y", bit + 1)):
+                # a | (x & c)
+                lines.append(
+                    f"abs.f16x2 {x}, {x}; set.lt.u32.f16x2 {x}, {x}, ${7 * n}; "
+                    f"lop3.b32 a{block // 4}, a{block // 4}, {x}, {0x10001 << b}, 0xf8;"
+                )
+    lines += [f"mov.b32 ${i}, 0;" for i in range(2 * n) if i % n]
+    lines.append(f"prmt.b32 $0, a0, a1, 0x5410; prmt.b32 ${n}, a0, a1, 0x7632;")
+    return "{ .reg .pred o; .reg .b32 own, other, k, s, x, y, a0, a1; " + "\n".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def dropped_operands(n: int):
+    """Constraints of `dropped_asm`."""
+    return ",".join(["=&r"] * (2 * n) + ["r"] * (6 * n))
 
 
 @gluon.constexpr_function

@@ -116,7 +116,8 @@ class KVPipeline(NamedTuple):
     """Stages of k and v `[1, 1, BLOCK_N, width]`, a buffer a block. Their loads end apart, their stage is given back as
     one.
 
-    `v_full` has one more barrier, for a v of which the producer zeroes rows before it is full.
+    `v_full` has one more barrier, for a v of which the producer zeroes rows before it is full. `columns`: those of a
+    bias beside k, `ColumnStages`, or ().
     """
 
     k_bufs: Any
@@ -124,6 +125,7 @@ class KVPipeline(NamedTuple):
     v_bufs: Any
     v_full: Any
     empty: Any
+    columns: Any
 
 
 class BiasPipeline(NamedTuple):

@@ -132,13 +132,14 @@ def unpack_halves(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def after(l_i, p):
-    """`l_i [ROWS, 4]`, which ptxas takes to depend on all of `p [ROWS, N // 8, 4]`, 16 bits of weights up to 2**8."""
-    N: gl.constexpr = p.shape[1] * 2
-    any_p = gl.inline_asm_elementwise(ptx.any_asm(N), ptx.any_operands(N), [p], dtype=gl.int32, is_pure=True, pack=N)
-    any_p = gl.convert_layout(gl.sum(any_p, 1), l_i.type.layout, assert_trivial=True)
-    # two of -1, no weights
-    return gl.where(any_p == -1, l_i + 1.0, l_i)
+def after(l_i, words):
+    """`l_i [ROWS, 4]`, at least 0, which ptxas takes to depend on all of int32 `words [ROWS, N // 8, 4]`."""
+    N: gl.constexpr = words.shape[1] * 2
+    any_bit = gl.inline_asm_elementwise(
+        ptx.any_asm(N), ptx.any_operands(N), [words], dtype=gl.int32, is_pure=True, pack=N
+    )
+    any_bit = gl.convert_layout(gl.sum(any_bit, 1), l_i.type.layout, assert_trivial=True)
+    return gl.inline_asm_elementwise(ptx.SAME_FLOAT, "=f,f,r", [l_i, any_bit], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

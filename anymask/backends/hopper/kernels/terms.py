@@ -166,11 +166,11 @@ def _load_diagonals(base, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.
         gl.zeros([ROWS, COLUMNS], gl.int32, LAYOUT).reshape([ROWS // 16, 2, 8, COLUMNS // 8, 4, 2]).type.layout
     )
     x = gl.zeros([ROWS // 16, 8, COLUMNS // 8, 4, 2], gl.int32, gl.SliceLayout(1, L6))
-    row = _axis5(x, 0) * 16 + _axis5(x, 1)
-    column = _axis5(x, 3) * 2 + _axis5(x, 4)
+    row = axis_of(x, 0) * 16 + axis_of(x, 1)
+    column = axis_of(x, 3) * 2 + axis_of(x, 4)
     distance = column - row if BY_KEY else row - column
     step: gl.constexpr = 8 if BY_KEY else -8
-    first = gl.load(base + (distance + _axis5(x, 2) * step))
+    first = gl.load(base + (distance + axis_of(x, 2) * step))
     before = gl.load(base + (distance - step)) + gl.zeros_like(first)
     N: gl.constexpr = COLUMNS // 4
     second = gl.inline_asm_elementwise(
@@ -178,17 +178,6 @@ def _load_diagonals(base, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.
     )
     both = gl.join(first, second).permute((0, 5, 1, 2, 3, 4)).reshape([ROWS, COLUMNS])
     return gl.convert_layout(both, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _axis5(x, D: gl.constexpr):
-    """int32 indices along dimension D of a tensor of five, of size 1 along the others."""
-    LAYOUT: gl.constexpr = _slices(x.type.layout, D, 5)
-    i = gl.arange(0, x.shape[D], layout=LAYOUT)
-    for d in gl.static_range(5):
-        if d != D:
-            i = i.expand_dims(d)
-    return i
 
 
 @gluon.jit
@@ -217,15 +206,15 @@ def factor(terms):
 
 
 @gluon.jit
-def _axis(x6, D: gl.constexpr):
-    """int32 indices along dimension D of a tensor of six, of size 1 along the others."""
-    L: gl.constexpr = x6.type.layout
-    LAYOUT: gl.constexpr = _slices(L, D, 6)
-    x = gl.arange(0, x6.shape[D], layout=LAYOUT)
-    for d in gl.static_range(6):
+def axis_of(x, D: gl.constexpr):
+    """int32 indices along dimension D of a tensor, of size 1 along the others."""
+    RANK: gl.constexpr = len(x.shape)
+    LAYOUT: gl.constexpr = _slices(x.type.layout, D, RANK)
+    i = gl.arange(0, x.shape[D], layout=LAYOUT)
+    for d in gl.static_range(RANK):
         if d != D:
-            x = x.expand_dims(d)
-    return x
+            i = i.expand_dims(d)
+    return i
 
 
 @gluon.constexpr_function
@@ -266,33 +255,54 @@ def load_seeds(terms):
 
 
 @gluon.jit
-def keep(terms, seeds, sample, head, start_q, start_k, like, BY_KEY: gl.constexpr):
-    """Whether dropout keeps the pairs of a tile: the bits of anymask/scores/dropout.py, int1, of the shape of `like`.
+def random_words(seeds, sample, head, q_number, k_number):
+    """Four words of the generator for these numbers of pairs of queries and of four keys, of anymask/scores/dropout.py.
 
-    `seeds`: of `load_seeds`. The tile starts at multiples of 16 queries and of its keys, of which it has 64 or more.
+    `seeds`: of `load_seeds`. The words are those of the first query with keys k, k + 1 and k + 8, k + 9, and of the
+    second; a pair has the low 15 bits of a half.
     """
-    drop = terms.dropout[0]
-    R: gl.constexpr = like.shape[0]
-    C: gl.constexpr = like.shape[1]
-    LAYOUT: gl.constexpr = like.type.layout
-    if BY_KEY:
-        x6 = gl.zeros([R, C], gl.int32, LAYOUT).reshape([R // 32, 4, 8, C // 16, 2, 8])
-        k_four, which, k_low = _axis(x6, 0), _axis(x6, 1), _axis(x6, 2)
-        q_pair, half, q_low = _axis(x6, 3), _axis(x6, 4), _axis(x6, 5)
-    else:
-        x6 = gl.zeros([R, C], gl.int32, LAYOUT).reshape([R // 16, 2, 8, C // 32, 4, 8])
-        q_pair, half, q_low = _axis(x6, 0), _axis(x6, 1), _axis(x6, 2)
-        k_four, which, k_low = _axis(x6, 3), _axis(x6, 4), _axis(x6, 5)
-    w0, w1, w2, w3 = _philox(
-        ((start_q // 16 + q_pair) * 8 + q_low).to(gl.uint32),
-        ((start_k // 32 + k_four) * 8 + k_low).to(gl.uint32),
+    return _philox(
+        q_number.to(gl.uint32),
+        k_number.to(gl.uint32),
         (sample.to(gl.uint32) << 16) ^ head.to(gl.uint32),
         seeds[0],
         seeds[1],
         seeds[2],
     )
-    word = gl.where(which < 2, gl.where(which == 0, w0, w1), gl.where(which == 2, w2, w3))
-    # its high half decides, so a low half is moved up
-    word = gl.where(half == 1, word, word << 16)
-    kept = word >= (drop.below.to(gl.uint32) << 16)
-    return gl.convert_layout(kept.reshape([R, C]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def least_kept(terms):
+    """The least bits of a pair that is kept, in both halves of a word."""
+    return terms.dropout[0].below.to(gl.uint32) * 0x10001
+
+
+@gluon.jit
+def words_of(like, terms, seeds, sample, head, start_q, start_k):
+    """Random words int32 `[ROWS, N // 8, 4]` of a tile, one for each pair of weights that `pack_halves` makes.
+
+    `like`: of their shape and layout. The tile starts at multiples of 16 queries and keys.
+    """
+    R: gl.constexpr = like.shape[0]
+    C: gl.constexpr = like.shape[1]
+    LAYOUT: gl.constexpr = like.type.layout
+    x6 = gl.zeros([R, C, 4], gl.int32, LAYOUT).reshape([R // 16, 2, 8, C // 2, 2, 4])
+    w0, w1, w2, w3 = random_words(
+        seeds,
+        sample,
+        head,
+        (start_q // 16 + axis_of(x6, 0)) * 8 + axis_of(x6, 2),
+        (start_k // 16 + axis_of(x6, 3)) * 4 + axis_of(x6, 5),
+    )
+    q_half, k_half = axis_of(x6, 1), axis_of(x6, 4)
+    word = gl.where(q_half == 0, gl.where(k_half == 0, w0, w1), gl.where(k_half == 0, w2, w3))
+    word = gl.convert_layout(word.reshape([R, C, 4]), LAYOUT, assert_trivial=True)
+    return word.to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def drop(p, words, terms):
+    """Weights `p [ROWS, N // 8, 4]`, of `pack_halves`, where dropout keeps them by their `words_of`, else 0."""
+    return gl.inline_asm_elementwise(
+        ptx.KEEP, "=r,r,r,r", [p, words, least_kept(terms)], dtype=gl.int32, is_pure=True, pack=1
+    )
