@@ -129,9 +129,9 @@ def run_backward(
 class Attention(_SingleLevelFunction):
     """The autograd of attention.
 
-    Takes the `BlockMask` itself, and its `ctx` first: torch binds the arguments of the newer form by `inspect` at every
-    call. `keyset` None calls a backend, else the operator below autograd. torch.func's transforms record through the
-    operator, one level at a time, so this is a function of a single level.
+    Takes its `ctx` first: torch binds the arguments of the newer form by `inspect` at every call. `keyset` None calls a
+    backend, with the `BlockMask`, else the operator below autograd, with the tensors that it was given. torch.func's
+    transforms record through the operator, one level at a time, so this is a function of a single level.
     """
 
     @staticmethod
@@ -141,22 +141,23 @@ class Attention(_SingleLevelFunction):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        block_mask: BlockMask | None,
+        mask: BlockMask | list[Tensor] | None,
         sm_scale: float,
         backend: str | None,
         deterministic: bool,
         scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """`(o, lse)`."""
-        mask = mask_tensors(block_mask)
-        if keyset is None:
-            o, lse = run_forward(q, k, v, block_mask, sm_scale, backend)
-        else:
+        if isinstance(mask, list):
+            tensors = mask
             with outer_levels_record():
-                o, lse = below_autograd(forward_op, keyset, q, k, v, mask, sm_scale, backend, deterministic, scale)
+                o, lse = below_autograd(forward_op, keyset, q, k, v, tensors, sm_scale, backend, deterministic, scale)
+        else:
+            tensors = mask_tensors(mask)
+            o, lse = run_forward(q, k, v, mask, sm_scale, backend)
         ctx.rest = sm_scale, backend, deterministic
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, o, lse, scale, *mask)
+        ctx.save_for_backward(q, k, v, o, lse, scale, *tensors)
         return o, lse
 
     @staticmethod
@@ -207,7 +208,7 @@ def _forward_autograd(
     rest = sm_scale, backend, deterministic, scale
     if may_record() and is_recorded(_NO_FORWARD_MODE, q, k, v):
         with one_level():
-            output: tuple[Tensor, Tensor] = apply(Attention, keyset, q, k, v, block_mask_of(mask, q, k), *rest)
+            output: tuple[Tensor, Tensor] = apply(Attention, keyset, q, k, v, mask, *rest)
             return output
     if is_unwatched(q, k, v):
         # what a compiled graph runs: nothing is below but the kernel
@@ -318,7 +319,7 @@ torch.library.register_vmap("anymask::backward", vmap.rule_of(backward_op, 7))
 
 def mask_tensors(block_mask: BlockMask | None) -> list[Tensor]:
     """The mask as the operators take it."""
-    return [] if block_mask is None else block_mask.tensors()
+    return [] if block_mask is None else block_mask.first_tensors()
 
 
 def block_mask_of(tensors: list[Tensor], q: Tensor, k: Tensor) -> BlockMask | None:
