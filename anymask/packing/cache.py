@@ -359,7 +359,12 @@ def _tensor_key(t: Tensor) -> TensorKey | None:
 
 def _identity(t: Tensor) -> tuple[Any, ...] | None:
     """The fields of the key of a tensor, or None."""
-    if type(t) not in _PLAIN or t.is_inference():
+    if type(t) not in _PLAIN:
+        return None
+    try:
+        version = t._version
+    except RuntimeError:
+        # made in inference mode
         return None
     base: Any = t._base
     if base is None:
@@ -369,7 +374,7 @@ def _identity(t: Tensor) -> tuple[Any, ...] | None:
     # one count is of `held`; each view of a tensor holds both of them
     if _C._storage_Use_Count(storage) - 1 > base._use_count():
         return None
-    return base._cdata, storage, t.data_ptr(), t._version, t.dtype, t.shape, t.stride()
+    return base._cdata, storage, t.data_ptr(), version, t.dtype, t.shape, t.stride()
 
 
 # the masks that `attention` remembers
