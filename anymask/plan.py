@@ -22,6 +22,15 @@ from anymask.direct import Address, Direct, TileMap
 # time of a tensor's method; None in a torch without it
 empty_on_cuda: Any = getattr(_C._dynamo.guards, "_empty_strided_cuda", None)
 
+# of Python, which looks for them at the class
+OPERATORS = (
+    "__abs__", "__add__", "__and__", "__eq__", "__floordiv__", "__ge__", "__getitem__", "__gt__", "__invert__",
+    "__le__", "__lt__", "__matmul__", "__mod__", "__mul__", "__ne__", "__neg__", "__or__", "__pow__", "__radd__",
+    "__rfloordiv__", "__rmul__", "__rpow__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__", "__xor__",
+)  # fmt: skip
+# those that write to their tensor
+WRITING = ("__iadd__", "__iand__", "__ior__", "__imul__", "__isub__", "__itruediv__", "__setitem__")
+
 
 class Unplanned(TypeError):
     """A pass asks for what no plan knows of a tensor: its values, or sizes that calls of one kind do not share."""
@@ -109,8 +118,11 @@ class Operand:
             return lambda *args, **kwargs: _write_down(of_tensor, (self, *args), kwargs)
         return _write_down(partial(_attribute, name=name), (self,), {})
 
-    def __bool__(self) -> bool:
+    def _value(self) -> Any:
+        """What Python asks a tensor for."""
         raise Unplanned("the value of a tensor")
+
+    __bool__ = __float__ = __int__ = __index__ = __iter__ = _value
 
 
 class Plan:
@@ -219,7 +231,7 @@ def _write_down(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[
 def _writes(function: Callable[..., Any]) -> bool:
     """Whether a function writes to a tensor that it is given, by torch's rule for names."""
     name = getattr(function, "__name__", "")
-    return name in ("__setitem__", "__iadd__") or (name.endswith("_") and not name.endswith("__"))
+    return name in WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
 class _Call:
@@ -270,9 +282,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return lambda *args: _write_down(getattr(Tensor, name), args, {})
 
 
-for _name in ("add", "radd", "iadd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "eq", "or", "and", "invert"):
-    setattr(Operand, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in ("__getitem__", "__setitem__"):
+for _name in (*OPERATORS, *WRITING):
     setattr(Operand, _name, _operator(_name))
 
 
