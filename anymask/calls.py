@@ -42,6 +42,11 @@ class MaskOperand(NamedTuple):
     rows: TileLists
     cols: TileLists
 
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(BlockMask, name) or name in BlockMask.__dataclass_fields__:
+            raise Unplanned(f"{name} of a mask")
+        raise AttributeError(name)
+
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float, backend: str | None

@@ -332,6 +332,7 @@ def test_plans_are_few_and_hold_no_tensor(driver: Driver) -> None:
     held = weakref.ref(q.untyped_storage()), weakref.ref(mask.words.untyped_storage()), weakref.ref(mask)
     assert calls._forward.cache_info().currsize == 1
     del q, mask
+    driver.forget()
     gc.collect()
     assert [ref() for ref in held] == [None] * 3
 
@@ -358,3 +359,7 @@ def test_a_plan_knows_no_number_of_tiles() -> None:
         mask.rows.full_tiles.numel()
     with pytest.raises(TypeError):
         mask.cols.words.new_empty(3).numel() + mask.cols.partial_tiles.numel()
+    for name in ("lists", "device", "stats"):
+        with pytest.raises(plan.Unplanned, match=name):
+            getattr(mask, name)
+    assert not hasattr(mask, "no_attribute_of_masks")
