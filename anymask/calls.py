@@ -117,10 +117,12 @@ def is_empty(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.numel() == 0 or k.numel() == 0 or v.numel() == 0
 
 
-def _forward_of_nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_of_nothing(q: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`sinks` are all that there is where no query has a key."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=lse_dtype)
-    return empty_as(q, v.shape[3]).zero_(), lse.fill_(-float("inf"))
+    lse = lse.fill_(-float("inf")) if sinks is None else lse.copy_(sinks[:, None].expand(lse.shape))
+    return empty_as(q, v.shape[3]).zero_(), lse
 
 
 def _backward_of_nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,8 +305,12 @@ def _forward_scores(
 ) -> tuple[ModuleType, Plan | None]:
     plan = Plan(device)
     operands, block_mask = [plan.operand(*kind) for kind in kinds], _mask(plan, structure)
-    q, k, v = (unit_last_stride(t) for t in operands[:3])
+    q, k, v = operands[:3]
     scores = form.scores(iter(operands[3:]))
+    if is_empty(q, k, v):
+        plan.finish(_forward_of_nothing(q, v, scores.sinks if k.shape[2] == 0 else None))
+        return backends.load("reference"), plan
+    q, k, v = (unit_last_stride(t) for t in (q, k, v))
     chosen = backends.choose(q, k, v, block_mask, backend, scores)
     if not _is_planned(chosen):
         return chosen, None

@@ -59,12 +59,12 @@ def dispatch(
             flops.register()
         output = forward_op(q, k, v, mask, dense, lookups, diagonal, sinks, seed, *numbers)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *scored)):
-        counts = len(mask), len(dense)
+        counts, run = (len(mask), len(dense)), (block_mask, sm_scale, backend, scores)
         output = ops.apply(
-            ScoredAttention, None, counts, diagonal, numbers, q, k, v, sinks, seed, *mask, *dense, *lookups
+            ScoredAttention, run, counts, diagonal, numbers, q, k, v, sinks, seed, *mask, *dense, *lookups
         )
     else:
-        output = _forward(q, k, v, mask, dense, lookups, diagonal, sinks, seed, *numbers)
+        output = calls.forward_scores(q, k, v, block_mask, sm_scale, backend, scores)
     outputs: tuple[Tensor, Tensor] = output
     return outputs
 
@@ -107,13 +107,6 @@ def _forward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     sm_scale, softcap, dropout_p, backend, _ = rest
-    if q.numel() == 0 or k.shape[2] == 0 or v.shape[3] == 0:
-        o, lse = _forward_fake(q, k, v)
-        lse.fill_(-float("inf"))
-        if k.shape[2] == 0 and sinks is not None:
-            # they are all there is
-            lse.copy_(sinks[:, None].expand(lse.shape))
-        return o.zero_(), lse
     scores = _scores(dense, lookups, diagonal, sinks, seed, softcap, dropout_p)
     return calls.forward_scores(q, k, v, ops.block_mask_of(mask, q, k), sm_scale, backend, scores)
 
@@ -192,7 +185,10 @@ def _empty_as(t: Tensor, dim: int | None = None) -> Tensor:
 
 
 class ScoredAttention(_SingleLevelFunction):
-    """The autograd of attention with scores, as `ops.Attention` is without: `keyset` None calls a backend."""
+    """The autograd of attention with scores, as `ops.Attention` is without.
+
+    `keyset` is that of the operator below autograd; or what a backend is called with instead, in a tuple.
+    """
 
     @staticmethod
     def forward(
@@ -201,8 +197,8 @@ class ScoredAttention(_SingleLevelFunction):
         """`(o, lse)`; `tensors` are q, k, v, sinks, seed, and in a row mask, dense, lookups, `counts` of those two."""
         q, k, v, sinks, seed, *lists = tensors
         args = q, k, v, *_cut(lists, counts), diagonal, sinks, seed, *numbers
-        if keyset is None:
-            o, lse = _forward(*args)
+        if isinstance(keyset, tuple):
+            o, lse = calls.forward_scores(q, k, v, *keyset)
         else:
             with ops.outer_levels_record():
                 o, lse = ops.below_autograd(forward_op, keyset, *args)
