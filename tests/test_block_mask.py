@@ -167,7 +167,7 @@ def test_tensors_are_those_of_one_that_is_there() -> None:
     assert BlockMask.from_tensors(mask.tensors(), 300, 300) is mask
 
 
-def test_operators_take_as_few_tensors_as_say_all() -> None:
+def test_operators_take_few_tensors() -> None:
     dense = torch.rand(2, 1, 300, 300) < 0.5
     keys, queries = torch.arange(300) < 290, torch.arange(300)[:, None] < 290
     masks = {

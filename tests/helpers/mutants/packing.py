@@ -235,6 +235,27 @@ PACKING: tuple[Mutant, ...] = (
         seen_by("test_block_mask", "one_that_is_there"),
     ),
     Mutant(
+        "a mask is found by tensors that do not say all",
+        KNOWN,
+        " or known.n_first > n:",
+        ":",
+        seen_by("test_block_mask", "few_tensors"),
+    ),
+    Mutant(
+        "planes of a mask are left out",
+        "anymask/block_mask/parts.py",
+        "if sizes[0] == sizes[1] == (1, 1, 0)",
+        "if sizes[0][2:] == (0,)",
+        seen_by("test_block_mask", "few_tensors"),
+    ),
+    Mutant(
+        "a compiled function leaves out which keys are used",
+        "anymask/traced.py",
+        "[: mask.n_first - ONE_PLANE]",
+        "[:1]",
+        seen_by("test_compiled", "few_tensors"),
+    ),
+    Mutant(
         "a mask of other used positions is taken for one that is there",
         KNOWN,
         "return known if same and known.q_len",
