@@ -7,7 +7,7 @@ where it calls a function or a method of torch. So a plan depends on nothing tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -133,6 +133,9 @@ class Plan:
         self._index = device.index if device.type == "cuda" else None
         self.outputs: tuple[int, ...] = ()
         self._steps: list[Callable[[list[Any]], None]] = []
+        # what steps read, and what those of torch made
+        self._reads: list[set[int]] = []
+        self._made: set[int] = set()
         self._n = 0
 
     def operand(self, shape: Sequence[int] | None, strides: Sequence[int], dtype: torch.dtype, residue: int) -> Any:
@@ -152,24 +155,34 @@ class Plan:
             # the device of the plan is the current one
             tensors.append(on_cuda(shape, strides, dtype))
 
-        self._steps.append(step if on_cuda is None else step_on_cuda)
+        self.add(step if on_cuda is None else step_on_cuda)
         return self.operand(shape, strides, dtype, 0)
 
     def finish(self, outputs: tuple[Any, ...]) -> None:
-        """What a call returns."""
+        """What a call returns. What torch made on the way goes after the last step that reads it."""
         self.outputs = tuple([self._whole(t).slot for t in outputs])
+        last = {slot: n for n, reads in enumerate(self._reads) for slot in reads & self._made - {*self.outputs}}
+        for slot, n in sorted(last.items(), key=lambda found: -found[1]):
+            self._steps.insert(n + 1, partial(_drop, slot))
 
     def _whole(self, operand: Operand) -> Operand:
         """An operand whose tensor has its sizes."""
         if not operand.is_view:
             return operand
-        self.add(lambda tensors: tensors.append(operand.of(tensors)))
+        self.add(lambda tensors: tensors.append(operand.of(tensors)), operand)
         whole: Operand = self.operand(operand.shape, operand.strides, operand.dtype, operand.residue)
         return whole
 
-    def add(self, step: Callable[[list[Any]], None]) -> None:
-        """The next step."""
+    def add(self, step: Callable[[list[Any]], None], *reads: Any) -> None:
+        """The next step, and what it reads operands of."""
         self._steps.append(step)
+        self._reads.append(set(_slots_in(reads)))
+
+    def made(self, layout: tuple[Any, ...], residue: int) -> Any:
+        """The tensor of shape, strides and dtype that the step before has made, and no one needs for long."""
+        self._made.add(self._n)
+        shape, strides, dtype = layout
+        return self.operand(shape, strides, dtype, residue)
 
     def __call__(self, *tensors: Any) -> tuple[Tensor, ...]:
         """The outputs for the tensors of a call, in the order of their operands."""
@@ -212,7 +225,7 @@ def _write_down(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[
         raise Unplanned(f"what {function} does not find in sizes alone") from error
     plan = next(iter(metas)).plan
     if _writes(function):
-        plan.add(_Call(function, args, kwargs, None))
+        plan.add(_Call(function, args, kwargs, None), args, kwargs)
     if not isinstance(like, Tensor):
         if any(isinstance(part, Tensor) for part in (like if isinstance(like, (list, tuple)) else ())):
             raise Unplanned(f"several tensors of {function}")
@@ -224,8 +237,8 @@ def _write_down(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[
         is_other = of.is_view or layout[:2] != (of.shape, of.strides)
         return Operand(plan, of.slot, *layout, residue=of.residue, is_view=True) if is_other else of
     residue = 0 if of is None else (of.residue + offset) % 16
-    plan.add(_Call(function, args, kwargs, (*layout, residue)))
-    return plan.operand(*layout, residue=residue)
+    plan.add(_Call(function, args, kwargs, (*layout, residue)), args, kwargs)
+    return plan.made(layout, residue)
 
 
 def _writes(function: Callable[..., Any]) -> bool:
@@ -269,6 +282,21 @@ def _replaced(value: Any, of: Callable[[Operand], Any]) -> Any:
     return value
 
 
+def _slots_in(value: Any) -> Iterator[int]:
+    """Of the operands in an argument."""
+    if isinstance(value, Operand):
+        yield value.slot
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _slots_in(part)
+    elif isinstance(base := getattr(value, "base", None), Operand):
+        yield base.slot
+
+
+def _drop(slot: int, tensors: list[Any]) -> None:
+    tensors[slot] = None
+
+
 def _tuple_of(like: Any, parts: list[Any]) -> Any:
     """A list, a tuple or a record as another one, of other parts."""
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
@@ -304,7 +332,7 @@ def launch(
     if plan is None:
         now.launch(kernel, grid, args, constants, key, **options)
     else:
-        plan.add(_Launch(kernel, grid, args, constants, key, options))
+        plan.add(_Launch(kernel, grid, args, constants, key, options), args)
 
 
 class _Launch:

@@ -235,6 +235,22 @@ def test_functions_of_torch_are_written_down(name: str) -> None:
     assert len(below._steps) == len(made._steps)
 
 
+def test_what_torch_made_goes_after_its_last_step() -> None:
+    made = plan.Plan(CPU)
+    t = made.operand((3, 5), (5, 1), torch.float32, 0)
+    own, total = t.new_empty(3, 5), t * 2.0
+    part = (total[1:] + 1.0)[None]
+    made.finish((own.copy_(total), torch.cat([part, part])))
+    before, held = torch.ones(3, 5), []
+    made._steps.append(held.extend)
+    found = made(before)
+    assert [float(x.max()) for x in found] == [2.0, 3.0]
+    # the tensor of the call, `own`, and in the places of `total` and `part` nothing, but for views that were made
+    assert [x is None for x in held[:3]] == [False, False, True]
+    assert sum(x is None for x in held) == 3
+    assert held[0] is before
+
+
 def test_views_take_no_step() -> None:
     made = plan.Plan(CPU)
     t = made.operand((3, 5), (5, 1), torch.float32, 8)
