@@ -1,4 +1,4 @@
-"""Bugs of plans: of what they are looked up by, and of what a launch of one gives to the driver."""
+"""Bugs of plans: of what they are looked up by, of what a launch gives to the driver, and of parts of a mask."""
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
@@ -128,5 +128,26 @@ PLANS = (
     Mutant("plan: alignment of a part", PLAN, "(of.residue + offset) % 16", "of.residue", WRITTEN),
     Mutant(
         "plan: sizes that masks do not share", CALLS, "plan.operand(None, (1,),", "plan.operand((9,), (1,),", CHANGES
+    ),
+    Mutant(
+        "a mask is found by tensors that do not say all",
+        "anymask/block_mask/known.py",
+        " or known.n_first > n:",
+        ":",
+        seen_by("test_block_mask", "few_tensors"),
+    ),
+    Mutant(
+        "planes of a mask are left out",
+        "anymask/block_mask/parts.py",
+        "if sizes[0] == sizes[1] == (1, 1, 0)",
+        "if sizes[0][2:] == (0,)",
+        seen_by("test_block_mask", "few_tensors"),
+    ),
+    Mutant(
+        "a compiled function leaves out which keys are used",
+        "anymask/traced.py",
+        "[: mask.n_first - ONE_PLANE]",
+        "[:1]",
+        seen_by("test_compiled", "few_tensors"),
     ),
 )
