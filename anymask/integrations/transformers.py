@@ -91,10 +91,7 @@ def attention_forward(
         raise ValueError(f"{type(module).__name__} asks for output_attentions; anymask has no weights: use eager")
     found: Tensor | Mask | BlockMask | None = attention_mask
     bias: Tensor | Bias | None = position_bias
-    if isinstance(attention_mask, BlockMask):
-        # of every layer, and nothing to look at
-        pass
-    elif isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
+    if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
         found, added = mask_and_bias(attention_mask)
         if added is not None:
             bias = added if bias is None else as_bias(bias) + added
