@@ -221,8 +221,9 @@ class ScoredAttention(_SingleLevelFunction):
         def gradients(do: Tensor | None, dlse: Tensor | None) -> Any:
             if do is None:
                 do = torch.zeros_like(o)
-            watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or not ops.is_unwatched(q, k, do)
-            call: Any = backward_op if watched else _backward
+            scored = [*dense, *lookups] if sinks is None else [*dense, *lookups, sinks]
+            direct = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            call: Any = _backward if direct and ops.is_unwatched(q, k, do, *scored) else backward_op
             found: list[Tensor] = call(
                 q, k, v, o, lse, do, dlse, mask, dense, lookups, diagonal, sinks, seed, *numbers, flags
             )

@@ -92,7 +92,7 @@ def _lookups(found: Found) -> tuple[Lookup, ...]:
     for other in others:
         table = table + other
     q_len, kv_len = found.shape[2:]
-    q_code = torch.arange(kv_len - 1, kv_len - 1 + q_len, dtype=torch.int32, device=found.device)
+    q_code = torch.arange(q_len, dtype=torch.int32, device=found.device) + (kv_len - 1)
     k_code = torch.arange(kv_len, dtype=torch.int32, device=found.device)
     return Lookup(table.contiguous(), q_code, k_code, True), *found.lookups
 
