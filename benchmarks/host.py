@@ -169,8 +169,7 @@ def calls(compiled: bool) -> dict[str, Callable[[], object]]:
     }
     if compiled:
         attend = torch.compile(lambda q, k, v, mask: attention(q, k, v, mask), fullgraph=True)
-        found["compiled forward"] = lambda: attend(q, k, v, packed)
-        found["compiled forward and backward"] = both(attend)
+        found |= {"compiled forward": lambda: attend(q, k, v, packed), "compiled forward and backward": both(attend)}
     return found
 
 
