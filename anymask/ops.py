@@ -4,7 +4,7 @@ The mask travels as the tensors of a `BlockMask`, so backward cannot lose it, an
 recompiles. An empty list of tensors means every pair. Operators are defined by schema and not by
 `torch.library.custom_op`, whose checks at every call take more host time than a small pass takes on a GPU.
 
-`dispatch` is the way in. Where nothing watches torch's dispatcher it calls `run_forward`, under `Attention` if
+`dispatch` is the way in. Where nothing watches torch's dispatcher it calls a backend, under `Attention` if
 gradients are recorded; else the operator, whose autograd kernel uses the same `Attention`.
 """
 
@@ -60,14 +60,14 @@ def dispatch(
             flops.register()
         if backend == "reference" and not compiling and forward_ad._current_level >= 0:
             # operations of torch, which have the derivatives that ours have not
-            output = run_forward(q, k, v, block_mask, sm_scale, backend)
+            output = calls.forward(q, k, v, block_mask, sm_scale, backend)
         else:
             sm_scale, scale = _number_and_tensor(sm_scale) if compiling else (sm_scale, None)
             output = forward_op(q, k, v, mask_tensors(block_mask), sm_scale, backend, deterministic, scale)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         output = apply(Attention, None, q, k, v, block_mask, sm_scale, backend, deterministic, None)
     else:
-        output = run_forward(q, k, v, block_mask, sm_scale, backend)
+        output = calls.forward(q, k, v, block_mask, sm_scale, backend)
     outputs: tuple[Tensor, Tensor] = output
     return outputs
 
@@ -80,27 +80,18 @@ def _number_and_tensor(sm_scale: Any) -> tuple[float, Tensor | None]:
     return 1.0, torch.ones((), dtype=torch.float64, device="cpu") * sm_scale
 
 
-def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_unwatched(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
     """Whether a call means the same without torch's dispatcher: no subclass, mode, transform or forward derivative."""
     return (
         type(q) in _PLAIN
         and type(k) in _PLAIN
         and type(v) in _PLAIN
+        and not (others and any(type(t) not in _PLAIN for t in others))
         and not q.is_meta
         and not _C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
         and not _C._are_functorch_transforms_active()
     )
-
-
-def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, sm_scale: float, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """`(o, lse)` by a backend."""
-    if q.numel() == 0 or k.shape[2] == 0 or v.shape[3] == 0:
-        o, lse = _forward_fake(q, k, v)
-        return o.zero_(), lse.fill_(-float("inf"))
-    return calls.forward(q, k, v, block_mask, sm_scale, backend)
 
 
 def run_backward(
@@ -118,9 +109,6 @@ def run_backward(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(dq, dk, dv)` by a backend; the arguments are those of the operator."""
-    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        dq, dk, dv = _backward_fake(q, k, v)
-        return dq.zero_(), dk.zero_(), dv.zero_()
     repeatable = deterministic or torch.are_deterministic_algorithms_enabled()
     block_mask, sm_scale = block_mask_of(mask, q, k), _scale(sm_scale, scale)
     return calls.backward(q, k, v, o, lse, do, dlse, block_mask, sm_scale, backend, repeatable)
@@ -129,9 +117,9 @@ def run_backward(
 class Attention(_SingleLevelFunction):
     """The autograd of attention.
 
-    Takes the `BlockMask` itself, and its `ctx` first: torch binds the arguments of the newer form by `inspect` at every
-    call. `keyset` None calls a backend, else the operator below autograd. torch.func's transforms record through the
-    operator, one level at a time, so this is a function of a single level.
+    Takes its `ctx` first: torch binds the arguments of the newer form by `inspect` at every call. `keyset` None calls a
+    backend, with the `BlockMask`, else the operator below autograd, with the tensors that it was given. torch.func's
+    transforms record through the operator, one level at a time, so this is a function of a single level.
     """
 
     @staticmethod
@@ -141,22 +129,23 @@ class Attention(_SingleLevelFunction):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        block_mask: BlockMask | None,
+        mask: BlockMask | list[Tensor] | None,
         sm_scale: float,
         backend: str | None,
         deterministic: bool,
         scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """`(o, lse)`."""
-        mask = mask_tensors(block_mask)
-        if keyset is None:
-            o, lse = run_forward(q, k, v, block_mask, sm_scale, backend)
-        else:
+        if isinstance(mask, list):
+            tensors = mask
             with outer_levels_record():
-                o, lse = below_autograd(forward_op, keyset, q, k, v, mask, sm_scale, backend, deterministic, scale)
+                o, lse = below_autograd(forward_op, keyset, q, k, v, tensors, sm_scale, backend, deterministic, scale)
+        else:
+            tensors = mask_tensors(mask)
+            o, lse = calls.forward(q, k, v, mask, sm_scale, backend)
         ctx.rest = sm_scale, backend, deterministic
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, o, lse, scale, *mask)
+        ctx.save_for_backward(q, k, v, o, lse, scale, *tensors)
         return o, lse
 
     @staticmethod
@@ -205,25 +194,25 @@ def _forward_autograd(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rest = sm_scale, backend, deterministic, scale
-    if may_record() and is_recorded(_NO_FORWARD_MODE, q, k, v):
-        with one_level():
-            output: tuple[Tensor, Tensor] = apply(Attention, keyset, q, k, v, block_mask_of(mask, q, k), *rest)
-            return output
-    if is_unwatched(q, k, v):
+    if not torch.is_grad_enabled() and is_unwatched(q, k, v):
         # what a compiled graph runs: nothing is below but the kernel
         return _forward_kernel(q, k, v, mask, *rest)
+    if is_recorded(_NO_FORWARD_MODE, q, k, v):
+        with one_level():
+            output: tuple[Tensor, Tensor] = apply(Attention, keyset, q, k, v, mask, *rest)
+            return output
     outputs: tuple[Tensor, Tensor] = below_autograd(forward_op, keyset, q, k, v, mask, *rest)
     return outputs
 
 
 def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = [t for t in args if isinstance(t, Tensor)] if may_record() else []
+    if not torch.is_grad_enabled() and is_unwatched(args[0], args[1], args[5]):
+        return run_backward(*args)
+    tensors = [t for t in args if isinstance(t, Tensor)]
     if is_recorded(_NO_FORWARD_MODE, *tensors):
         with one_level():
             output: tuple[Tensor, Tensor, Tensor] = apply(Once, keyset, backward_op, _TWICE, args, *tensors)
             return output
-    if is_unwatched(*args[:3]) and type(args[5]) is Tensor:
-        return run_backward(*args)
     grads: tuple[Tensor, Tensor, Tensor] = below_autograd(backward_op, keyset, *args)
     return grads
 
@@ -231,11 +220,6 @@ def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]
 def apply(function: Any, *args: Any) -> Any:
     """What an autograd function returns."""
     return function.apply(*args)
-
-
-def may_record() -> bool:
-    """Not in a compiled graph, which is most of what operators are called by."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def is_recorded(refusal: str, *tensors: Tensor) -> bool:
@@ -279,7 +263,7 @@ def _forward_kernel(
     deterministic: bool,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return run_forward(q, k, v, block_mask_of(mask, q, k), _scale(sm_scale, scale), backend)
+    return calls.forward(q, k, v, block_mask_of(mask, q, k), _scale(sm_scale, scale), backend)
 
 
 def _scale(sm_scale: float, scale: Tensor | None) -> float:
@@ -318,7 +302,7 @@ torch.library.register_vmap("anymask::backward", vmap.rule_of(backward_op, 7))
 
 def mask_tensors(block_mask: BlockMask | None) -> list[Tensor]:
     """The mask as the operators take it."""
-    return [] if block_mask is None else block_mask.tensors()
+    return [] if block_mask is None else block_mask.first_tensors()
 
 
 def block_mask_of(tensors: list[Tensor], q: Tensor, k: Tensor) -> BlockMask | None:

@@ -1,13 +1,14 @@
 """Plans: what a pass does with tensors of some sizes and layout, worked out once and run at every such call.
 
 A pass is written as if for tensors: it allocates, launches kernels, and calls torch. Given tensors it does so at once.
-Given the operands of a plan, which have all of a tensor but its address and its values, it writes down what to do. So a
-plan depends on nothing that its operands do not say.
+Given the operands of a plan, which have all of a tensor but its address and its values, it writes down what to do: also
+where it calls a function or a method of torch. So a plan depends on nothing that its operands do not say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -21,9 +22,22 @@ from anymask.direct import Address, Direct, TileMap
 # time of a tensor's method; None in a torch without it
 empty_on_cuda: Any = getattr(_C._dynamo.guards, "_empty_strided_cuda", None)
 
+# of Python, which looks for them at the class
+OPERATORS = (
+    "__abs__", "__add__", "__and__", "__eq__", "__floordiv__", "__ge__", "__getitem__", "__gt__", "__invert__",
+    "__le__", "__lt__", "__matmul__", "__mod__", "__mul__", "__ne__", "__neg__", "__or__", "__pow__", "__radd__",
+    "__rfloordiv__", "__rmul__", "__rpow__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__", "__xor__",
+)  # fmt: skip
+# those that write to their tensor
+WRITING = ("__iadd__", "__iand__", "__ior__", "__imul__", "__isub__", "__itruediv__", "__setitem__")
+
+
+class Unplanned(TypeError):
+    """A pass asks for what no plan knows of a tensor: its values, or sizes that calls of one kind do not share."""
+
 
 class Operand:
-    """A tensor of a plan. Its address is known modulo 16."""
+    """A tensor of a plan, or another view of its memory. Its address is known modulo 16."""
 
     def __init__(
         self,
@@ -33,12 +47,19 @@ class Operand:
         strides: Sequence[int],
         dtype: torch.dtype,
         residue: int,
+        is_view: bool = False,
     ) -> None:
-        """`shape` None is one that the plan does not know."""
-        self.plan, self.slot, self.dtype, self.residue = plan, slot, dtype, residue
-        # reading the sizes of one without raises
-        self.shape: Any = None if shape is None else torch.Size(shape)
+        """`shape` None is one that the plan does not know. `is_view`: the tensor of the call has other sizes."""
+        self.plan, self.slot, self.dtype, self.residue, self.is_view = plan, slot, dtype, residue, is_view
+        self._shape = None if shape is None else torch.Size(shape)
         self.strides = tuple(strides)
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of a tensor."""
+        if self._shape is None:
+            raise Unplanned("sizes of a mask's lists, which masks of one structure do not share")
+        return self._shape
 
     @property
     def device(self) -> torch.device:
@@ -70,29 +91,38 @@ class Operand:
         """As of a tensor."""
         return self.plan.allocate(shape, strides, dtype or self.dtype)
 
-    def new_empty(self, *shape: int, dtype: torch.dtype | None = None) -> Any:
+    def new_empty(self, *shape: Any, dtype: torch.dtype | None = None) -> Any:
         """As of a tensor."""
+        shape = shape if not shape or isinstance(shape[0], int) else tuple(shape[0])
         strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
         return self.plan.allocate(shape, strides, dtype or self.dtype)
-
-    def reshape(self, *shape: int) -> Operand:
-        """As of a tensor: the same memory where that can be."""
-        reshaped = self.meta().reshape(shape)
-        if not reshaped._is_view():
-            found: Operand = apply(lambda t: t.reshape(shape), self)
-            return found
-        return Operand(self.plan, self.slot, reshaped.shape, reshaped.stride(), self.dtype, self.residue)
-
-    def contiguous(self) -> Operand:
-        """As of a tensor."""
-        if self.meta().is_contiguous():
-            return self
-        found: Operand = apply(Tensor.contiguous, self)
-        return found
 
     def meta(self) -> Tensor:
         """A tensor without memory that is like it."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+    def of(self, tensors: list[Any]) -> Tensor:
+        """The tensor of a call."""
+        t: Tensor = tensors[self.slot]
+        return t.as_strided(self.shape, self.strides) if self.is_view else t
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A function of torch."""
+        return _write_down(function, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        """A method of tensors, or an attribute."""
+        of_tensor = getattr(Tensor, name)
+        if callable(of_tensor):
+            return lambda *args, **kwargs: _write_down(of_tensor, (self, *args), kwargs)
+        return _write_down(partial(_attribute, name=name), (self,), {})
+
+    def _value(self) -> Any:
+        """What Python asks a tensor for."""
+        raise Unplanned("the value of a tensor")
+
+    __bool__ = __float__ = __int__ = __index__ = __iter__ = _value
 
 
 class Plan:
@@ -103,6 +133,9 @@ class Plan:
         self._index = device.index if device.type == "cuda" else None
         self.outputs: tuple[int, ...] = ()
         self._steps: list[Callable[[list[Any]], None]] = []
+        # what steps read, and what those of torch made
+        self._reads: list[set[int]] = []
+        self._made: set[int] = set()
         self._n = 0
 
     def operand(self, shape: Sequence[int] | None, strides: Sequence[int], dtype: torch.dtype, residue: int) -> Any:
@@ -122,16 +155,34 @@ class Plan:
             # the device of the plan is the current one
             tensors.append(on_cuda(shape, strides, dtype))
 
-        self._steps.append(step if on_cuda is None else step_on_cuda)
+        self.add(step if on_cuda is None else step_on_cuda)
         return self.operand(shape, strides, dtype, 0)
 
     def finish(self, outputs: tuple[Any, ...]) -> None:
-        """What a call returns."""
-        self.outputs = tuple(t.slot for t in outputs)
+        """What a call returns. What torch made on the way goes after the last step that reads it."""
+        self.outputs = tuple([self._whole(t).slot for t in outputs])
+        last = {slot: n for n, reads in enumerate(self._reads) for slot in reads & self._made - {*self.outputs}}
+        for slot, n in sorted(last.items(), key=lambda found: -found[1]):
+            self._steps.insert(n + 1, partial(_drop, slot))
 
-    def add(self, step: Callable[[list[Any]], None]) -> None:
-        """The next step."""
+    def _whole(self, operand: Operand) -> Operand:
+        """An operand whose tensor has its sizes."""
+        if not operand.is_view:
+            return operand
+        self.add(lambda tensors: tensors.append(operand.of(tensors)), operand)
+        whole: Operand = self.operand(operand.shape, operand.strides, operand.dtype, operand.residue)
+        return whole
+
+    def add(self, step: Callable[[list[Any]], None], *reads: Any) -> None:
+        """The next step, and what it reads operands of."""
         self._steps.append(step)
+        self._reads.append(set(_slots_in(reads)))
+
+    def made(self, layout: tuple[Any, ...], residue: int) -> Any:
+        """The tensor of shape, strides and dtype that the step before has made, and no one needs for long."""
+        self._made.add(self._n)
+        shape, strides, dtype = layout
+        return self.operand(shape, strides, dtype, residue)
 
     def __call__(self, *tensors: Any) -> tuple[Tensor, ...]:
         """The outputs for the tensors of a call, in the order of their operands."""
@@ -148,35 +199,119 @@ class Plan:
 
 
 def apply(function: Callable[..., Any], *tensors: Any) -> Any:
-    """`function(*tensors)`, a new tensor on the same device, or its operand, which is aligned."""
-    plan = _plan_of(tensors)
-    if plan is None:
-        return function(*tensors)
-    slots = [t.slot for t in tensors]
-    like = function(*[t.meta() for t in tensors])
-    expected = like.shape, like.stride(), like.dtype, 0
-
-    def step(found: list[Any]) -> None:
-        made = function(*[found[slot] for slot in slots])
-        assert (made.shape, made.stride(), made.dtype, made.data_ptr() % 16) == expected
-        found.append(made)
-
-    plan.add(step)
-    return plan.operand(*expected)
+    """`function(*tensors)`, by one step of a plan where it calls torch more than once."""
+    return function(*tensors) if _plan_of(tensors) is None else _write_down(function, tensors, {})
 
 
-def apply_in_place(function: Callable[..., Any], *tensors: Any) -> None:
-    """`function(*tensors)`, which writes to them."""
-    plan = _plan_of(tensors)
-    if plan is None:
-        function(*tensors)
-        return
-    slots = [t.slot for t in tensors]
+def _write_down(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a function of torch returns: an operand for a tensor.
 
-    def step(found: list[Any]) -> None:
-        function(*[found[slot] for slot in slots])
+    A view that begins where its operand does takes no step: whoever needs it makes it of the operand.
 
-    plan.add(step)
+    Raises:
+        Unplanned: it needs values, or more tensors than the plan's.
+    """
+    if "out" in kwargs:
+        raise Unplanned(f"{function} with out=...")
+    metas: dict[Operand, Tensor] = {}
+
+    def meta(operand: Operand) -> Tensor:
+        return metas.setdefault(operand, operand.meta())
+
+    try:
+        named = {name: _replaced(value, meta) for name, value in kwargs.items()}
+        like = function(*[_replaced(arg, meta) for arg in args], **named)
+    except (NotImplementedError, RuntimeError) as error:
+        raise Unplanned(f"what {function} does not find in sizes alone") from error
+    plan = next(iter(metas)).plan
+    if _writes(function):
+        plan.add(_Call(function, args, kwargs, None), args, kwargs)
+    if not isinstance(like, Tensor):
+        if any(isinstance(part, Tensor) for part in (like if isinstance(like, (list, tuple)) else ())):
+            raise Unplanned(f"several tensors of {function}")
+        return like
+    layout = like.shape, like.stride(), like.dtype
+    of = next((o for o, t in metas.items() if like.untyped_storage()._cdata == t.untyped_storage()._cdata), None)
+    offset = int(like.storage_offset()) * like.element_size()
+    if of is not None and offset == 0 and of.dtype == like.dtype:
+        is_other = of.is_view or layout[:2] != (of.shape, of.strides)
+        return Operand(plan, of.slot, *layout, residue=of.residue, is_view=True) if is_other else of
+    residue = 0 if of is None else (of.residue + offset) % 16
+    plan.add(_Call(function, args, kwargs, (*layout, residue)), args, kwargs)
+    return plan.made(layout, residue)
+
+
+def _writes(function: Callable[..., Any]) -> bool:
+    """Whether a function writes to a tensor that it is given, by torch's rule for names."""
+    name = getattr(function, "__name__", "")
+    return name in WRITING or (name.endswith("_") and not name.endswith("__"))
+
+
+class _Call:
+    """A call of a function of torch."""
+
+    def __init__(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], expected: Any
+    ) -> None:
+        """`expected`: shape, strides, dtype and address modulo 16 of the new tensor; None if it only writes."""
+        self._function, self._args, self._kwargs, self._expected = function, args, kwargs, expected
+        self._is_checked = expected is None
+
+    def __call__(self, tensors: list[Any]) -> None:
+        def of(operand: Operand) -> Tensor:
+            return operand.of(tensors)
+
+        kwargs = {name: _replaced(value, of) for name, value in self._kwargs.items()}
+        made = self._function(*[_replaced(arg, of) for arg in self._args], **kwargs)
+        if not self._is_checked:
+            assert (made.shape, made.stride(), made.dtype, made.data_ptr() % 16) == self._expected
+            # the layout of the next calls can only be the same
+            self._is_checked = True
+        if self._expected is not None:
+            tensors.append(made)
+
+
+def _replaced(value: Any, of: Callable[[Operand], Any]) -> Any:
+    """A value, or those of a list or tuple, with something for each operand."""
+    if isinstance(value, Operand):
+        return of(value)
+    if isinstance(value, Tensor):
+        raise Unplanned("a tensor that no call gives")
+    if isinstance(value, (list, tuple)):
+        return _tuple_of(value, [_replaced(part, of) for part in value])
+    return value
+
+
+def _slots_in(value: Any) -> Iterator[int]:
+    """Of the operands in an argument."""
+    if isinstance(value, Operand):
+        yield value.slot
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _slots_in(part)
+    elif isinstance(base := getattr(value, "base", None), Operand):
+        yield base.slot
+
+
+def _drop(slot: int, tensors: list[Any]) -> None:
+    tensors[slot] = None
+
+
+def _tuple_of(like: Any, parts: list[Any]) -> Any:
+    """A list, a tuple or a record as another one, of other parts."""
+    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+
+
+def _attribute(t: Any, name: str) -> Any:
+    return getattr(t, name)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda *args: _write_down(getattr(Tensor, name), args, {})
+
+
+for _name in (*OPERATORS, *WRITING):
+    setattr(Operand, _name, _operator(_name))
 
 
 def is_same_memory(a: Any, b: Any) -> bool:
@@ -197,7 +332,7 @@ def launch(
     if plan is None:
         now.launch(kernel, grid, args, constants, key, **options)
     else:
-        plan.add(_Launch(kernel, grid, args, constants, key, options))
+        plan.add(_Launch(kernel, grid, args, constants, key, options), args)
 
 
 class _Launch:
@@ -241,6 +376,8 @@ def _with_tensors(arg: Any, tensors: list[Any]) -> Any:
     """An argument of a launch, with the tensors of a call."""
     if isinstance(arg, Operand):
         return tensors[arg.slot]
+    if isinstance(arg, tuple):
+        return _tuple_of(arg, [_with_tensors(part, tensors) for part in arg])
     base = getattr(arg, "base", None)
     if not isinstance(base, Operand):
         return arg
@@ -255,5 +392,7 @@ def _with_slots(arg: Any) -> Any:
     """An argument of a launch, as `Direct` takes it."""
     if isinstance(arg, Operand):
         return Address(arg.slot)
+    if isinstance(arg, tuple):
+        return tuple(map(_with_slots, arg))
     base = getattr(arg, "base", None)
     return TileMap(base.slot, tuple(arg.shape), tuple(arg.strides)) if isinstance(base, Operand) else arg

@@ -1,6 +1,8 @@
 """What torch sees of a call with scores: two opaque operators with fakes, autograd, vmap. No arithmetic of pairs here.
 
 They are those of `ops` with the tensors of `Scores` beside the mask. A call without scores comes nowhere near.
+
+`dispatch` is the way in. As in `ops`, it asks torch's dispatcher only where something watches it.
 """
 
 from __future__ import annotations
@@ -9,14 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import _C, Tensor
+from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
-from anymask import backends, flops, ops, score_vmap, vmap
+from anymask import calls, flops, ops, score_vmap, vmap
 from anymask.block_mask import BlockMask
-from anymask.calls import no_autocast, unit_last_stride
 from anymask.layout import dense_strides
-from anymask.scores import Lookup, Needs, ScoreGrads, Scores
+from anymask.scores import Lookup, Needs, Scores
 
 _LIBRARY = torch.library.Library("anymask", "FRAGMENT")
 _SCORES = (
@@ -49,11 +50,22 @@ def dispatch(
     scores: Scores,
 ) -> tuple[Tensor, Tensor]:
     """`(o, lse)` of validated inputs."""
-    if not torch.compiler.is_compiling() and _C._len_torch_dispatch_stack():
-        flops.register()
-    outputs: tuple[Tensor, Tensor] = forward_op(
-        q, k, v, ops.mask_tensors(block_mask), *tensors_of(scores), sm_scale, *_numbers(scores), backend, deterministic
-    )
+    mask, (dense, lookups, diagonal, sinks, seed) = ops.mask_tensors(block_mask), tensors_of(scores)
+    numbers = sm_scale, *_numbers(scores), backend, deterministic
+    compiling = torch.compiler.is_compiling()
+    scored = [*dense, *lookups] if sinks is None else [*dense, *lookups, sinks]
+    if compiling or not ops.is_unwatched(q, k, v, *scored):
+        if not compiling:
+            flops.register()
+        output = forward_op(q, k, v, mask, dense, lookups, diagonal, sinks, seed, *numbers)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *scored)):
+        counts, run = (len(mask), len(dense)), (block_mask, sm_scale, backend, scores)
+        output = ops.apply(
+            ScoredAttention, run, counts, diagonal, numbers, q, k, v, sinks, seed, *mask, *dense, *lookups
+        )
+    else:
+        output = calls.forward_scores(q, k, v, block_mask, sm_scale, backend, scores)
+    outputs: tuple[Tensor, Tensor] = output
     return outputs
 
 
@@ -95,20 +107,8 @@ def _forward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     sm_scale, softcap, dropout_p, backend, _ = rest
-    if q.numel() == 0 or k.shape[2] == 0 or v.shape[3] == 0:
-        o, lse = _forward_fake(q, k, v)
-        lse.fill_(-float("inf"))
-        if k.shape[2] == 0 and sinks is not None:
-            # they are all there is
-            lse.copy_(sinks[:, None].expand(lse.shape))
-        return o.zero_(), lse
     scores = _scores(dense, lookups, diagonal, sinks, seed, softcap, dropout_p)
-    block_mask = ops.block_mask_of(mask, q, k)
-    q, k, v = (unit_last_stride(t) for t in (q, k, v))
-    chosen = backends.choose(q, k, v, block_mask, backend, scores)
-    with no_autocast(q):
-        outputs: tuple[Tensor, Tensor] = chosen.forward(q, k, v, block_mask, sm_scale, scores)
-    return outputs
+    return calls.forward_scores(q, k, v, ops.block_mask_of(mask, q, k), sm_scale, backend, scores)
 
 
 def _backward(
@@ -135,14 +135,11 @@ def _backward(
     shifts = not softcap and sinks is None and dlse is None
     exact_zero = [n and shifts and t.shape[3] == 1 for t, n in zip(dense, needs.dense, strict=True)]
     asked = needs._replace(dense=tuple(n and not zero for n, zero in zip(needs.dense, exact_zero, strict=True)))
-    block_mask = ops.block_mask_of(mask, q, k)
-    q, k, v, do = (unit_last_stride(t) for t in (q, k, v, do))
-    chosen = backends.for_gradients(backends.choose(q, k, v, block_mask, backend, scores), scores)
     repeatable = deterministic or torch.are_deterministic_algorithms_enabled()
-    with no_autocast(q):
-        grads: ScoreGrads = chosen.backward_scores(
-            q, k, v, o, lse, do, dlse, block_mask, sm_scale, repeatable, scores, asked
-        )
+    block_mask = ops.block_mask_of(mask, q, k)
+    grads = calls.backward_scores(
+        calls.Inputs(q, k, v, o, lse, do), dlse, block_mask, sm_scale, backend, repeatable, scores, asked
+    )
     parts = zip(dense, exact_zero, grads.dense, strict=True)
     of_terms = [lse.new_zeros(t.shape) if is_zero else grad for t, is_zero, grad in parts]
     return [*grads[:3], *[t for t in (*of_terms, *grads.tables, grads.sinks) if t is not None]]
@@ -188,7 +185,10 @@ def _empty_as(t: Tensor, dim: int | None = None) -> Tensor:
 
 
 class ScoredAttention(_SingleLevelFunction):
-    """The autograd of attention with scores, as `ops.Attention` is without."""
+    """The autograd of attention with scores, as `ops.Attention` is without.
+
+    `keyset` is that of the operator below autograd; or what a backend is called with instead, in a tuple.
+    """
 
     @staticmethod
     def forward(
@@ -197,8 +197,11 @@ class ScoredAttention(_SingleLevelFunction):
         """`(o, lse)`; `tensors` are q, k, v, sinks, seed, and in a row mask, dense, lookups, `counts` of those two."""
         q, k, v, sinks, seed, *lists = tensors
         args = q, k, v, *_cut(lists, counts), diagonal, sinks, seed, *numbers
-        with ops.outer_levels_record():
-            o, lse = ops.below_autograd(forward_op, keyset, *args)
+        if isinstance(keyset, tuple):
+            o, lse = calls.forward_scores(q, k, v, *keyset)
+        else:
+            with ops.outer_levels_record():
+                o, lse = ops.below_autograd(forward_op, keyset, *args)
         ctx.rest = counts, diagonal, numbers
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, o, lse)
@@ -218,7 +221,10 @@ class ScoredAttention(_SingleLevelFunction):
         def gradients(do: Tensor | None, dlse: Tensor | None) -> Any:
             if do is None:
                 do = torch.zeros_like(o)
-            found: list[Tensor] = backward_op(
+            scored = [*dense, *lookups] if sinks is None else [*dense, *lookups, sinks]
+            direct = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            call: Any = _backward if direct and ops.is_unwatched(q, k, do, *scored) else backward_op
+            found: list[Tensor] = call(
                 q, k, v, o, lse, do, dlse, mask, dense, lookups, diagonal, sinks, seed, *numbers, flags
             )
             terms = zip([t for t, needed in zip(dense, of_dense, strict=True) if needed], found[3:], strict=False)

@@ -15,6 +15,7 @@ from torch import Tensor, is_autocast_enabled, strided
 
 from anymask.block_mask import BlockMask
 from anymask.ops import forward_op
+from anymask.vmap import ONE_PLANE
 
 
 def is_simple(q: Any, k: Any, v: Any, mask: Any, return_lse: Any, deterministic: Any) -> bool:
@@ -43,7 +44,7 @@ def is_simple(q: Any, k: Any, v: Any, mask: Any, return_lse: Any, deterministic:
         return True
     if not isinstance(mask, BlockMask) or mask.q_len != q_len or mask.kv_len != kv_len:
         return False
-    planes = mask.q_has_pair.shape
+    planes = (1, 1) if mask.n_first == ONE_PLANE else mask.q_has_pair.shape
     return planes[0] in (1, batch) and planes[1] in (1, q_heads) and mask.lists.device == q.device
 
 
@@ -53,6 +54,8 @@ def attend(
     """`attention` of a call that is simple."""
     # a number, as kernels are compiled for it
     scale = 1 / math.sqrt(operator.index(q.shape[3]))
-    tensors = [] if mask is None else [mask.lists, mask.words, mask.q_has_pair, mask.kv_has_pair]
+    tensors = [] if mask is None else [mask.lists, mask.words]
+    if mask is not None and mask.n_first > ONE_PLANE:
+        tensors += [mask.q_has_pair, mask.kv_has_pair][: mask.n_first - ONE_PLANE]
     o, lse = forward_op(q, k, v, tensors, scale, None, deterministic is True, None)
     return (o, lse) if return_lse else o

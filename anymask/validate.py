@@ -109,6 +109,8 @@ def check_call(
     if scale is None:
         # a number in a compiled function too: kernels are compiled for it
         return 1 / math.sqrt(operator.index(q.shape[3]))
+    if type(scale) is float and not watched and -math.inf < scale < math.inf:
+        return scale
     checked: float = check_scale(scale_name, scale)
     return checked
 

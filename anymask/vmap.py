@@ -16,6 +16,8 @@ from torch._C import _functorch
 
 # where the operators' list of tensors has `lists` and `q_has_pair [mask_batch, mask_heads, ...]`
 LISTS, HAS_PAIR = 0, 2
+# tensors of a mask of one plane where every query and every key has a pair, and of any mask
+ONE_PLANE, ALL = 2, 4
 # that the vmap of `is_grads_batched` can have inside each other
 LEVELS = 64
 
@@ -98,6 +100,7 @@ class MappedMask:
         """Raises NotImplementedError for a `BlockMask` each of whose tensors is mapped."""
         if not tensors:
             return MappedMask(tensors, (1, 1), (None, None))
+        tensors, dims = completed(tensors), (*dims, None, None)[:4]
         if dims[LISTS] is not None:
             raise NotImplementedError(
                 "mask is a BlockMask that torch.vmap maps; allowed are one BlockMask for all, and a bool tensor, or a "
@@ -127,6 +130,18 @@ class MappedMask:
         has_pair = [fold.fold_planes(t, self.is_mapped) for t in self.has_pair()]
         # masks are known by their lists, and a slice's mask has other planes: a tensor of its own
         return [self.tensors[LISTS].detach(), *self.tensors[LISTS + 1 : HAS_PAIR], *has_pair]
+
+
+def completed(tensors: list[Tensor]) -> list[Tensor]:
+    """All tensors of a mask of the first of them, which operators take: each costs time wherever it goes.
+
+    Without a `kv_has_pair` every key has a query; without both every query has a key too, and there is one plane.
+    """
+    if len(tensors) == ONE_PLANE:
+        tensors = [*tensors, tensors[LISTS].new_empty(1, 1, 0, dtype=torch.uint8)]
+    if len(tensors) < ALL:
+        tensors = [*tensors, tensors[HAS_PAIR].new_empty(*tensors[HAS_PAIR].shape[:2], 0)]
+    return tensors
 
 
 def rule_of(op: Any, n_tensors: int) -> Callable[..., Any]:

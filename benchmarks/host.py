@@ -165,11 +165,11 @@ def calls(compiled: bool) -> dict[str, Callable[[], object]]:
         "a mask of three leaves": lambda: attention(q, k, v, three),
         "a tensor seen before": lambda: attention(q, k, v, dense),
         "a view made anew": lambda: attention(q, k, v, dense[None, None]),
+        "a soft cap": lambda: attention(q, k, v, packed, softcap=20.0),
     }
     if compiled:
         attend = torch.compile(lambda q, k, v, mask: attention(q, k, v, mask), fullgraph=True)
-        found["compiled forward"] = lambda: attend(q, k, v, packed)
-        found["compiled forward and backward"] = both(attend)
+        found |= {"compiled forward": lambda: attend(q, k, v, packed), "compiled forward and backward": both(attend)}
     return found
 
 

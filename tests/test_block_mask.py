@@ -167,6 +167,28 @@ def test_tensors_are_those_of_one_that_is_there() -> None:
     assert BlockMask.from_tensors(mask.tensors(), 300, 300) is mask
 
 
+def test_operators_take_few_tensors() -> None:
+    dense = torch.rand(2, 1, 300, 300) < 0.5
+    keys, queries = torch.arange(300) < 290, torch.arange(300)[:, None] < 290
+    masks = {
+        2: [pack(causal(), q_len=300, kv_len=300), pack(dense[0, 0]), BlockMask.full(300, 130)],
+        3: [pack(dense), pack(dense.mT), pack(dense[0, 0] & queries), pack(dense & queries)],
+        4: [pack(dense & keys), pack(dense & keys & queries), pack(dense[0, 0] & keys)],
+    }
+    for n, found in masks.items():
+        for mask in found:
+            first = mask.first_tensors()
+            assert len(first) == n
+            assert BlockMask.from_tensors(first, mask.q_len, mask.kv_len) is mask
+            # of a mask that is gone
+            new = BlockMask.from_tensors([t.clone() for t in first], mask.q_len, mask.kv_len)
+            assert new is not mask
+            assert_same_block_mask(new, mask)
+            if n > 2:
+                # which do not say all
+                assert BlockMask.from_tensors(first[:2], mask.q_len, mask.kv_len) is not mask
+
+
 @pytest.mark.parametrize(
     ("start", "stop"), [(0, 300), (0, 128), (128, 256), (128, 300), (5, 6), (299, 300), (100, 290), (37, 165), (7, 7)]
 )

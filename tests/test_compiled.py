@@ -147,6 +147,32 @@ def test_new_documents_compile_nothing_new() -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize(("kind", "n"), [("causal", 2), ("of samples", 3), ("with unused keys", 4)])
+def test_graphs_take_few_tensors_of_a_mask(kind: str, n: int) -> None:
+    """Also to their backward pass; a mask with others to say is compiled for anew."""
+    torch.compiler.reset()
+    inputs: list[int] = []
+
+    def counted(graph: Any, args: Any) -> Any:
+        inputs.append(len(args))
+        return graph
+
+    unused = torch.arange(140) < 130
+    masks = {"causal": causal(), "of samples": from_dense(_random(2, 1, 140, 140))}
+    masks["with unused keys"] = from_dense(_random(140, 140) & unused)
+    q = torch.randn(2, 2, 140, 8, requires_grad=True)
+    compiled = torch.compile(lambda q, mask: attention(q, q, q, mask), fullgraph=True, backend=counted)
+    mask = pack(masks[kind], q_len=140, kv_len=140)
+    torch.testing.assert_close(compiled(q, mask), attention(q, q, q, mask))
+    assert inputs == [1 + n]
+    for other in masks.values():
+        mask = pack(other, q_len=140, kv_len=140)
+        (grad,) = torch.autograd.grad(compiled(q, mask).sum(), q)
+        torch.testing.assert_close(grad, torch.autograd.grad(attention(q, q, q, mask).sum(), q)[0])
+    assert len(inputs) == 3
+
+
+@pytest.mark.compile
 def test_masks_that_are_made_of_opposites_inside() -> None:
     rows = torch.randint(0, 140, (1, 1, 140, 1), dtype=torch.int32)
 

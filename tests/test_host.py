@@ -19,6 +19,7 @@ MOST = {
     "forward": 1.4,
     "forward, gradients recorded": 2.1,
     "forward and backward": 8.5,
+    "a soft cap": 2.0,
 }
 
 

@@ -43,6 +43,15 @@ class TestOpcheck:
         qkv = make_qkv(2, 2, 1, 5, 7, 4, 6, dtype=dtype, requires_grad=dtype != torch.bfloat16)
         torch.library.opcheck(ops.forward_op, (*qkv, _tensors(MASK_KINDS[kind], 5, 7), 0.5, "cpu", False))
 
+    @pytest.mark.parametrize("mask", [causal(), _random(2, 1, 140, 140)])
+    def test_few_tensors_of_a_mask(self, mask: Any) -> None:
+        q, k, v = make_qkv(2, 2, 1, 140, 140, 4, 6, requires_grad=True)
+        packed = pack(mask, q_len=140, kv_len=140)
+        assert len(packed.first_tensors()) < len(packed.tensors())
+        torch.library.opcheck(ops.forward_op, (q, k, v, packed.first_tensors(), 0.5, None, False))
+        o, _ = ops.forward_op(q, k, v, packed.first_tensors(), 0.5, None, False)
+        assert torch.equal(o, attention(q, k, v, packed, scale=0.5))
+
     @pytest.mark.parametrize("layout", ["blhd", "transposed", "expanded"])
     def test_forward_of_strided_inputs(self, layout: str) -> None:
         qkv = make_qkv(2, 2, 2, 5, 7, 4, layout=layout, requires_grad=True)

@@ -18,51 +18,17 @@ pytest.importorskip("triton")
 from anymask import BlockMask, attention, calls, causal, direct, launch, pack, plan
 from anymask.backends import hopper
 from anymask.backends import triton as triton_backend
-from anymask.backends.triton import halves
 from benchmarks import host
-from tests.helpers.driver import STREAM, Driver
+from tests.helpers.driver import STREAM, Driver, launches
 
 # what a launch is: kernel, grid, and its parameters, each tensor by who made it
 Launched = tuple[str, tuple[int, ...], tuple[Any, ...]]
 
 
-class Forgetful(dict[Any, Any]):
-    """Finds no kernel, so that every launch by Triton is written down."""
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return default
-
-
 @pytest.fixture
 def driver() -> Iterator[Driver]:
-    from triton import knobs
-    from triton.runtime import driver as of_triton
-    from triton.runtime.jit import JITFunction
-
-    if knobs.runtime.interpret:
-        pytest.skip("the interpreter has no driver")
-    found, precision = Driver(), torch.backends.cuda.matmul.fp32_precision
-    triton_backend._options.cache_clear()
-    with host.stubbed(), pytest.MonkeyPatch.context() as patch:
-        run = JITFunction.run
-
-        def both(*args: Any, **named: Any) -> Any:
-            # the stubs clear what they ran
-            run(*args, **named)
-            return found.run(*args, **named)
-
-        patch.setattr(JITFunction, "run", both)
-        patch.setattr(of_triton.active, "get_current_stream", lambda device: STREAM)
-        patch.setattr(direct, "_library", found.library)
-        patch.setattr(launch, "_kernels", Forgetful())
-        patch.setattr(triton_backend, "why_not", lambda *args: None)
-        # dq apart for columns of few tiles
-        patch.setattr(hopper.tuning, "MANY_COLUMNS", 0)
-        # fp32 in parts for calls of 600
-        patch.setattr(halves, "FEWEST", 600)
+    with launches() as found:
         yield found
-    triton_backend._options.cache_clear()
-    torch.backends.cuda.matmul.fp32_precision = precision
 
 
 def _shifted(t: Tensor, by: int) -> Tensor:
@@ -190,8 +156,7 @@ def _check(call: Call, driver: Driver) -> None:
     for (plain, planned), has_plan in zip(ways, (True, not in_turns), strict=True):
         found = []
         for run in (plain, planned, planned, planned):
-            driver.by_triton.clear()
-            driver.direct.clear()
+            driver.forget()
             outputs = run()
             launched = _named(driver.by_triton + driver.direct, known)
             found.append((launched, [(t.shape, t.stride(), t.dtype) for t in outputs]))
@@ -219,8 +184,7 @@ def test_plans_launch_what_backends_do(base: Call, driver: Driver) -> None:
 
 
 def _launches(driver: Driver, q: Tensor) -> list[Any]:
-    driver.by_triton.clear()
-    driver.direct.clear()
+    driver.forget()
     calls.forward(q, q, q, None, 0.125, "hopper")
     return [*driver.by_triton, *driver.direct]
 
@@ -368,6 +332,7 @@ def test_plans_are_few_and_hold_no_tensor(driver: Driver) -> None:
     held = weakref.ref(q.untyped_storage()), weakref.ref(mask.words.untyped_storage()), weakref.ref(mask)
     assert calls._forward.cache_info().currsize == 1
     del q, mask
+    driver.forget()
     gc.collect()
     assert [ref() for ref in held] == [None] * 3
 
@@ -394,3 +359,7 @@ def test_a_plan_knows_no_number_of_tiles() -> None:
         mask.rows.full_tiles.numel()
     with pytest.raises(TypeError):
         mask.cols.words.new_empty(3).numel() + mask.cols.partial_tiles.numel()
+    for name in ("lists", "device", "stats"):
+        with pytest.raises(plan.Unplanned, match=name):
+            getattr(mask, name)
+    assert not hasattr(mask, "no_attribute_of_masks")

@@ -6,8 +6,9 @@ sm_scale, deterministic) -> (dq, dk, dv)`, bit-equal from run to run if `determi
 non-empty, and have a unit last stride; `block_mask` None means every pair. o lies in memory as q does, and gradients as
 what they are of (`anymask.layout`).
 
-`hopper` and `triton` take operands of a plan too, which have all of a tensor but its address and values. They allocate,
-launch and call torch by functions of `anymask.plan`, and `anymask.calls` runs what was written down.
+`hopper` and `triton` take operands of a plan too, which have all of a tensor but its address and values. They launch
+by `anymask.plan`, what they call of torch is written down, and `anymask.calls` runs it. Where they read what no plan
+knows, such as how many tiles a mask has, a call with scores has no plan and is launched anew each time.
 
 A backend that takes `scores` has them as the last argument of `forward`, and `backward_scores(*arguments of backward,
 scores, needs) -> ScoreGrads`, bit-equal from run to run. lse has the sinks in it, and is of the weights before dropout.

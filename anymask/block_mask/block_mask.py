@@ -24,6 +24,7 @@ from anymask.block_mask.structure import Structure, structure_of
 from anymask.block_mask.tile_lists import FIELDS, plane_range, select_planes
 from anymask.block_mask.tile_lists import TileLists as TileLists
 from anymask.tiles import FULL, PARTIAL, TILE, tiles_over
+from anymask.vmap import ALL, completed
 
 # what `BlockMask.save` writes into a file's header
 FORMAT = "anymask.BlockMask 1"
@@ -86,10 +87,13 @@ class BlockMask:
 
     # indexing alone would make Python iterate over samples, and a shared mask would end after the first
     __iter__ = None
+    # how many of `tensors` say what all do; a compiler that makes a mask does not know, as sizes are no numbers yet
+    n_first = ALL
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
             known.register(self)
+            self.__dict__["n_first"] = parts.said_by_first(self.tensors())
 
     @property
     def rows(self) -> TileLists:
@@ -380,11 +384,15 @@ class BlockMask:
         """The four tensors in field order: what a torch op takes and `from_tensors` reads."""
         return [self.lists, self.words, self.q_has_pair, self.kv_has_pair]
 
+    def first_tensors(self) -> list[Tensor]:
+        """Those of `tensors` that operators take: without the last ones, where the others say all; see `completed`."""
+        return self.tensors()[: self.n_first]
+
     @staticmethod
     def from_tensors(tensors: list[Tensor], q_len: int, kv_len: int) -> BlockMask:
-        """Inverse of `tensors`; where they are those of a mask that is there, that mask, which may have its views."""
+        """Of `tensors` or `first_tensors`; of a mask that is there, that mask, which may have its views."""
         found: BlockMask | None = known.find(tensors, q_len, kv_len)
-        return BlockMask(q_len, kv_len, *tensors) if found is None else found
+        return BlockMask(q_len, kv_len, *completed(tensors)) if found is None else found
 
     def __getstate__(self) -> dict[str, Any]:
         # without the views, whose memory would be written once more

@@ -24,15 +24,14 @@ def register(mask: Any) -> None:
 
 
 def find(tensors: list[Tensor], q_len: int, kv_len: int) -> Any:
-    """The mask that has these tensors and lengths, or None."""
-    lists, words, q_has_pair, kv_has_pair = tensors
+    """The mask that has these tensors, all or the first that say all, and these lengths; or None."""
+    lists, n = tensors[0], len(tensors)
     found = _masks.get(id(lists))
     known = None if found is None else found()
-    if known is None or known.lists is not lists or known.words is not words:
+    if known is None or known.lists is not lists or known.words is not tensors[1] or known.n_first > n:
         return None
-    # torch makes those without elements anew
-    same = q_has_pair is known.q_has_pair or _is_same(q_has_pair, known.q_has_pair)
-    same = same and (kv_has_pair is known.kv_has_pair or _is_same(kv_has_pair, known.kv_has_pair))
+    same = n < 3 or _is_same(tensors[2], known.q_has_pair)
+    same = same and (n < 4 or _is_same(tensors[3], known.kv_has_pair))
     return known if same and known.q_len == q_len and known.kv_len == kv_len else None
 
 
@@ -42,4 +41,5 @@ def _unregister(key: int, gone: ref[Any]) -> None:
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
+    # torch makes those without elements anew
+    return a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr())

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from anymask.block_mask.tile_lists import TileLists
 from anymask.tiles import TILE, WORDS, tiles_over
+from anymask.vmap import ALL, HAS_PAIR, ONE_PLANE
 
 # of each view: its full_offsets, full_tiles, partial_offsets, partial_tiles and order among the parts
 PLACES = {"rows": (0, 8, 1, 6, 4), "cols": (2, 9, 3, 7, 5)}
@@ -70,6 +73,21 @@ def view_of(name: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor], q_len: in
         order.view(batch, heads, q_tiles if by_rows else kv_tiles),
         (q_has_pair if by_rows else kv_has_pair).view(-1),
     )
+
+
+def said_by_first(tensors: Sequence[Any]) -> int:
+    """How many of the first tensors of a mask say what all do: see `vmap.completed`.
+
+    All, where a size is no number yet, or `torch.vmap` maps the last two.
+    """
+    sizes = []
+    for t in tensors[HAS_PAIR:]:
+        if not isinstance(t, Tensor) or is_functorch_wrapped_tensor(t):
+            return ALL
+        sizes.append(tuple(t.shape))
+    if any(type(n) is not int for size in sizes for n in size) or sizes[1][2:] != (0,):
+        return ALL
+    return ONE_PLANE if sizes[0] == sizes[1] == (1, 1, 0) else ALL - 1
 
 
 def joined(rows: TileLists, cols: TileLists, words: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch._C import _functorch
 
 from anymask.block_mask import BlockMask
@@ -150,11 +150,11 @@ class MaskCache:
 
         It spares checks that an equal call has passed, and a mask of the tensor.
         """
-        if torch._C._are_functorch_transforms_active():
+        if _C._are_functorch_transforms_active():
             return None, None
         device, stream = q.device, 0
         if q.is_cuda:
-            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            stream = _C._cuda_getCurrentRawStream(device.index)
             # a capture never has the default stream, which is 0
             if stream and torch.cuda.is_current_stream_capturing():
                 return None, None
@@ -195,11 +195,11 @@ class MaskCache:
         Raises:
             RuntimeError: a CUDA graph is being captured, and the mask would have to be built.
         """
-        if torch._C._are_functorch_transforms_active():
+        if _C._are_functorch_transforms_active():
             tensors = tuple(map(_unwrapped_tensor, tensors))
         keys = [key for key in map(_tensor_key, tensors) if key is not None]
         device = next((t.device for t in tensors if t.device.type == "cuda"), None)
-        key = BuiltKey(what, tuple(keys), 0 if device is None else torch._C._cuda_getCurrentRawStream(device.index))
+        key = BuiltKey(what, tuple(keys), 0 if device is None else _C._cuda_getCurrentRawStream(device.index))
         known = len(keys) == len(tensors)
         with self._lock:
             built = self._built.get(key) if known else None
@@ -232,7 +232,7 @@ class MaskCache:
         Raises:
             RuntimeError: a CUDA graph is being captured, and the mask would have to be packed.
         """
-        if torch._C._are_functorch_transforms_active():
+        if _C._are_functorch_transforms_active():
             mask = _unwrapped(mask)
             refuse_mapped_functions(mask, TileGrid(q_len, kv_len, device))
         program = program_of(mask)
@@ -245,7 +245,7 @@ class MaskCache:
             return _pack(mask, q_len, kv_len, device, capturing, check)
         key = MaskKey(program.nodes, program.numbers, tuple(keys), q_len, kv_len, device)
         entry = self._entries.get(key)
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if on_cuda else 0
+        stream = _C._cuda_getCurrentRawStream(device.index) if on_cuda else 0
         if entry is None:
             packed = _pack(mask, q_len, kv_len, device, capturing, check)
             if on_cuda:
@@ -317,12 +317,12 @@ def _apart() -> Iterator[None]:
     """Nothing records, watches or transforms what packing does: results serve later calls, which may run elsewhere."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if torch._C._len_torch_dispatch_stack():
+        if _C._len_torch_dispatch_stack():
             # selective checkpointing counts operations, and must find as many when it computes again
             from torch.utils._python_dispatch import _disable_current_modes
 
             stack.enter_context(_disable_current_modes())
-        if torch._C._are_functorch_transforms_active():
+        if _C._are_functorch_transforms_active():
             # what is made inside a transform is a wrapper that dies with it
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
@@ -359,16 +359,22 @@ def _tensor_key(t: Tensor) -> TensorKey | None:
 
 def _identity(t: Tensor) -> tuple[Any, ...] | None:
     """The fields of the key of a tensor, or None."""
-    if type(t) not in _PLAIN or t.is_inference():
+    if type(t) not in _PLAIN:
+        return None
+    try:
+        version = t._version
+    except RuntimeError:
+        # made in inference mode
         return None
     base: Any = t._base
     if base is None:
         base = t
-    storage = base.untyped_storage()
-    # one count is of `storage` here; each view of a tensor holds both of them
-    if torch._C._storage_Use_Count(storage._cdata) - 1 > base._use_count():
+    held = base.untyped_storage()
+    storage = held._cdata
+    # one count is of `held`; each view of a tensor holds both of them
+    if _C._storage_Use_Count(storage) - 1 > base._use_count():
         return None
-    return base._cdata, storage._cdata, t.data_ptr(), t._version, t.dtype, t.shape, t.stride()
+    return base._cdata, storage, t.data_ptr(), version, t.dtype, t.shape, t.stride()
 
 
 # the masks that `attention` remembers

@@ -3,9 +3,16 @@
 import ctypes
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from anymask import direct
+import pytest
+import torch
+
+from anymask import direct, launch
+from anymask.backends import hopper
+from anymask.backends import triton as triton_backend
+from anymask.backends.triton import halves
 from benchmarks import host
 
 # the stream that launches must name
@@ -44,6 +51,14 @@ class Driver:
         self.direct: list[Any] = []
         self._compiled: list[Any] = []
         self._maps: dict[int, list[Any]] = {}
+        # so that no two tensors of a pass have one address
+        self._held: list[Any] = []
+
+    def forget(self) -> None:
+        """Nothing was launched."""
+        self.by_triton.clear()
+        self.direct.clear()
+        self._held.clear()
 
     def run(self, function: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
         _, specialization, options = function.device_caches[0][-1](*args, **named)
@@ -53,6 +68,7 @@ class Driver:
         compiled.metadata.num_warps = options.get("num_warps", 4)
         compiled.function = len(self._compiled) + 1
         self._compiled.append(compiled)
+        self._held.append(args)
         values = [*args, *[named[name] for name in function.arg_names[len(args) :]]]
         constants = [repr(v) for v, kind in zip(values, types, strict=True) if kind == "constexpr"]
         compiled.name += repr(constants)
@@ -102,3 +118,43 @@ class Driver:
             elif kind != "constexpr":
                 of = {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}[kind]
                 yield of.from_address(next(places)).value
+
+
+class Forgetful(dict[Any, Any]):
+    """Finds no kernel, so that every launch by Triton is written down."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return default
+
+
+@contextmanager
+def launches() -> Iterator[Driver]:
+    """What calls of the GPU backends launch, of CPU tensors."""
+    from triton import knobs
+    from triton.runtime import driver as of_triton
+    from triton.runtime.jit import JITFunction
+
+    if knobs.runtime.interpret:
+        pytest.skip("the interpreter has no driver")
+    found, precision = Driver(), torch.backends.cuda.matmul.fp32_precision
+    triton_backend._options.cache_clear()
+    with host.stubbed(), pytest.MonkeyPatch.context() as patch:
+        run = JITFunction.run
+
+        def both(*args: Any, **named: Any) -> Any:
+            # the stubs clear what they ran
+            run(*args, **named)
+            return found.run(*args, **named)
+
+        patch.setattr(JITFunction, "run", both)
+        patch.setattr(of_triton.active, "get_current_stream", lambda device: STREAM)
+        patch.setattr(direct, "_library", found.library)
+        patch.setattr(launch, "_kernels", Forgetful())
+        patch.setattr(triton_backend, "why_not", lambda *args: None)
+        # dq apart for columns of few tiles
+        patch.setattr(hopper.tuning, "MANY_COLUMNS", 0)
+        # fp32 in parts for calls of 600
+        patch.setattr(halves, "FEWEST", 600)
+        yield found
+    triton_backend._options.cache_clear()
+    torch.backends.cuda.matmul.fp32_precision = precision

@@ -170,12 +170,14 @@ def gradients(
     # whole tiles, of which the last may be longer than the queries
     delta = call.delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
     q_sums, k_sums = sums
-    if q_sums is None:
+    wants_rows = any(needed and t.shape[3] == 1 for t, needed in zip(scores.dense, needs.dense, strict=True))
+    if q_sums is None and wants_rows:
         q_sums = row_gradient(scores, lse, delta, dlse)
     pairs = PairSums(call, *options)
 
     def of_dense(shape: torch.Size) -> Tensor:
         if shape[3] == 1:
+            assert q_sums is not None
             return sum_to(q_sums[..., None], shape).contiguous()
         if shape[2] == 1:
             assert k_sums is not None

@@ -1,4 +1,4 @@
-"""Bugs of plans: of what they are looked up by, and of what a launch of one gives to the driver."""
+"""Bugs of plans: of what they are looked up by, of what a launch gives to the driver, and of parts of a mask."""
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
@@ -8,6 +8,8 @@ KIND = "return t.shape, t.stride(), t.dtype, t.data_ptr() % 16"
 LAUNCHES = seen_by("test_plan", "launch_what_backends_do")
 
 CHANGES = seen_by("test_plan", "not launch_what_backends_do")
+WRITTEN = seen_by("test_plan_scores", "not launch_what_backends_do")
+FORM = "Form(len(scores.dense), diagonal, scores.softcap, scores.sinks is not None, scores.dropout_p)"
 
 PLANS = (
     Mutant("plan key without strides", CALLS, KIND, "return t.shape, t.contiguous().stride(), t.dtype, 0", LAUNCHES),
@@ -107,4 +109,45 @@ PLANS = (
         CHANGES,
     ),
     Mutant("launch that a profiler does not see", PLAN, " or now.is_watched()", "", CHANGES),
+    *(
+        Mutant(
+            f"plan key without {name}",
+            CALLS,
+            f"return {FORM}",
+            f"return {FORM.replace(field, instead)}",
+            seen_by("test_plan_scores", "launch_what_backends_do"),
+        )
+        for name, field, instead in (
+            ("the soft cap", "scores.softcap,", "20.0 * bool(scores.softcap),"),
+            ("the probability of dropout", "scores.dropout_p)", "0.1 * bool(scores.dropout_p))"),
+        )
+    ),
+    Mutant("plan: a view of another size", PLAN, "if self.is_view else t", "if False else t", WRITTEN),
+    Mutant("plan: a result of another size", PLAN, "if not operand.is_view:", "if True:", WRITTEN),
+    Mutant("plan: writes are left out", PLAN, "if _writes(function):", "if False:", WRITTEN),
+    Mutant("plan: alignment of a part", PLAN, "(of.residue + offset) % 16", "of.residue", WRITTEN),
+    Mutant(
+        "plan: sizes that masks do not share", CALLS, "plan.operand(None, (1,),", "plan.operand((9,), (1,),", CHANGES
+    ),
+    Mutant(
+        "a mask is found by tensors that do not say all",
+        "anymask/block_mask/known.py",
+        " or known.n_first > n:",
+        ":",
+        seen_by("test_block_mask", "few_tensors"),
+    ),
+    Mutant(
+        "planes of a mask are left out",
+        "anymask/block_mask/parts.py",
+        "if sizes[0] == sizes[1] == (1, 1, 0)",
+        "if sizes[0][2:] == (0,)",
+        seen_by("test_block_mask", "few_tensors"),
+    ),
+    Mutant(
+        "a compiled function leaves out which keys are used",
+        "anymask/traced.py",
+        "[: mask.n_first - ONE_PLANE]",
+        "[:1]",
+        seen_by("test_compiled", "few_tensors"),
+    ),
 )
