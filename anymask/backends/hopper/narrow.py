@@ -55,6 +55,7 @@ def launch_dkdv(
             call.sm_scale,
             scores.qk_scale,
             scores.terms,
+            scores.descriptor(block_m),
             k_sums,
         ),
         {
@@ -62,6 +63,7 @@ def launch_dkdv(
             "BLOCK_M": block_m,
             "STAGES": 2,
             "SCORES_AHEAD": tuning.SCORES_AHEAD[columns],
+            "BIAS_STAGES": int(scores.pairs is not None),
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
         (
@@ -70,7 +72,7 @@ def launch_dkdv(
             call.do.dtype,
             q_heads // kv_heads,
             *[x is None for x in (dq_acc, in_turn, block_mask, *maps, k_sums)],
-            *args_key((scores.terms,)),
+            *scores.key,
         ),
         num_warps=4,
         enable_fp_fusion=True,

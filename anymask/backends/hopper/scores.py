@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anymask.backends.gpu.arguments import LOG2_E
 from anymask.backends.gpu.passes import BackwardCall
-from anymask.backends.hopper.descriptors import block_of, descriptor
+from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor
 from anymask.launch import args_key
 from anymask.scores import Scores, dropout
 from anymask.tiles import TILE, tiles_over
@@ -61,8 +61,6 @@ def _asked(scores: Scores) -> list[str]:
 
 def why_not_gradients(scores: Scores) -> str | None:
     """Why the backward kernels cannot take scores that the forward kernel takes, or None."""
-    if pairs_of(scores) is not None:
-        return "the backward kernels have no bias of pairs"
     unknown = [name for name in _asked(scores) if name not in COMPARED_GRADIENTS]
     return f"the call has a {unknown[0]}, whose gradients other kernels do faster" if unknown else None
 
@@ -143,11 +141,24 @@ def forward_scores(scores: Scores | None, sm_scale: float, q: Tensor, kv_len: in
 
 
 class BackwardTerms(NamedTuple):
-    """The scores of a call as the backward kernel takes them; `lse2` as of `launch_delta`, less what is the same."""
+    """The scores of a call as the backward kernel takes them; `lse2` as of `launch_delta`, less what is the same.
+
+    `pairs`: the bias of pairs, or None.
+    """
 
     terms: Any
     qk_scale: float
     lse2: Tensor
+    pairs: Tensor | None
+
+    def descriptor(self, rows: int) -> Any:
+        """That of the bias of pairs, of which a block has so many queries, or None."""
+        return None if self.pairs is None else _descriptor(self.pairs, rows, WARPGROUP_ROWS)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the compiled kernel depends on."""
+        return None if self.pairs is None else self.pairs.dtype, *args_key((self.terms,))
 
 
 def backward_terms(scores: Scores | None, call: BackwardCall) -> BackwardTerms:
@@ -155,13 +166,14 @@ def backward_terms(scores: Scores | None, call: BackwardCall) -> BackwardTerms:
 
     A bias of queries that nothing is added to or capped with is a shift of all scores of a query: it is in lse2.
     """
-    terms, qk_scale = kernel_terms(scores, call.sm_scale, call.q.shape[2], call.k.shape[2])
+    q_len, kv_len = call.q.shape[2], call.k.shape[2]
+    terms, qk_scale = kernel_terms(scores, call.sm_scale, q_len, kv_len, call.q.shape[0])
     lse2 = call.lse2
-    if len(terms) and terms.queries and not (terms.keys or terms.diagonals or terms.cap):
+    if len(terms) and terms.queries and not (terms.keys or terms.diagonals or terms.pairs or terms.cap):
         (shift,) = terms.queries
         lse2 = (lse2.view(*call.q.shape[:2], -1) - shift.source).flatten()
         terms = terms._replace(queries=()) if terms.dropout else ()
-    return BackwardTerms(terms, qk_scale, lse2)
+    return BackwardTerms(terms, qk_scale, lse2, pairs_of(scores))
 
 
 def _descriptor(bias: Tensor, rows: int, keys: int) -> Any:

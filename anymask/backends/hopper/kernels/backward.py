@@ -14,24 +14,41 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anymask.backends.hopper.kernels.backward_dq import CONSUMER_AND_STORE, DQ_EMPTY, hand_over_dq, issue_dq, reduce_dq
+from anymask.backends.hopper.kernels.backward_dq import (
+    CONSUMER_AND_STORE,
+    DQ_EMPTY,
+    DQ_FULL,
+    hand_over_dq,
+    issue_dq,
+    reduce_dq,
+)
 from anymask.backends.hopper.kernels.backward_terms import (
     add_key_sums,
     column_bias,
     dropped_words,
     score_gradient,
     step_bias,
+    step_pairs,
     store_key_sums,
     weights,
 )
 from anymask.backends.hopper.kernels.blocks import store_rows
-from anymask.backends.hopper.kernels.compat import tma_load
-from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, arrive, opaque, opaque_zero, sync
+from anymask.backends.hopper.kernels.compat import reinterpret, tma_load
+from anymask.backends.hopper.kernels.pipeline import (
+    TILE,
+    allocate_barriers,
+    arrive,
+    opaque,
+    opaque_zero,
+    stage_and_phase,
+    sync,
+)
 from anymask.backends.hopper.kernels.records import (
     BackwardConfig,
     BackwardPipelines,
     BackwardSchedule,
     BackwardSizes,
+    BiasStages,
     DOStages,
     HasPair,
     KVBuffers,
@@ -48,11 +65,26 @@ from anymask.backends.hopper.kernels.words import ROWS, zero_words
 
 # hardware barriers beside those of backward_dq.py, two each, one a stage, and the warps that meet there
 Q_EMPTY, DO_EMPTY = gl.constexpr(7), gl.constexpr(9)
+# of the one stage of a bias of pairs
+BIAS_EMPTY = gl.constexpr(15)
 CONSUMERS_AND_PRODUCER = gl.constexpr(9)
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pipes, schedule, cfg: gl.constexpr):
+def _produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    do_desc,
+    lse_desc,
+    delta_desc,
+    bias_desc,
+    terms,
+    has_pair,
+    pipes,
+    schedule,
+    cfg: gl.constexpr,
+):
     """The producer warp: loads k and v of every work tile, then q, lse2, do and delta of the steps through it."""
     kv, q, do = pipes.kv, pipes.q, pipes.do
     worker, n_work_tiles = schedule.worker, schedule.n_work_tiles
@@ -61,7 +93,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pi
     BLOCK_M: gl.constexpr = cfg.BLOCK_M
     STAGES: gl.constexpr = cfg.STAGES
     strides, q_len = schedule.plane_strides, has_pair.q_len
-    pos = 0
+    pos, bias_step = 0, 0
     kv_zeroed, q_zeroed = 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
     q_tile = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN)
@@ -95,6 +127,9 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pi
                         if at == STAGES:
                             zero_queries(q, do, stage, used, start, q_len, q_zeroed)
                             q_zeroed += 1
+                    if bias_desc is not None:
+                        _load_bias(bias_desc, terms.pairs[0], column, start, pipes.bias, bias_step)
+                        bias_step += 1
                     start += BLOCK_M
                     pos += 1
             q_tile = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN)
@@ -110,6 +145,21 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pi
     for i in gl.static_range(STAGES):
         _wait_until_empty(Q_EMPTY, pos + i, STAGES)
         _wait_until_empty(DO_EMPTY, pos + i, STAGES)
+    if bias_desc is not None:
+        _wait_until_empty(BIAS_EMPTY, bias_step, cfg.BIAS_STAGES)
+
+
+@gluon.jit
+def _load_bias(desc, pairs, column, start, bias, step):
+    """Load the bias of the pairs of a step that starts at query `start`, for each warpgroup its keys."""
+    STAGES: gl.constexpr = bias.full.shape[0]
+    stage, _ = stage_and_phase(step, STAGES)
+    _wait_until_empty(BIAS_EMPTY, step, STAGES)
+    full = bias.full.index(stage)
+    mbarrier.expect(full, 2 * desc.block_type.nbytes)
+    sample, head = column.sample & pairs.batch, column.head & pairs.head
+    for g in gl.static_range(2):
+        tma_load(desc, [sample, head, start, column.tile * TILE + g * ROWS], full, bias.bufs.index(stage * 2 + g))
 
 
 @gluon.jit
@@ -141,6 +191,7 @@ def _consume(
     HAS_DQ: gl.constexpr = cfg.HAS_DQ
     AHEAD: gl.constexpr = cfg.SCORES_AHEAD
     MASKED: gl.constexpr = HAS_MASK or cfg.HAS_TAIL
+    OUT_IN_DQ: gl.constexpr = HAS_DQ and cfg.BIAS_STAGES > 0
     DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
     BY_QUERY: gl.constexpr = len(terms.queries) + len(terms.diagonals) + DROPS > 0 if len(terms) > 0 else False
     STEPS: gl.constexpr = TILE // BLOCK_M
@@ -196,8 +247,14 @@ def _consume(
                     next_q = q_tile_at(column, j // STEPS, schedule, HAS_MASK, cfg.IN_TURN) * TILE + j % STEPS * BLOCK_M
                 bias = step_bias(terms, of_keys, column, start_q, zero_s, G)
                 lse_buf = q_stages.lse_bufs.index(stage)
-                p, of_ds = weights(s, lse_buf, w, bias, dropped, qk_scale, terms, dtype, MASKED, AHEAD, S_LAYOUT)
+                pairs = step_pairs(pipes.bias, pos - iteration * AHEAD, S_LAYOUT, G)
+                p, of_ds = weights(
+                    s, lse_buf, w, bias, pairs, dropped, qk_scale, terms, dtype, MASKED, AHEAD, S_LAYOUT
+                )
                 dv = warpgroup_mma(gl.convert_layout(p, A_LAYOUT), do, dv, is_async=True)
+                if cfg.BIAS_STAGES > 0:
+                    # loads of the bias have ended, as the product takes p from registers
+                    arrive(BIAS_EMPTY, CONSUMERS_AND_PRODUCER)
                 dp = warpgroup_mma_wait(1, deps=[dp])
                 ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), terms, AHEAD)
                 if k_sums is not None and not AHEAD:
@@ -242,9 +299,17 @@ def _consume(
             begin += 1
         mbarrier.arrive(kv.empty)
         # through a buffer of their own: the next k and v are on their way
-        out_buf, row = pipes.out_bufs.index(G), tile * TILE + G * ROWS
+        row = tile * TILE + G * ROWS
+        if OUT_IN_DQ:
+            sync(DQ_EMPTY + G, CONSUMER_AND_STORE)
+            out_buf = reinterpret(pipes.dq_bufs.index(G), dtype, dk_desc.block_type.shape, dk_desc.layout)
+        else:
+            out_buf = pipes.out_bufs.index(G)
         store_rows(dk_desc, out_buf, dk, sm_scale, sample, head, group, row, HEAD_DIM)
         store_rows(dv_desc, out_buf, dv, terms.dropout[0].scale if DROPS else None, sample, head, group, row, HEAD_DIM)
+        if OUT_IN_DQ:
+            tma.store_wait(0)
+            arrive(DQ_FULL + G, CONSUMER_AND_STORE)
     tma.store_wait(0)
     if HAS_DQ:
         # no arrival is left behind
@@ -273,8 +338,11 @@ def _issue_dp(v, do, delta_buf, zero_s, LESS_DELTA: gl.constexpr):
 
 
 @gluon.jit
-def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cfg: gl.constexpr):
-    """Shared memory of all variants: k, v, q and do with their barriers, and a buffer of dk and dv a consumer."""
+def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, bias_desc, cfg: gl.constexpr):
+    """Shared memory of all variants: k, v, q and do with their barriers, and a buffer of dk and dv a consumer.
+
+    With a bias of pairs there is room for one stage of it and not for dk and dv, which leave through the buffers of dq.
+    """
     STAGES: gl.constexpr = cfg.STAGES
     dtype: gl.constexpr = q_desc.dtype
     k_bufs = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout)
@@ -283,12 +351,19 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.BLOCK_M], lse_desc.layout)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.BLOCK_M], delta_desc.layout)
-    out_bufs = gl.allocate_shared_memory(dtype, [2] + dk_desc.block_type.shape, dk_desc.layout)
+    out_bufs, bias = (), ()
+    if not (cfg.HAS_DQ and cfg.BIAS_STAGES > 0):
+        out_bufs = gl.allocate_shared_memory(dtype, [2] + dk_desc.block_type.shape, dk_desc.layout)
+    if bias_desc is not None:
+        bias_bufs = gl.allocate_shared_memory(
+            bias_desc.dtype, [cfg.BIAS_STAGES * 2] + bias_desc.block_type.shape, bias_desc.layout
+        )
+        bias = BiasStages(bias_bufs, allocate_barriers(cfg.BIAS_STAGES, 1))
     landed = allocate_barriers(2, 1)
     kv = KVBuffers(k_bufs, v_bufs, landed, landed.index(0), allocate_barriers(1, 2).index(0))
     q = QStages(q_bufs, lse_bufs, allocate_barriers(STAGES + 1, 1))
     do = DOStages(do_bufs, delta_bufs, allocate_barriers(STAGES + 1, 1))
-    return kv, q, do, out_bufs
+    return kv, q, do, out_bufs, bias
 
 
 @gluon.jit(
@@ -354,11 +429,13 @@ def _bwd_kernel(
     sm_scale,
     qk_scale,
     terms,
+    bias_desc,
     k_sums,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     SCORES_AHEAD: gl.constexpr,
+    BIAS_STAGES: gl.constexpr,
     HAS_TAIL: gl.constexpr,
 ):
     """Writes `dk`, `dv` of 128 keys of one kv head, summed over its group of query heads, and adds to `dq`.
@@ -367,7 +444,8 @@ def _bwd_kernel(
     from one sample or query head to the next. Without a `dq_desc` there is no dq. With `counters` it is added in turns,
     for which all programs have to run at the same time; see `Turns` of hopper/turns.py.
 
-    `terms`: `Terms`, none of pairs, or () if nothing else happens to scores. `k_sums`, if not None: fp32 `[batch,
+    `terms`: `Terms`, or () if nothing else happens to scores. `bias_desc`: of their `pairs`, `[batch or 1, heads or 1,
+    q_len, kv_len]` with blocks `[1, 1, BLOCK_M, ROWS]`, or None; it has BIAS_STAGES stages, one or none. `k_sums`, if not None: fp32 `[batch,
     q_heads, kv_len]`, the gradient of a bias of the keys.
     """
     kv_tiles = (kv_len + TILE - 1) // TILE
@@ -380,20 +458,27 @@ def _bwd_kernel(
         HAS_TAIL,
         dq_desc is not None,
         counters is not None,
+        BIAS_STAGES,
     )
-    kv, q, do, out_bufs = _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cfg)
+    kv, q, do, out_bufs, bias = _allocate(
+        q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, bias_desc, cfg
+    )
     ds_bufs, dq_bufs = None, None
     if cfg.HAS_DQ:
         DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_M], q_desc.dtype)
         # a step's ds is written while the last one's may still be read
         ds_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, TILE, BLOCK_M], DS_LAYOUT)
         dq_bufs = gl.allocate_shared_memory(gl.float32, [2] + dq_desc.block_type.shape, dq_desc.layout)
-    pipes = BackwardPipelines(kv, q, do, ds_bufs, dq_bufs, out_bufs)
+    pipes = BackwardPipelines(kv, q, do, ds_bufs, dq_bufs, out_bufs, bias)
     lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
     sizes = BackwardSizes(q_tiles, kv_tiles, kv_heads, group)
     worker = Worker(gl.program_id(0), gl.num_programs(0))
     strides = PlaneStrides(sample_planes, head_planes)
-    schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
+    samples = ()
+    # turns are made for the usual order
+    if bias_desc is not None and counters is None:
+        samples = terms.pairs[0].samples
+    schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker, samples)
     maps = HasPair(q_has_pair, kv_has_pair, q_len, kv_len)
     turns = Turns(counters, full_turns, partial_turns, turn_sample_step, turn_head_step)
     # argument lists are written inline (docs/kernels.md, finding 8)
@@ -407,7 +492,10 @@ def _bwd_kernel(
                 _consume,
                 (dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(1)),
             ),
-            (_produce, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, maps, pipes, schedule, cfg)),
+            (
+                _produce,
+                (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, bias_desc, terms, maps, pipes, schedule, cfg),
+            ),
             (reduce_dq, (dq_desc, dq_bufs, turns, schedule, cfg)),
         ],
         [4, 1, 1],

@@ -24,7 +24,7 @@ from anymask.backends.hopper.kernels.softmax import (
     unpack_halves,
     update_row_max,
 )
-from anymask.backends.hopper.kernels.terms import add, factor, keep, load_bias, scored
+from anymask.backends.hopper.kernels.terms import add_pairs, factor, keep, load_bias, scored
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_words, tail_words, to_quad_view, zero_words
 
 
@@ -91,8 +91,7 @@ def _exponents(s, m_i, bias, pairs, scoring):
         minus = m_i.expand_dims(1).expand_dims(3) - to_quad_view(pairs.to(gl.float32)) * terms.pairs[0].unit
         z = from_quad_view(to_quad_view(s * scoring.qk_scale) - minus, LAYOUT)
     else:
-        of_pairs = pairs.to(gl.float32) * terms.pairs[0].unit
-        bias = add(bias, of_pairs) if len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0 else of_pairs
+        bias = add_pairs(bias, pairs, terms)
         z = exponents(scored(s, bias, scoring.qk_scale, terms), m_i, factor(terms))
     return z
 

@@ -184,7 +184,10 @@ class HasPair(NamedTuple):
 
 
 class BackwardSchedule(NamedTuple):
-    """What says which work tiles there are, in which order, what each of them meets, and which worker this is."""
+    """What says which work tiles there are, in which order, what each of them meets, and which worker this is.
+
+    `samples`: as in `ForwardSchedule`.
+    """
 
     lists: MaskLists
     plane_strides: PlaneStrides
@@ -192,6 +195,7 @@ class BackwardSchedule(NamedTuple):
     n_work_tiles: Any
     swizzle_heads: Any
     worker: Worker
+    samples: Any
 
 
 class BackwardConfig(NamedTuple):
@@ -205,6 +209,7 @@ class BackwardConfig(NamedTuple):
     HAS_TAIL: Any
     HAS_DQ: Any
     IN_TURN: Any
+    BIAS_STAGES: Any
 
 
 class Turns(NamedTuple):
@@ -261,10 +266,17 @@ class DOStages(NamedTuple):
     full: Any
 
 
+class BiasStages(NamedTuple):
+    """Stages of a bias of pairs `[1, 1, BLOCK_M, ROWS]`, a buffer a warpgroup, with their full barriers."""
+
+    bufs: Any
+    full: Any
+
+
 class BackwardPipelines(NamedTuple):
     """Shared memory of a program: two stages of ds for both consumers, and buffers of dq, and of dk and dv, of each.
 
-    Without dq, `ds_bufs` and `dq_bufs` are None.
+    Without dq, `ds_bufs` and `dq_bufs` are None. `bias`: `BiasStages`, or () without a bias of pairs.
     """
 
     kv: KVBuffers
@@ -273,6 +285,7 @@ class BackwardPipelines(NamedTuple):
     ds_bufs: Any
     dq_bufs: Any
     out_bufs: Any
+    bias: Any
 
 
 class Ring(NamedTuple):
