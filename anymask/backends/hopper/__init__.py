@@ -192,6 +192,7 @@ def _launch_forward(call: _Forward) -> None:
             "Q_STAGES": config.Q_STAGES,
             "CONSUMER_PAIRS": config.CONSUMER_PAIRS,
             "BIAS_STAGES": config.BIAS_STAGES,
+            "O_IN_Q": config.O_IN_Q,
             "PACK_GQA": call.pack_gqa and block_mask is not None,
             "PLAIN_SOFTMAX": config.PLAIN_SOFTMAX,
         },

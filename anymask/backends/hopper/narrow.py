@@ -63,7 +63,7 @@ def launch_dkdv(
             "BLOCK_M": block_m,
             "STAGES": 2,
             "SCORES_AHEAD": tuning.SCORES_AHEAD[columns],
-            "BIAS_STAGES": int(scores.pairs is not None),
+            "BIAS_STAGES": 0 if scores.pairs is None else tuning.BIAS_STAGES[columns],
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
         (

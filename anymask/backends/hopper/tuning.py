@@ -27,6 +27,8 @@ class ForwardConfig:
     widths: tuple[int, int] | None = None
     # stages of a bias of pairs
     BIAS_STAGES: int = 0
+    # whether o leaves through the buffer of q, for want of memory
+    O_IN_Q: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ FORWARD_TERMS: Forward = {
 # and with a bias of pairs
 FORWARD_PAIRS: Forward = {
     64: ForwardConfig(128, 1, 3, 2, (True, True), BIAS_STAGES=2),
-    128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=1),
+    128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=2, O_IN_Q=True),
 }
 # of the backward pass above 128
 WIDE_DKDV = {
@@ -83,6 +85,8 @@ WIDE_DQ = {
 }
 # up to 128: whether a step issues the scores of the next one, and starts its sums of dp at -delta; an H100, 2026-11-28
 SCORES_AHEAD = {64: True, 128: False}
+# stages of a bias of pairs
+BIAS_STAGES = {64: 1, 128: 2}
 # dq from a kernel of its own: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)
 # the same with other scores than sinks, and blocks of the gradient of a table, as in triton/tuning.py

@@ -65,8 +65,8 @@ from anymask.backends.hopper.kernels.words import ROWS, zero_words
 
 # hardware barriers beside those of backward_dq.py, two each, one a stage, and the warps that meet there
 Q_EMPTY, DO_EMPTY = gl.constexpr(7), gl.constexpr(9)
-# of the one stage of a bias of pairs
-BIAS_EMPTY = gl.constexpr(15)
+# of the stages of a bias of pairs, the second so many below the first: the numbers that are left
+BIAS_EMPTY, BIAS_STEP = gl.constexpr(15), gl.constexpr(10)
 CONSUMERS_AND_PRODUCER = gl.constexpr(9)
 
 
@@ -146,7 +146,15 @@ def _produce(
         _wait_until_empty(Q_EMPTY, pos + i, STAGES)
         _wait_until_empty(DO_EMPTY, pos + i, STAGES)
     if bias_desc is not None:
-        _wait_until_empty(BIAS_EMPTY, bias_step, cfg.BIAS_STAGES)
+        for i in gl.static_range(cfg.BIAS_STAGES):
+            _wait_until_bias_empty(bias_step + i, cfg.BIAS_STAGES)
+
+
+@gluon.jit
+def _wait_until_bias_empty(step, STAGES: gl.constexpr):
+    """`_wait_until_empty` of the bias of pairs."""
+    if step >= STAGES:
+        sync(BIAS_EMPTY - BIAS_STEP * (step & (STAGES - 1)), CONSUMERS_AND_PRODUCER)
 
 
 @gluon.jit
@@ -154,7 +162,7 @@ def _load_bias(desc, pairs, column, start, bias, step):
     """Load the bias of the pairs of a step that starts at query `start`, for each warpgroup its keys."""
     STAGES: gl.constexpr = bias.full.shape[0]
     stage, _ = stage_and_phase(step, STAGES)
-    _wait_until_empty(BIAS_EMPTY, step, STAGES)
+    _wait_until_bias_empty(step, STAGES)
     full = bias.full.index(stage)
     mbarrier.expect(full, 2 * desc.block_type.nbytes)
     sample, head = column.sample & pairs.batch, column.head & pairs.head
@@ -254,7 +262,8 @@ def _consume(
                 dv = warpgroup_mma(gl.convert_layout(p, A_LAYOUT), do, dv, is_async=True)
                 if cfg.BIAS_STAGES > 0:
                     # loads of the bias have ended, as the product takes p from registers
-                    arrive(BIAS_EMPTY, CONSUMERS_AND_PRODUCER)
+                    bias_stage = (pos - iteration * AHEAD) & (cfg.BIAS_STAGES - 1)
+                    arrive(BIAS_EMPTY - BIAS_STEP * bias_stage, CONSUMERS_AND_PRODUCER)
                 dp = warpgroup_mma_wait(1, deps=[dp])
                 ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), terms, AHEAD)
                 if k_sums is not None and not AHEAD:
@@ -445,7 +454,7 @@ def _bwd_kernel(
     for which all programs have to run at the same time; see `Turns` of hopper/turns.py.
 
     `terms`: `Terms`, or () if nothing else happens to scores. `bias_desc`: of their `pairs`, `[batch or 1, heads or 1,
-    q_len, kv_len]` with blocks `[1, 1, BLOCK_M, ROWS]`, or None; it has BIAS_STAGES stages, one or none. `k_sums`, if not None: fp32 `[batch,
+    q_len, kv_len]` with blocks `[1, 1, BLOCK_M, ROWS]`, or None; it has BIAS_STAGES stages, up to two. `k_sums`, if not None: fp32 `[batch,
     q_heads, kv_len]`, the gradient of a bias of the keys.
     """
     kv_tiles = (kv_len + TILE - 1) // TILE

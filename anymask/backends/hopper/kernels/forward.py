@@ -208,7 +208,8 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
             w = _first_words(tile_range, lists, sizes, cfg, WARPGROUP, W_LAYOUT)
         l_i = gl.convert_layout(gl.sum(l_i, 1), R_LAYOUT, assert_trivial=True)
         m_i = gl.convert_layout(gl.max(m_i, 1), R_LAYOUT, assert_trivial=True)
-        mbarrier.arrive(q.empty.index(q_stage))
+        if not cfg.O_IN_Q:
+            mbarrier.arrive(q.empty.index(q_stage))
         row = q_tile * TILE + WARPGROUP * ROWS
         rows = row + gl.arange(0, ROWS, layout=R_LAYOUT)
         alpha = 1.0
@@ -220,13 +221,16 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
             if len(terms.dropout) == 1:
                 alpha *= terms.dropout[0].scale
         scale = gl.convert_layout(alpha / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
-        o_buf = pair.o_bufs.index(WARPGROUP)
+        o_buf = pair.o_bufs.index(q_stage * WARPGROUPS + WARPGROUP if cfg.O_IN_Q else WARPGROUP)
         for c in gl.static_range(cfg.V_BLOCKS):
             o = (acc[c] * scale.expand_dims(1)).to(o_desc.dtype)
             tma.store_wait(0)
             o_buf.reshape([ROWS, WIDTH]).store(o)
             fence_async_shared()
             tma_store(o_desc, [sample, head, row, c * WIDTH], o_buf)
+        if cfg.O_IN_Q:
+            tma.store_wait(0)
+            mbarrier.arrive(q.empty.index(q_stage))
     tma.store_wait(0)
 
 
@@ -255,7 +259,10 @@ def _allocate_pair(
     q_bufs = gl.allocate_shared_memory(dtype, [q_blocks] + q_desc.block_type.shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.D_BLOCKS] + k_desc.block_type.shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.V_BLOCKS] + v_desc.block_type.shape, v_desc.layout)
-    o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
+    if cfg.O_IN_Q:
+        o_bufs = q_bufs
+    else:
+        o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
     k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES + 1, 1)
     kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS))
@@ -322,6 +329,7 @@ def _fwd_kernel(
     Q_STAGES: gl.constexpr,
     CONSUMER_PAIRS: gl.constexpr,
     BIAS_STAGES: gl.constexpr,
+    O_IN_Q: gl.constexpr,
     PACK_GQA: gl.constexpr,
     PLAIN_SOFTMAX: gl.constexpr,
 ):
@@ -341,11 +349,12 @@ def _fwd_kernel(
     PACK_GQA: rows of q are `mask_rows` queries of one head after the other, and a row of the mask is for all of them.
     PLAIN_SOFTMAX: row maxima by tensor code in place of PTX, for a test that both give the same.
 
-    Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory.
+    Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory. O_IN_Q: o, whose
+    blocks are like those of q, leaves through the buffer of q.
     """
     HAS_MASK: gl.constexpr = words is not None
     cfg: gl.constexpr = ForwardConfig(
-        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, PACK_GQA, PLAIN_SOFTMAX
+        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, O_IN_Q, PACK_GQA, PLAIN_SOFTMAX
     )
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)

@@ -83,6 +83,7 @@ class ForwardConfig(NamedTuple):
     STAGES: Any
     Q_STAGES: Any
     BIAS_STAGES: Any
+    O_IN_Q: Any
     PACK_GQA: Any
     PLAIN_SOFTMAX: Any
 
