@@ -187,7 +187,8 @@ def _pairs(bias: Tensor, samples: int, unit: float) -> Any:
 
     # what samples share, the L2 cache has for all if they come together
     is_shared = bias.shape[0] < samples
-    return Pairs(-(bias.shape[0] > 1), -(bias.shape[1] > 1), unit, (samples,) if is_shared else ())
+    steps = tuple(step if n > 1 else 0 for n, step in zip(bias.shape[:3], bias.stride()[:3], strict=True))
+    return Pairs(-(bias.shape[0] > 1), -(bias.shape[1] > 1), unit, (samples,) if is_shared else (), bias, steps)
 
 
 def _vector(found: list[Tensor], length: int, unit: float) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.blocks import blocks_at, load_blocks
 from anymask.backends.hopper.kernels.compat import tma_load, tma_store
 from anymask.backends.hopper.kernels.mainloop import mainloop
@@ -96,7 +97,11 @@ def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedu
                 is_partial = t <= tile_range.n_partial * STEPS
                 n_zeroed = _load_v(v_desc, sample, kv_head, last_row, kv, last, used, kv_len, is_partial, n_zeroed, cfg)
             if bias_desc is not None:
-                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, step_base + t)
+                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, step_base + t, cfg)
+                if cfg.PREFETCH:
+                    next_row = kv_tile * TILE + (t + 1) % STEPS * BLOCK_N
+                    if next_row + BLOCK_N <= kv_len:
+                        _prefetch_bias(terms.pairs[0], tile, next_row, schedule.sizes.q_len, BLOCK_N)
             last_row = row
         step_base += n
         if n > 0:
@@ -110,11 +115,23 @@ def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedu
 
 
 @gluon.jit
-def _load_bias(desc, pairs, tile, key, bias, step):
+def _prefetch_bias(pairs, tile, key, q_len, BLOCK_N: gl.constexpr):
+    rows = tile.tile * TILE + gl.arange(0, TILE, layout=gl.BlockedLayout([4], [32], [1], [0]))
+    rows = gl.minimum(rows, q_len - 1)
+    base = pairs.source + (tile.sample.to(gl.int64) * pairs.steps[0] + tile.head.to(gl.int64) * pairs.steps[1] + key)
+    at = (base + rows.to(gl.int64) * pairs.steps[2]).to(gl.int64, bitcast=True)
+    gl.inline_asm_elementwise(
+        ptx.prefetch(BLOCK_N * 2), "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _load_bias(desc, pairs, tile, key, bias, step, cfg: gl.constexpr):
     """Load the bias of a step's pairs, for each warpgroup its queries."""
     STAGES: gl.constexpr = bias.full.shape[0]
     stage, phase = stage_and_phase(step, STAGES)
-    mbarrier.wait(bias.empty.index(stage), phase ^ 1)
+    if not cfg.WITH_K:
+        mbarrier.wait(bias.empty.index(stage), phase ^ 1)
     full = bias.full.index(stage)
     mbarrier.expect(full, WARPGROUPS * desc.block_type.nbytes)
     sample, head = tile.sample & pairs.batch, tile.head & pairs.head
@@ -330,6 +347,8 @@ def _fwd_kernel(
     CONSUMER_PAIRS: gl.constexpr,
     BIAS_STAGES: gl.constexpr,
     O_IN_Q: gl.constexpr,
+    WITH_K: gl.constexpr,
+    PREFETCH: gl.constexpr,
     PACK_GQA: gl.constexpr,
     PLAIN_SOFTMAX: gl.constexpr,
 ):
@@ -354,7 +373,7 @@ def _fwd_kernel(
     """
     HAS_MASK: gl.constexpr = words is not None
     cfg: gl.constexpr = ForwardConfig(
-        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, O_IN_Q, PACK_GQA, PLAIN_SOFTMAX
+        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, O_IN_Q, WITH_K, PREFETCH, PACK_GQA, PLAIN_SOFTMAX
     )
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)

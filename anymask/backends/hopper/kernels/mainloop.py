@@ -178,7 +178,8 @@ def _steps(
                             words, w_next = _next_words(words, wanted, mask_rows, WARPGROUP, W_LAYOUT, PACK_GQA)
             z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, PLAIN)
             x = exp2(z)
-        _free_pairs(i, scoring, alpha)
+        if not cfg.WITH_K:
+            _free_pairs(i, scoring, alpha)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
         if DROPS:
             next_p = pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype)
@@ -244,7 +245,8 @@ def mainloop(
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
     z = mask_exponents(_exponents(s, m_i, bias, pairs, scoring), w)
     z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
-    _free_pairs(step_base, scoring, alpha)
+    if not cfg.WITH_K:
+        _free_pairs(step_base, scoring, alpha)
     x = exp2(z)
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)

@@ -84,6 +84,8 @@ class ForwardConfig(NamedTuple):
     Q_STAGES: Any
     BIAS_STAGES: Any
     O_IN_Q: Any
+    WITH_K: Any
+    PREFETCH: Any
     PACK_GQA: Any
     PLAIN_SOFTMAX: Any
 

@@ -47,6 +47,8 @@ class Pairs(NamedTuple):
     head: Any
     unit: Any
     samples: Any
+    source: Any
+    steps: Any
 
 
 class Dropout(NamedTuple):
