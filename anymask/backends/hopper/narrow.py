@@ -12,7 +12,6 @@ from anymask.backends.gpu.passes import BackwardCall
 from anymask.backends.hopper import tuning, turns
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor, tile_descriptor
 from anymask.backends.hopper.scores import BackwardTerms
-from anymask.launch import args_key
 from anymask.plan import launch
 from anymask.tiles import TILE, tiles_over
 

@@ -79,7 +79,7 @@ def reduce_dq(dq_desc, dq_bufs, turns, schedule, cfg: gl.constexpr):
                         arrive(DQ_EMPTY + g, CONSUMER_AND_STORE)
                 if cfg.IN_TURN:
                     pass_turn(turns.counters + q_tile)
-            if cfg.BIAS_STAGES > 0:
+            if cfg.BIAS_STAGES > 0:  # noqa: SIM102
                 if index % group == group - 1:
                     # consumers have stored dk and dv from the buffers of dq
                     for g in gl.static_range(2):

@@ -116,8 +116,8 @@ def weights(
     """Of products `s [ROWS, N]`: the weights of v in 16 bits, and those of ds.
 
     The latter have the slope of a soft cap, and the sign of those that dropout takes is turned. `w`: words of the mask,
-    if the step is MASKED; `bias` of `step_bias`, `pairs` of `step_pairs`; `dropped`: of `dropped_words`. `ARE_THERE`: or else the products before the last are waited
-    for.
+    if the step is MASKED; `bias`, `pairs`, `dropped`: of `step_bias`, `step_pairs`, `dropped_words`. `ARE_THERE`: or
+    else the products before the last are waited for.
     """
     LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     CAPPED: gl.constexpr = len(terms.cap) == 1 if len(terms) > 0 else False

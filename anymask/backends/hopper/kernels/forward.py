@@ -120,9 +120,7 @@ def _prefetch_bias(pairs, tile, key, q_len, BLOCK_N: gl.constexpr):
     rows = gl.minimum(rows, q_len - 1)
     base = pairs.source + (tile.sample.to(gl.int64) * pairs.steps[0] + tile.head.to(gl.int64) * pairs.steps[1] + key)
     at = (base + rows.to(gl.int64) * pairs.steps[2]).to(gl.int64, bitcast=True)
-    gl.inline_asm_elementwise(
-        ptx.prefetch(BLOCK_N * 2), "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
-    )
+    gl.inline_asm_elementwise(ptx.prefetch(BLOCK_N * 2), "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
