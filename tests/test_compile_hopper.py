@@ -184,6 +184,7 @@ def test_keeps_its_registers(hopper_kernels, monkeypatch, dim, group, masked, de
 SCORED = {
     "distances": ({"tables": ("relative",)}, True, 940),
     "dropout": ({"dropout_p": 0.1}, True, 1300),
+    "pairs": ({"dense": ("by_head",)}, True, 920),
     "pairs under a cap": ({"dense": ("by_head",), "softcap": 20.0}, False, 1600),
 }
 
@@ -216,6 +217,7 @@ SCORED_BACKWARD = {
     "keys": ({"dense": ("keys",)}, False, {64: 680, 128: 470}),
     "keys with their gradient": ({"dense": ("keys",)}, True, {64: 860, 128: 510}),
     "distances": ({"tables": ("relative",)}, False, {64: 730, 128: 510}),
+    "pairs": ({"dense": ("by_head",)}, False, {64: 760, 128: 520}),
     # both its ways
     "cap": ({"softcap": 20.0}, False, {64: 1630, 128: 970}),
     "dropout": ({"dropout_p": 0.1}, False, {64: 1900, 128: 1090}),
@@ -250,6 +252,8 @@ def test_scores_backward_keep_their_registers(hopper_kernels, kind, dim, masked)
         # products that ptxas serialised are each followed by a wait
         assert sum(op.startswith("WARPGROUP.DEPBAR") for op in body) <= products // 4
         assert len([op for op in body if MEETING.match(op)]) == 1
+        # a load turns a bias of pairs round: 8 x 8 of it at a time, four of those for each thread
+        assert sum(".MT88.4" in op for op in body) == ({64: 8, 128: 4}[dim] if kind == "pairs" else 0)
         if kind == "dropout":
             # the generator runs beside the products of dq and dk: after the meeting
             meeting = next(i for i, op in enumerate(body) if MEETING.match(op))
