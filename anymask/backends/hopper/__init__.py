@@ -193,6 +193,7 @@ def _launch_forward(call: _Forward) -> None:
             "CONSUMER_PAIRS": config.CONSUMER_PAIRS,
             "BIAS_STAGES": config.BIAS_STAGES,
             "O_IN_Q": config.O_IN_Q,
+            "O_IN_V": config.O_IN_V,
             "WITH_K": config.WITH_K,
             "PREFETCH": config.PREFETCH,
             "PACK_GQA": call.pack_gqa and block_mask is not None,

@@ -29,6 +29,7 @@ class ForwardConfig:
     BIAS_STAGES: int = 0
     # whether o leaves through the buffer of q, for want of memory
     O_IN_Q: bool = False
+    O_IN_V: bool = False
     WITH_K: bool = False
     PREFETCH: bool = False
 

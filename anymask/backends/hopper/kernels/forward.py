@@ -12,9 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.blocks import blocks_at, load_blocks
-from anymask.backends.hopper.kernels.compat import tma_load, tma_store
+from anymask.backends.hopper.kernels.compat import reinterpret, tma_load, tma_store
 from anymask.backends.hopper.kernels.mainloop import mainloop
-from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
+from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase, sync
 from anymask.backends.hopper.kernels.records import (
     BiasPipeline,
     ConsumerPair,
@@ -44,6 +44,7 @@ LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
 # consumer warpgroups of a pair
 WARPGROUPS = gl.constexpr(2)
+O_BARRIER = gl.constexpr(14)
 
 
 @gluon.jit
@@ -236,7 +237,15 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
             if len(terms.dropout) == 1:
                 alpha *= terms.dropout[0].scale
         scale = gl.convert_layout(alpha / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
-        o_buf = pair.o_bufs.index(q_stage * WARPGROUPS + WARPGROUP if cfg.O_IN_Q else WARPGROUP)
+        if cfg.O_IN_V:
+            sync(O_BARRIER, 8)
+            last = stage_and_phase(step_base - 1, cfg.STAGES)[0]
+            halves = reinterpret(
+                pair.kv.v_bufs.index(last), o_desc.dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout
+            )
+            o_buf = halves.index(WARPGROUP)
+        else:
+            o_buf = pair.o_bufs.index(q_stage * WARPGROUPS + WARPGROUP if cfg.O_IN_Q else WARPGROUP)
         for c in gl.static_range(cfg.V_BLOCKS):
             o = (acc[c] * scale.expand_dims(1)).to(o_desc.dtype)
             tma.store_wait(0)
@@ -276,6 +285,8 @@ def _allocate_pair(
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.V_BLOCKS] + v_desc.block_type.shape, v_desc.layout)
     if cfg.O_IN_Q:
         o_bufs = q_bufs
+    elif cfg.O_IN_V:
+        o_bufs = ()
     else:
         o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
@@ -345,6 +356,7 @@ def _fwd_kernel(
     CONSUMER_PAIRS: gl.constexpr,
     BIAS_STAGES: gl.constexpr,
     O_IN_Q: gl.constexpr,
+    O_IN_V: gl.constexpr,
     WITH_K: gl.constexpr,
     PREFETCH: gl.constexpr,
     PACK_GQA: gl.constexpr,
@@ -371,7 +383,7 @@ def _fwd_kernel(
     """
     HAS_MASK: gl.constexpr = words is not None
     cfg: gl.constexpr = ForwardConfig(
-        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, O_IN_Q, WITH_K, PREFETCH, PACK_GQA, PLAIN_SOFTMAX
+        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, O_IN_Q, O_IN_V, WITH_K, PREFETCH, PACK_GQA, PLAIN_SOFTMAX
     )
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)

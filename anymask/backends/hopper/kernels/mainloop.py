@@ -5,7 +5,7 @@ docs/kernels.md, section 4, says what runs beside what.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from anymask.backends.hopper.kernels.blocks import block_at, issue_scores, issue_sums, wait_sums
 from anymask.backends.hopper.kernels.pipeline import TILE, opaque, stage_and_phase
@@ -250,6 +250,8 @@ def mainloop(
     x = exp2(z)
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
+    if cfg.O_IN_V:
+        tma.store_wait(0)
     mbarrier.arrive(kv.empty.index(stage))
     state = SoftmaxState(pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype), acc, l_i, m_i)
     begin, end, last_partial = step_base + 1, step_base + n, step_base + partial_steps - 1

@@ -84,6 +84,7 @@ class ForwardConfig(NamedTuple):
     Q_STAGES: Any
     BIAS_STAGES: Any
     O_IN_Q: Any
+    O_IN_V: Any
     WITH_K: Any
     PREFETCH: Any
     PACK_GQA: Any
