@@ -84,6 +84,24 @@ def loops_with_products(kernel) -> list[list[str]]:
     return [body for body in bodies if _has(body, "HGMMA") and not _has(body, "EXIT")]
 
 
+def starts_of_steps(kernel) -> list[str]:
+    """What the innermost loops that hold warpgroup products start from, in Triton's own code."""
+    found, around = [], []
+    for line in kernel.asm["ttgir"].splitlines():
+        indent = len(line) - len(line.lstrip())
+        # a loop ends where a line stands further left
+        while around and line.strip() and indent <= around[-1]["indent"]:
+            around.pop()
+        if loop := re.search(r"scf\.for %\w+ = %(\w+) to", line):
+            for outer in around:
+                outer["is_innermost"] = False
+            around.append({"indent": indent, "start": loop[1], "is_innermost": True, "products": 0})
+            found.append(around[-1])
+        elif "warp_group_dot %" in line and around:
+            around[-1]["products"] += 1
+    return [loop["start"] for loop in found if loop["is_innermost"] and loop["products"]]
+
+
 def _has(body: list[str], name: str) -> bool:
     return any(op.startswith(name) for op in body)
 
@@ -98,6 +116,10 @@ def assert_keeps_its_registers(kernels, dim, masked):
         kernel = kernels[name]
         assert kernel.metadata.shared <= TARGETS["sm_90"][1], name
         assert spilled_bytes(kernel) <= FEW_BYTES, name
+        # a loop of steps goes on where the last one ended: stages and barriers do
+        starts = starts_of_steps(kernel)
+        assert starts
+        assert not [start for start in starts if re.match(r"c\d", start)], name
         loops = loops_with_products(kernel)
         partial_apart = masked and (name, dim) == ("_fwd_kernel", 128)
         assert len(loops) == LOOPS[name, dim] * (2 if partial_apart else 1), name

@@ -105,7 +105,9 @@ def _consume(
     # [ROWS, 4]: row and quad of this thread's words
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    begin, start_q, dropped = 0, 0, 0
+    # not a constant, which Triton 3.6 takes it to stay (docs/kernels.md, finding 15)
+    begin = opaque_zero(schedule.worker.worker_id)
+    start_q, dropped = 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
     if HAS_MASK:
         next_w = _load_words(words, next_column, 0, offs, cfg)
