@@ -52,9 +52,7 @@ def launch_dkdv(
             tiles_over(kv_len) * kv_heads * batch,
             grid.swizzle_heads,
             call.sm_scale,
-            scores.qk_scale,
-            scores.terms,
-            scores.descriptor(block_m),
+            *scores.arguments(block_m),
             k_sums,
         ),
         {

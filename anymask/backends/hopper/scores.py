@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anymask.backends.gpu.arguments import LOG2_E
 from anymask.backends.gpu.passes import BackwardCall
+from anymask.backends.hopper import tuning
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor
 from anymask.launch import args_key
 from anymask.scores import Scores, dropout
@@ -18,9 +19,9 @@ from anymask.tiles import TILE, tiles_over
 # tanh(z / UNIT) is what the kernels compute of a score z
 UNIT = 4.0
 # what of scores, beside sinks, is equal to fp64 on a GPU and faster than by the portable kernels
-COMPARED = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
+COMPARED = frozenset({"bias of keys", "bias of queries", "bias of pairs", "table", "softcap", "dropout"})
 # of these, what the backward kernel does right and faster too
-COMPARED_GRADIENTS = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
+COMPARED_GRADIENTS = frozenset({"bias of keys", "bias of queries", "bias of pairs", "table", "softcap", "dropout"})
 # heads that share a bias of pairs and are computed together
 MOST_SHARING = 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -87,7 +88,7 @@ def kernel_terms(
 ) -> tuple[Any, float]:
     """`Terms` of kernels/terms.py, () where nothing beside sinks happens to scores, and their `qk_scale`.
 
-    `samples`: of the call, for the forward kernel.
+    `samples`: of the call, for the order of work tiles.
     """
     if scores is None or not has_terms(scores):
         return (), sm_scale * LOG2_E
@@ -129,6 +130,14 @@ class ForwardScores(NamedTuple):
         return max(usual, min(sharing, MOST_SHARING))
 
     @property
+    def configs(self) -> tuning.Forward:
+        """The launch options that there are for such scores."""
+        if self.pairs is None:
+            return tuning.FORWARD_TERMS if self.terms else tuning.FORWARD
+        has_others = any(part for name, part in self.terms._asdict().items() if name != "pairs")
+        return tuning.FORWARD_PAIRS_TERMS if has_others else tuning.FORWARD_PAIRS
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What the compiled kernel depends on."""
         return self.sinks is None, None if self.pairs is None else self.pairs.dtype, *args_key((self.terms,))
@@ -151,9 +160,10 @@ class BackwardTerms(NamedTuple):
     lse2: Tensor
     pairs: Tensor | None
 
-    def descriptor(self, rows: int) -> Any:
-        """That of the bias of pairs, of which a block has so many queries, or None."""
-        return None if self.pairs is None else _descriptor(self.pairs, rows, WARPGROUP_ROWS)
+    def arguments(self, rows: int) -> tuple[Any, ...]:
+        """In the order of the kernel's parameters; so many queries are in a block of the bias of pairs."""
+        bias = None if self.pairs is None else _descriptor(self.pairs, rows, WARPGROUP_ROWS)
+        return self.qk_scale, self.terms, bias
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -187,8 +197,7 @@ def _pairs(bias: Tensor, samples: int, unit: float) -> Any:
 
     # what samples share, the L2 cache has for all if they come together
     is_shared = bias.shape[0] < samples
-    steps = tuple(step if n > 1 else 0 for n, step in zip(bias.shape[:3], bias.stride()[:3], strict=True))
-    return Pairs(-(bias.shape[0] > 1), -(bias.shape[1] > 1), unit, (samples,) if is_shared else (), bias, steps)
+    return Pairs(-(bias.shape[0] > 1), -(bias.shape[1] > 1), unit, (samples,) if is_shared else ())
 
 
 def _vector(found: list[Tensor], length: int, unit: float) -> tuple[Any, ...]:

@@ -25,13 +25,8 @@ class ForwardConfig:
     PLAIN_SOFTMAX: bool = False
     # columns of a block of q and k, and of a block of v and o; None: one block has all
     widths: tuple[int, int] | None = None
-    # stages of a bias of pairs
-    BIAS_STAGES: int = 0
-    # whether o leaves through the buffer of q, for want of memory
-    O_IN_Q: bool = False
+    # whether o leaves through the last stage of v, for want of memory
     O_IN_V: bool = False
-    WITH_K: bool = False
-    PREFETCH: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,10 +65,15 @@ FORWARD_TERMS: Forward = {
     64: ForwardConfig(128, 1, 4, 2, (True, True)),
     128: FORWARD[128],
 }
-# and with a bias of pairs
+# and with a bias of pairs alone, which has a stage for each of k (docs/journal.md, E31)
 FORWARD_PAIRS: Forward = {
-    64: ForwardConfig(128, 1, 3, 2, (True, True), BIAS_STAGES=2),
-    128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=2, O_IN_Q=True),
+    64: ForwardConfig(64, 2, 2, 2, (True, True)),
+    128: ForwardConfig(128, 1, 2, 1, (True, True), O_IN_V=True),
+}
+# and with other scores beside it
+FORWARD_PAIRS_TERMS: Forward = {
+    64: ForwardConfig(128, 1, 2, 2, (True, True)),
+    128: FORWARD_PAIRS[128],
 }
 # of the backward pass above 128
 WIDE_DKDV = {
@@ -88,7 +88,8 @@ WIDE_DQ = {
 }
 # up to 128: whether a step issues the scores of the next one, and starts its sums of dp at -delta; an H100, 2026-11-28
 SCORES_AHEAD = {64: True, 128: False}
-# stages of a bias of pairs
+# stages of a bias of pairs, by the padded head_dim; an H100, 2026-11-28: at 128 one takes 2 % longer, at 64 two do not
+# fit (docs/journal.md, E31)
 BIAS_STAGES = {64: 1, 128: 2}
 # dq from a kernel of its own: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)

@@ -17,17 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from anymask.backends.hopper.kernels.backward_dq import (
     CONSUMER_AND_STORE,
     DQ_EMPTY,
-    DQ_FULL,
+    give_dq_buffer_back,
     hand_over_dq,
     issue_dq,
     reduce_dq,
+    take_dq_buffer,
 )
 from anymask.backends.hopper.kernels.backward_loads import (
-    BIAS_EMPTY,
-    BIAS_STEP,
     CONSUMERS_AND_PRODUCER,
     DO_EMPTY,
     Q_EMPTY,
+    give_bias_back,
     produce,
 )
 from anymask.backends.hopper.kernels.backward_terms import (
@@ -41,7 +41,6 @@ from anymask.backends.hopper.kernels.backward_terms import (
     weights,
 )
 from anymask.backends.hopper.kernels.blocks import store_rows
-from anymask.backends.hopper.kernels.compat import reinterpret
 from anymask.backends.hopper.kernels.pipeline import (
     TILE,
     allocate_barriers,
@@ -92,7 +91,6 @@ def _consume(
     HAS_DQ: gl.constexpr = cfg.HAS_DQ
     AHEAD: gl.constexpr = cfg.SCORES_AHEAD
     MASKED: gl.constexpr = HAS_MASK or cfg.HAS_TAIL
-    OUT_IN_DQ: gl.constexpr = HAS_DQ and cfg.BIAS_STAGES > 0
     DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
     BY_QUERY: gl.constexpr = len(terms.queries) + len(terms.diagonals) + DROPS > 0 if len(terms) > 0 else False
     STEPS: gl.constexpr = TILE // BLOCK_M
@@ -106,8 +104,7 @@ def _consume(
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
     # not a constant, which Triton 3.6 takes it to stay (docs/kernels.md, finding 15)
-    begin = opaque_zero(schedule.worker.worker_id)
-    start_q, dropped = 0, 0
+    begin, start_q, dropped = opaque_zero(schedule.worker.worker_id), 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
     if HAS_MASK:
         next_w = _load_words(words, next_column, 0, offs, cfg)
@@ -153,10 +150,7 @@ def _consume(
                 pairs = step_pairs(pipes.bias, pos - iteration * AHEAD, S_LAYOUT, G)
                 p, of_ds = weights(s, lse_buf, w, bias, pairs, dropped, qk_scale, terms, dtype, MASKED, AHEAD, S_LAYOUT)
                 dv = warpgroup_mma(gl.convert_layout(p, A_LAYOUT), do, dv, is_async=True)
-                if cfg.BIAS_STAGES > 0:
-                    # loads of the bias have ended, as the product takes p from registers
-                    bias_stage = (pos - iteration * AHEAD) & (cfg.BIAS_STAGES - 1)
-                    arrive(BIAS_EMPTY - BIAS_STEP * bias_stage, CONSUMERS_AND_PRODUCER)
+                give_bias_back(pipes.bias, pos - iteration * AHEAD)
                 dp = warpgroup_mma_wait(1, deps=[dp])
                 ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), terms, AHEAD)
                 if k_sums is not None and not AHEAD:
@@ -200,22 +194,28 @@ def _consume(
             arrive(DO_EMPTY + (begin & (STAGES - 1)), CONSUMERS_AND_PRODUCER)
             begin += 1
         mbarrier.arrive(kv.empty)
-        # through a buffer of their own: the next k and v are on their way
-        row = tile * TILE + G * ROWS
-        if OUT_IN_DQ:
-            sync(DQ_EMPTY + G, CONSUMER_AND_STORE)
-            out_buf = reinterpret(pipes.dq_bufs.index(G), dtype, dk_desc.block_type.shape, dk_desc.layout)
-        else:
-            out_buf = pipes.out_bufs.index(G)
-        store_rows(dk_desc, out_buf, dk, sm_scale, sample, head, group, row, HEAD_DIM)
-        store_rows(dv_desc, out_buf, dv, terms.dropout[0].scale if DROPS else None, sample, head, group, row, HEAD_DIM)
-        if OUT_IN_DQ:
-            tma.store_wait(0)
-            arrive(DQ_FULL + G, CONSUMER_AND_STORE)
+        _store_sums((dk_desc, dv_desc), (dk, dv), sm_scale, terms, pipes, sample, head, group, tile, cfg, G)
     tma.store_wait(0)
     if HAS_DQ:
         # no arrival is left behind
         sync(DQ_EMPTY + G, CONSUMER_AND_STORE)
+
+
+@gluon.jit
+def _store_sums(descs, sums, sm_scale, terms, pipes, sample, head, group, tile, cfg: gl.constexpr, G: gl.constexpr):
+    """Store the `sums` dk and dv of a work tile, dk times `sm_scale`, dv times what `terms` ask for.
+
+    They leave through a buffer of their own, as the next k and v are on their way, or through that of dq.
+    """
+    OUT_IN_DQ: gl.constexpr = cfg.HAS_DQ and cfg.BIAS_STAGES > 0
+    DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
+    row = tile * TILE + G * ROWS
+    buf = take_dq_buffer(pipes.dq_bufs, descs[0], G) if OUT_IN_DQ else pipes.out_bufs.index(G)
+    store_rows(descs[0], buf, sums[0], sm_scale, sample, head, group, row, cfg.HEAD_DIM)
+    v_scale = terms.dropout[0].scale if DROPS else None
+    store_rows(descs[1], buf, sums[1], v_scale, sample, head, group, row, cfg.HEAD_DIM)
+    if OUT_IN_DQ:
+        give_dq_buffer_back(G)
 
 
 @gluon.jit
@@ -240,6 +240,12 @@ def _issue_dp(v, do, delta_buf, zero_s, LESS_DELTA: gl.constexpr):
 
 
 @gluon.jit
+def _allocate_bias(desc, STAGES: gl.constexpr):
+    bufs = gl.allocate_shared_memory(desc.dtype, [STAGES * 2] + desc.block_type.shape, desc.layout)
+    return BiasStages(bufs, allocate_barriers(STAGES, 1))
+
+
+@gluon.jit
 def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, bias_desc, cfg: gl.constexpr):
     """Shared memory of all variants: k, v, q and do with their barriers, and a buffer of dk and dv a consumer.
 
@@ -253,14 +259,10 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, bi
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.BLOCK_M], lse_desc.layout)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.BLOCK_M], delta_desc.layout)
-    out_bufs, bias = (), ()
-    if not (cfg.HAS_DQ and cfg.BIAS_STAGES > 0):
-        out_bufs = gl.allocate_shared_memory(dtype, [2] + dk_desc.block_type.shape, dk_desc.layout)
-    if bias_desc is not None:
-        bias_bufs = gl.allocate_shared_memory(
-            bias_desc.dtype, [cfg.BIAS_STAGES * 2] + bias_desc.block_type.shape, bias_desc.layout
-        )
-        bias = BiasStages(bias_bufs, allocate_barriers(cfg.BIAS_STAGES, 1))
+    out_shape: gl.constexpr = [2] + dk_desc.block_type.shape
+    OUT_IN_DQ: gl.constexpr = cfg.HAS_DQ and cfg.BIAS_STAGES > 0
+    out_bufs = () if OUT_IN_DQ else gl.allocate_shared_memory(dtype, out_shape, dk_desc.layout)
+    bias = () if bias_desc is None else _allocate_bias(bias_desc, cfg.BIAS_STAGES)
     landed = allocate_barriers(2, 1)
     kv = KVBuffers(k_bufs, v_bufs, landed, landed.index(0), allocate_barriers(1, 2).index(0))
     q = QStages(q_bufs, lse_bufs, allocate_barriers(STAGES + 1, 1))

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from anymask.backends.hopper.kernels.compat import tma_load
-from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase, sync
+from anymask.backends.hopper.kernels.pipeline import TILE, arrive, stage_and_phase, sync
 from anymask.backends.hopper.kernels.scheduler import column_at, num_work_tiles
 from anymask.backends.hopper.kernels.turns import q_tile_at
 from anymask.backends.hopper.kernels.unused import has_unused, load_used_kv, used_rows, zero_queries
@@ -96,6 +96,17 @@ def produce(
     if bias_desc is not None:
         for i in gl.static_range(cfg.BIAS_STAGES):
             _wait_until_bias_empty(bias_step + i, cfg.BIAS_STAGES)
+
+
+@gluon.jit
+def give_bias_back(bias, step):
+    """A consumer warpgroup has read the bias of pairs of a worker's step, if there is one.
+
+    It is to issue the product with p before: that takes p from registers, so loads of the bias have ended.
+    """
+    if len(bias) > 0:
+        STAGES: gl.constexpr = bias.full.shape[0]
+        arrive(BIAS_EMPTY - BIAS_STEP * (step & (STAGES - 1)), CONSUMERS_AND_PRODUCER)
 
 
 @gluon.jit

@@ -10,13 +10,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.blocks import blocks_at, load_blocks
 from anymask.backends.hopper.kernels.compat import reinterpret, tma_load, tma_store
 from anymask.backends.hopper.kernels.mainloop import mainloop
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase, sync
 from anymask.backends.hopper.kernels.records import (
-    BiasPipeline,
+    BiasStages,
     ConsumerPair,
     ForwardConfig,
     ForwardSchedule,
@@ -44,7 +43,9 @@ LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
 # consumer warpgroups of a pair
 WARPGROUPS = gl.constexpr(2)
-O_BARRIER = gl.constexpr(14)
+# a hardware barrier: both have read all of v; Triton has a number for all warps and for each partition, up to 6
+V_READ = gl.constexpr(14)
+BOTH_CONSUMERS = gl.constexpr(8)
 
 
 @gluon.jit
@@ -98,11 +99,7 @@ def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedu
                 is_partial = t <= tile_range.n_partial * STEPS
                 n_zeroed = _load_v(v_desc, sample, kv_head, last_row, kv, last, used, kv_len, is_partial, n_zeroed, cfg)
             if bias_desc is not None:
-                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, step_base + t, cfg)
-                if cfg.PREFETCH:
-                    next_row = kv_tile * TILE + (t + 1) % STEPS * BLOCK_N
-                    if next_row + BLOCK_N <= kv_len:
-                        _prefetch_bias(terms.pairs[0], tile, next_row, schedule.sizes.q_len, BLOCK_N)
+                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, stage)
             last_row = row
         step_base += n
         if n > 0:
@@ -116,21 +113,8 @@ def _produce(q_desc, k_desc, v_desc, bias_desc, terms, kv_has_pair, pair, schedu
 
 
 @gluon.jit
-def _prefetch_bias(pairs, tile, key, q_len, BLOCK_N: gl.constexpr):
-    rows = tile.tile * TILE + gl.arange(0, TILE, layout=gl.BlockedLayout([4], [32], [1], [0]))
-    rows = gl.minimum(rows, q_len - 1)
-    base = pairs.source + (tile.sample.to(gl.int64) * pairs.steps[0] + tile.head.to(gl.int64) * pairs.steps[1] + key)
-    at = (base + rows.to(gl.int64) * pairs.steps[2]).to(gl.int64, bitcast=True)
-    gl.inline_asm_elementwise(ptx.prefetch(BLOCK_N * 2), "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_bias(desc, pairs, tile, key, bias, step, cfg: gl.constexpr):
-    """Load the bias of a step's pairs, for each warpgroup its queries."""
-    STAGES: gl.constexpr = bias.full.shape[0]
-    stage, phase = stage_and_phase(step, STAGES)
-    if not cfg.WITH_K:
-        mbarrier.wait(bias.empty.index(stage), phase ^ 1)
+def _load_bias(desc, pairs, tile, key, bias, stage):
+    """Load the bias of a step's pairs, for each warpgroup its queries, into the stage that k of the step has."""
     full = bias.full.index(stage)
     mbarrier.expect(full, WARPGROUPS * desc.block_type.nbytes)
     sample, head = tile.sample & pairs.batch, tile.head & pairs.head
@@ -224,8 +208,7 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
             w = _first_words(tile_range, lists, sizes, cfg, WARPGROUP, W_LAYOUT)
         l_i = gl.convert_layout(gl.sum(l_i, 1), R_LAYOUT, assert_trivial=True)
         m_i = gl.convert_layout(gl.max(m_i, 1), R_LAYOUT, assert_trivial=True)
-        if not cfg.O_IN_Q:
-            mbarrier.arrive(q.empty.index(q_stage))
+        mbarrier.arrive(q.empty.index(q_stage))
         row = q_tile * TILE + WARPGROUP * ROWS
         rows = row + gl.arange(0, ROWS, layout=R_LAYOUT)
         alpha = 1.0
@@ -237,25 +220,30 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
             if len(terms.dropout) == 1:
                 alpha *= terms.dropout[0].scale
         scale = gl.convert_layout(alpha / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
-        if cfg.O_IN_V:
-            sync(O_BARRIER, 8)
-            last = stage_and_phase(step_base - 1, cfg.STAGES)[0]
-            halves = reinterpret(
-                pair.kv.v_bufs.index(last), o_desc.dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout
-            )
-            o_buf = halves.index(WARPGROUP)
-        else:
-            o_buf = pair.o_bufs.index(q_stage * WARPGROUPS + WARPGROUP if cfg.O_IN_Q else WARPGROUP)
+        o_buf = _o_buffer(o_desc, pair, step_base, cfg, WARPGROUP)
         for c in gl.static_range(cfg.V_BLOCKS):
             o = (acc[c] * scale.expand_dims(1)).to(o_desc.dtype)
             tma.store_wait(0)
             o_buf.reshape([ROWS, WIDTH]).store(o)
             fence_async_shared()
             tma_store(o_desc, [sample, head, row, c * WIDTH], o_buf)
-        if cfg.O_IN_Q:
-            tma.store_wait(0)
-            mbarrier.arrive(q.empty.index(q_stage))
     tma.store_wait(0)
+
+
+@gluon.jit
+def _o_buffer(o_desc, pair, step_base, cfg: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Where a warpgroup puts its o, after all steps of a work tile; `step_base`: so many steps of the worker.
+
+    With O_IN_V it is half of the last stage of v, which is loaded again only when both have given the next step back.
+    """
+    if cfg.O_IN_V:
+        sync(V_READ, BOTH_CONSUMERS)
+        v_buf = pair.kv.v_bufs.index(stage_and_phase(step_base - 1, cfg.STAGES)[0])
+        shape: gl.constexpr = [WARPGROUPS] + o_desc.block_type.shape
+        buf = reinterpret(v_buf, o_desc.dtype, shape, o_desc.layout).index(WARPGROUP)
+    else:
+        buf = pair.o_bufs.index(WARPGROUP)
+    return buf
 
 
 @gluon.jit
@@ -268,7 +256,7 @@ def _first_words(tile_range, lists, sizes, cfg: gl.constexpr, WARPGROUP: gl.cons
 @gluon.jit
 def _allocate_bias(desc, STAGES: gl.constexpr):
     bufs = gl.allocate_shared_memory(desc.dtype, [STAGES * WARPGROUPS] + desc.block_type.shape, desc.layout)
-    return BiasPipeline(bufs, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, WARPGROUPS))
+    return BiasStages(bufs, allocate_barriers(STAGES, 1))
 
 
 @gluon.jit
@@ -283,16 +271,12 @@ def _allocate_pair(
     q_bufs = gl.allocate_shared_memory(dtype, [q_blocks] + q_desc.block_type.shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.D_BLOCKS] + k_desc.block_type.shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.V_BLOCKS] + v_desc.block_type.shape, v_desc.layout)
-    if cfg.O_IN_Q:
-        o_bufs = q_bufs
-    elif cfg.O_IN_V:
-        o_bufs = ()
-    else:
-        o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
+    o_shape: gl.constexpr = [WARPGROUPS] + o_desc.block_type.shape
+    o_bufs = () if cfg.O_IN_V else gl.allocate_shared_memory(dtype, o_shape, o_desc.layout)
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
     k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES + 1, 1)
     kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS))
-    bias = () if bias_desc is None else _allocate_bias(bias_desc, cfg.BIAS_STAGES)
+    bias = () if bias_desc is None else _allocate_bias(bias_desc, STAGES)
     worker = Worker(gl.program_id(0) * CONSUMER_PAIRS + PAIR, gl.num_programs(0) * CONSUMER_PAIRS)
     return ConsumerPair(q, kv, bias, o_bufs, worker)
 
@@ -354,11 +338,7 @@ def _fwd_kernel(
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     CONSUMER_PAIRS: gl.constexpr,
-    BIAS_STAGES: gl.constexpr,
-    O_IN_Q: gl.constexpr,
     O_IN_V: gl.constexpr,
-    WITH_K: gl.constexpr,
-    PREFETCH: gl.constexpr,
     PACK_GQA: gl.constexpr,
     PLAIN_SOFTMAX: gl.constexpr,
 ):
@@ -378,13 +358,11 @@ def _fwd_kernel(
     PACK_GQA: rows of q are `mask_rows` queries of one head after the other, and a row of the mask is for all of them.
     PLAIN_SOFTMAX: row maxima by tensor code in place of PTX, for a test that both give the same.
 
-    Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory. O_IN_Q: o, whose
-    blocks are like those of q, leaves through the buffer of q.
+    Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory. O_IN_V: o leaves
+    through the last stage of v, of 2 * ROWS keys, when both warpgroups have read it.
     """
     HAS_MASK: gl.constexpr = words is not None
-    cfg: gl.constexpr = ForwardConfig(
-        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, O_IN_Q, O_IN_V, WITH_K, PREFETCH, PACK_GQA, PLAIN_SOFTMAX
-    )
+    cfg: gl.constexpr = ForwardConfig(D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, O_IN_V, PACK_GQA, PLAIN_SOFTMAX)
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
     else:

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from anymask.backends.hopper.kernels.blocks import block_at, issue_scores, issue_sums, wait_sums
-from anymask.backends.hopper.kernels.pipeline import TILE, opaque, stage_and_phase
+from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
 from anymask.backends.hopper.kernels.scheduler import load_kv_tile
 from anymask.backends.hopper.kernels.softmax import (
@@ -53,7 +53,11 @@ def _bias_of(start_k, scoring, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, WA
 
 @gluon.jit
 def _pairs_of(step, scoring, S_LAYOUT: gl.constexpr, WARPGROUP: gl.constexpr):
-    """The bias of pairs `[ROWS, N]` of the worker's step, as it lies in memory; 0 without. `_free_pairs` follows."""
+    """The bias of pairs `[ROWS, N]` of the worker's step, as it lies in memory; 0 without one.
+
+    Its stage goes back with that of k. Beside products that read shared memory too, loads to registers end late, and a
+    barrier does not wait for them, but the branch on all row maxima does, which comes before.
+    """
     pairs = 0
     if len(scoring.bias) > 0:
         full, bufs = scoring.bias.full, scoring.bias.bufs
@@ -62,20 +66,6 @@ def _pairs_of(step, scoring, S_LAYOUT: gl.constexpr, WARPGROUP: gl.constexpr):
         mbarrier.wait(full.index(stage), phase)
         pairs = block_at(bufs, stage * 2 + WARPGROUP).load(S_LAYOUT)
     return pairs
-
-
-@gluon.jit
-def _free_pairs(step, scoring, alpha):
-    """Give the stage of a step's bias of pairs back. `alpha`: of the row maxima of the scores that have it.
-
-    Beside products that read shared memory too, loads to registers end late, and a barrier does not wait for them. An
-    `alpha` does: it comes of a branch on all scores.
-    """
-    if len(scoring.bias) > 0:
-        empty = scoring.bias.empty
-        STAGES: gl.constexpr = empty.shape[0]
-        opaque(alpha.to(gl.int32, bitcast=True))
-        mbarrier.arrive(empty.index(stage_and_phase(step, STAGES)[0]))
 
 
 @gluon.jit
@@ -178,8 +168,6 @@ def _steps(
                             words, w_next = _next_words(words, wanted, mask_rows, WARPGROUP, W_LAYOUT, PACK_GQA)
             z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, PLAIN)
             x = exp2(z)
-        if not cfg.WITH_K:
-            _free_pairs(i, scoring, alpha)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
         if DROPS:
             next_p = pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype)
@@ -244,13 +232,12 @@ def mainloop(
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
     z = mask_exponents(_exponents(s, m_i, bias, pairs, scoring), w)
-    z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
-    if not cfg.WITH_K:
-        _free_pairs(step_base, scoring, alpha)
+    z, m_i, _alpha = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
     x = exp2(z)
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
     if cfg.O_IN_V:
+        # o of the work tile before has left, or v would be loaded over it
         tma.store_wait(0)
     mbarrier.arrive(kv.empty.index(stage))
     state = SoftmaxState(pack_halves(_drop(x, start_k, scoring, WARPGROUP), dtype), acc, l_i, m_i)

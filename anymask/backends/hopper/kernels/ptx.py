@@ -38,11 +38,6 @@ TINY = "21800000"  # 2**-60
 
 
 @gluon.constexpr_function
-def prefetch(size: int):
-    return " ".join(f"prefetch.global.L2 [$1+{i}];" for i in range(0, size, 128)) + " mov.b32 $0, 0;"
-
-
-@gluon.constexpr_function
 def shuffle(lane: int):
     """PTX that gives every thread of a warp the word of one lane."""
     return f"shfl.sync.idx.b32 $0, $1, {lane}, 31, 0xffffffff;"

@@ -82,11 +82,7 @@ class ForwardConfig(NamedTuple):
     HAS_MASK: Any
     STAGES: Any
     Q_STAGES: Any
-    BIAS_STAGES: Any
-    O_IN_Q: Any
     O_IN_V: Any
-    WITH_K: Any
-    PREFETCH: Any
     PACK_GQA: Any
     PLAIN_SOFTMAX: Any
 
@@ -130,18 +126,21 @@ class KVPipeline(NamedTuple):
     empty: Any
 
 
-class BiasPipeline(NamedTuple):
-    """Stages of a bias of pairs `[1, 1, ROWS, BLOCK_N]`, a buffer a warpgroup; a full and an empty barrier each."""
+class BiasStages(NamedTuple):
+    """Stages of a bias of pairs, a buffer a warpgroup, with their full barriers.
+
+    A buffer is `[1, 1, ROWS, BLOCK_N]` forward, where a stage is given back with that of k, and `[1, 1, BLOCK_M, ROWS]`
+    backward.
+    """
 
     bufs: Any
     full: Any
-    empty: Any
 
 
 class ConsumerPair(NamedTuple):
     """Shared memory of a pair of consumer warpgroups and their producer, and which worker they are.
 
-    `bias`: a `BiasPipeline`, or () without a bias of pairs.
+    `bias`: `BiasStages`, or () without a bias of pairs. `o_bufs`: () if o leaves through a stage of v.
     """
 
     q: QPipeline
@@ -267,13 +266,6 @@ class DOStages(NamedTuple):
 
     bufs: Any
     delta_bufs: Any
-    full: Any
-
-
-class BiasStages(NamedTuple):
-    """Stages of a bias of pairs `[1, 1, BLOCK_M, ROWS]`, a buffer a warpgroup, with their full barriers."""
-
-    bufs: Any
     full: Any
 
 

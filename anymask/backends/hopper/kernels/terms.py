@@ -47,8 +47,6 @@ class Pairs(NamedTuple):
     head: Any
     unit: Any
     samples: Any
-    source: Any
-    steps: Any
 
 
 class Dropout(NamedTuple):
