@@ -84,6 +84,24 @@ def loops_with_products(kernel) -> list[list[str]]:
     return [body for body in bodies if _has(body, "HGMMA") and not _has(body, "EXIT")]
 
 
+def starts_of_steps(kernel) -> list[str]:
+    """What the innermost loops that hold warpgroup products start from, in Triton's own code."""
+    found, around = [], []
+    for line in kernel.asm["ttgir"].splitlines():
+        indent = len(line) - len(line.lstrip())
+        # a loop ends where a line stands further left
+        while around and line.strip() and indent <= around[-1]["indent"]:
+            around.pop()
+        if loop := re.search(r"scf\.for %\w+ = %(\w+) to", line):
+            for outer in around:
+                outer["is_innermost"] = False
+            around.append({"indent": indent, "start": loop[1], "is_innermost": True, "products": 0})
+            found.append(around[-1])
+        elif "warp_group_dot %" in line and around:
+            around[-1]["products"] += 1
+    return [loop["start"] for loop in found if loop["is_innermost"] and loop["products"]]
+
+
 def _has(body: list[str], name: str) -> bool:
     return any(op.startswith(name) for op in body)
 
@@ -98,6 +116,10 @@ def assert_keeps_its_registers(kernels, dim, masked):
         kernel = kernels[name]
         assert kernel.metadata.shared <= TARGETS["sm_90"][1], name
         assert spilled_bytes(kernel) <= FEW_BYTES, name
+        # a loop of steps goes on where the last one ended: stages and barriers do
+        starts = starts_of_steps(kernel)
+        assert starts
+        assert not [start for start in starts if re.match(r"c\d", start)], name
         loops = loops_with_products(kernel)
         partial_apart = masked and (name, dim) == ("_fwd_kernel", 128)
         assert len(loops) == LOOPS[name, dim] * (2 if partial_apart else 1), name
@@ -186,6 +208,7 @@ SCORED = {
     "keys": ({"dense": ("keys",)}, False, 600),
     "distances": ({"tables": ("relative",)}, True, 940),
     "dropout": ({"dropout_p": 0.1}, True, 1150),
+    "pairs": ({"dense": ("by_head",)}, True, 920),
     "pairs under a cap": ({"dense": ("by_head",), "softcap": 20.0}, False, 1600),
 }
 
@@ -220,6 +243,7 @@ SCORED_BACKWARD = {
     "keys": ({"dense": ("keys",)}, False, {64: 680, 128: 470}),
     "keys with their gradient": ({"dense": ("keys",)}, True, {64: 860, 128: 510}),
     "distances": ({"tables": ("relative",)}, False, {64: 730, 128: 510}),
+    "pairs": ({"dense": ("by_head",)}, False, {64: 760, 128: 520}),
     # both its ways
     "cap": ({"softcap": 20.0}, False, {64: 1630, 128: 970}),
     "dropout": ({"dropout_p": 0.1}, False, {64: 1400, 128: 860}),
@@ -254,6 +278,8 @@ def test_scores_backward_keep_their_registers(hopper_kernels, kind, dim, masked)
         # products that ptxas serialised are each followed by a wait
         assert sum(op.startswith("WARPGROUP.DEPBAR") for op in body) <= products // 4
         assert len([op for op in body if MEETING.match(op)]) == 1
+        # a load turns a bias of pairs round: 8 x 8 of it at a time, four of those for each thread
+        assert sum(".MT88.4" in op for op in body) == ({64: 8, 128: 4}[dim] if kind == "pairs" else 0)
         if kind == "dropout":
             # the generator runs beside the products of dq and dk: after the meeting
             meeting = next(i for i, op in enumerate(body) if MEETING.match(op))

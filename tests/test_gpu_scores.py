@@ -174,10 +174,9 @@ def test_kinds_of_the_hopper_kernels(kind: str, dims: tuple[int, int], mask: str
         assert torch.equal(first[name], second[name]), f"{name} has other bits in a second run"
 
 
-# of what the backward kernel takes: no bias of pairs
+# of what the backward kernel takes
 GRADIENT_KINDS: dict[str, dict[str, Any]] = {
-    name: HOPPER_KINDS[name]
-    for name in ("keys", "keys_by_head", "queries", "heads", "one", "relative", "relative_shared", "softcap", "low_cap")
+    name: kind for name, kind in HOPPER_KINDS.items() if name not in ("sinks", "dropout", "uncapped", "everything")
 } | {
     "dropout": {"dropout_p": 0.2},
     "much_dropout": {"dropout_p": 0.9},
@@ -187,9 +186,12 @@ GRADIENT_KINDS: dict[str, dict[str, Any]] = {
     "capped_keys": {"dense": ("keys", "one"), "hidden": 0.1, "softcap": 2.0},
     "capped_queries": {"dense": ("queries", "heads"), "hidden": 0.1, "softcap": 2.0},
     "capped_dropout": {"softcap": 2.0, "dropout_p": 0.1},
+    "capped_pairs": {"dense": ("by_head",), "hidden": 0.1, "softcap": 2.0},
+    "pairs_and_keys": {"dense": ("by_sample", "keys"), "hidden": 0.1, "sinks": True},
+    "dropped_pairs": {"dense": ("full",), "dropout_p": 0.1},
     "uncapped": {"dense": ("keys",), "tables": ("relative",), "dropout_p": 0.1, "hidden": 0.1, "sinks": True},
     "everything": {
-        "dense": ("keys_by_head", "queries", "one"), "tables": ("relative_shared", "relative"),
+        "dense": ("by_head", "keys_by_head", "queries", "one"), "tables": ("relative_shared", "relative"),
         "softcap": 3.0, "sinks": True, "dropout_p": 0.1, "hidden": 0.1,
     },
 }  # fmt: skip
@@ -252,7 +254,7 @@ def test_gradients_that_nobody_needs_are_not_made(device: str, monkeypatch: pyte
 @pytest.mark.parametrize(
     "shape", [(1, 8, 2, 9, 352), (3, 8, 1, 1, 704), (2, 2, 2, 129, 8), (1, 2, 1, 1000, 3000)], ids=str
 )
-@pytest.mark.parametrize("kind", ["keys", "relative", "softcap", "dropout"])
+@pytest.mark.parametrize("kind", ["keys", "relative", "by_head", "softcap", "dropout"])
 def test_shapes_of_the_hopper_gradients(
     kind: str, shape: Any, dims: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,21 +278,31 @@ def test_nan_of_a_hidden_pair_reaches_no_hopper_gradient(device: str, monkeypatc
 
 @pytest.mark.hopper
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("mask", ["random", "per_batch_head"])
+@pytest.mark.parametrize("mask", ["none", "causal", "random", "per_batch_head"])
 def test_a_bias_of_pairs_is_read_before_the_next_comes(mask: str, dim: int, device: str) -> None:
-    call = scored.make_call(mask, ("by_head",), shape=(2, 4, 4, 300, 352), dims=(dim, dim), device=device)
+    # more work tiles than multiprocessors
+    call = scored.make_call(mask, ("by_head",), shape=(3, 24, 24, 300, 352), dims=(dim, dim), device=device)
 
-    def lse() -> Tensor:
-        return hopper.forward(call.q, call.k, call.v, call.mask, call.scale, call.scores)[1]
+    arguments = call.q, call.k, call.v, call.mask, call.scale, call.scores
+    o, lse = first = hopper.forward(*arguments)
+    none = call.needs._replace(dense=(False,))
 
-    first = lse()
+    def gradients() -> list[Tensor]:
+        found = hopper.backward_scores(
+            call.q, call.k, call.v, o, lse, call.do, call.dlse, call.mask, call.scale, False, call.scores, none
+        )
+        # dq sums in any order
+        return [found.dk, found.dv]
+
+    first_gradients = gradients()
     # other work on the card changes who waits for whom
     beside, other = torch.cuda.Stream(), torch.randn(4096, 4096, device=device, dtype=F16)
     for i in range(200):
         if i % 3 == 0:
             with torch.cuda.stream(beside):
                 other @ other
-        assert torch.equal(lse(), first)
+        assert all(map(torch.equal, hopper.forward(*arguments), first))
+        assert all(map(torch.equal, gradients(), first_gradients))
 
 
 @pytest.mark.hopper

@@ -148,9 +148,8 @@ def _launch_forward(call: _Forward) -> None:
     q_shape, k_shape, v_shape, o_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(o.shape)
     batch, q_heads, q_len, head_dim = q_shape
     scores = forward_scores(call.scores, call.sm_scale, q, k_shape[2])
-    configs = scores.configs
-    dims = _padded_dims(head_dim, v_shape[3], configs)
-    config = configs[_row(dims)]
+    dims = _padded_dims(head_dim, v_shape[3], scores.configs)
+    config = scores.configs[_row(dims)]
     d_width, v_width = config.widths or dims
     # the producer zeroes rows of v up to these dims; wider ones come with zeros
     kv_has_pair = has_pair(block_mask, "cols") if max(dims) <= NARROW else None
@@ -189,7 +188,7 @@ def _launch_forward(call: _Forward) -> None:
             "STAGES": config.STAGES,
             "Q_STAGES": config.Q_STAGES,
             "CONSUMER_PAIRS": config.CONSUMER_PAIRS,
-            "BIAS_STAGES": config.BIAS_STAGES,
+            "O_IN_V": config.O_IN_V,
             "PACK_GQA": call.pack_gqa and block_mask is not None,
             "PLAIN_SOFTMAX": config.PLAIN_SOFTMAX,
         },

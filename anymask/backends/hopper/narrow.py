@@ -12,7 +12,6 @@ from anymask.backends.gpu.passes import BackwardCall
 from anymask.backends.hopper import tuning, turns
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor, tile_descriptor
 from anymask.backends.hopper.scores import BackwardTerms
-from anymask.launch import args_key
 from anymask.plan import launch
 from anymask.tiles import TILE, tiles_over
 
@@ -53,8 +52,7 @@ def launch_dkdv(
             tiles_over(kv_len) * kv_heads * batch,
             grid.swizzle_heads,
             call.sm_scale,
-            scores.qk_scale,
-            scores.terms,
+            *scores.arguments(block_m),
             k_sums,
         ),
         {
@@ -62,6 +60,7 @@ def launch_dkdv(
             "BLOCK_M": block_m,
             "STAGES": 2,
             "SCORES_AHEAD": tuning.SCORES_AHEAD[columns],
+            "BIAS_STAGES": 0 if scores.pairs is None else tuning.BIAS_STAGES[columns],
             "HAS_TAIL": block_mask is None and kv_len % TILE != 0,
         },
         (
@@ -70,7 +69,7 @@ def launch_dkdv(
             call.do.dtype,
             q_heads // kv_heads,
             *[x is None for x in (dq_acc, in_turn, block_mask, *maps, k_sums)],
-            *args_key((scores.terms,)),
+            *scores.key,
         ),
         num_warps=4,
         enable_fp_fusion=True,

@@ -13,7 +13,7 @@ from anymask.backends.gpu.arguments import LOG2_E
 from anymask.backends.gpu.passes import BackwardCall
 from anymask.backends.hopper import tuning
 from anymask.backends.hopper.columns import LEAST_SCALE, columns_descriptor, key_columns, planes_of
-from anymask.backends.hopper.descriptors import block_of, descriptor
+from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor
 from anymask.launch import args_key
 from anymask.scores import Scores, dropout
 from anymask.tiles import TILE, tiles_over
@@ -21,9 +21,9 @@ from anymask.tiles import TILE, tiles_over
 # tanh(z / UNIT) is what the kernels compute of a score z
 UNIT = 4.0
 # what of scores, beside sinks, is equal to fp64 on a GPU and faster than by the portable kernels
-COMPARED = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
+COMPARED = frozenset({"bias of keys", "bias of queries", "bias of pairs", "table", "softcap", "dropout"})
 # of these, what the backward kernel does right and faster too
-COMPARED_GRADIENTS = frozenset({"bias of keys", "bias of queries", "table", "softcap", "dropout"})
+COMPARED_GRADIENTS = frozenset({"bias of keys", "bias of queries", "bias of pairs", "table", "softcap", "dropout"})
 # a threshold of dropout is compared as a number of fp16, and this one is infinity
 MOST_DROPPED = 0x7C00
 # heads that share a bias of pairs and are computed together
@@ -68,8 +68,6 @@ def _asked(scores: Scores) -> list[str]:
 
 def why_not_gradients(scores: Scores) -> str | None:
     """Why the backward kernels cannot take scores that the forward kernel takes, or None."""
-    if pairs_of(scores) is not None:
-        return "the backward kernels have no bias of pairs"
     unknown = [name for name in _asked(scores) if name not in COMPARED_GRADIENTS]
     return f"the call has a {unknown[0]}, whose gradients other kernels do faster" if unknown else None
 
@@ -96,7 +94,7 @@ def kernel_terms(
 ) -> tuple[Any, float]:
     """`Terms` of kernels/terms.py, () where nothing beside sinks happens to scores, and their `qk_scale`.
 
-    `samples`: of the call, for the forward kernel.
+    `samples`: of the call, for the order of work tiles.
     """
     if scores is None or not has_terms(scores):
         return (), sm_scale * LOG2_E
@@ -137,21 +135,22 @@ class ForwardScores(NamedTuple):
             planes, columns = planes_of(self.columns), columns_descriptor(self.columns, keys)
         return self.qk_scale, self.sinks, self.terms, bias, columns, planes
 
-    @property
-    def configs(self) -> tuning.Forward:
-        """The table of launch options."""
-        if self.columns is not None:
-            return tuning.FORWARD_COLUMNS_TERMS if self.terms else tuning.FORWARD_COLUMNS
-        if self.pairs is not None:
-            return tuning.FORWARD_PAIRS
-        return tuning.FORWARD_TERMS if self.terms else tuning.FORWARD
-
     def swizzle_heads(self, usual: int, q: Tensor) -> int:
         """How many heads are swizzled together: of those that share a bias of pairs, as many as fit the L2 cache."""
         if self.pairs is None:
             return usual
         sharing = math.prod(n for n, own in zip(q.shape[:2], self.pairs.shape[:2], strict=True) if own == 1)
         return max(usual, min(sharing, MOST_SHARING))
+
+    @property
+    def configs(self) -> tuning.Forward:
+        """The launch options that there are for such scores."""
+        if self.columns is not None:
+            return tuning.FORWARD_COLUMNS_TERMS if self.terms else tuning.FORWARD_COLUMNS
+        if self.pairs is None:
+            return tuning.FORWARD_TERMS if self.terms else tuning.FORWARD
+        has_others = any(part for name, part in self.terms._asdict().items() if name != "pairs")
+        return tuning.FORWARD_PAIRS_TERMS if has_others else tuning.FORWARD_PAIRS
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -183,11 +182,25 @@ def _takes_columns(scores: Scores, sm_scale: float) -> bool:
 
 
 class BackwardTerms(NamedTuple):
-    """The scores of a call as the backward kernel takes them; `lse2` as of `launch_delta`, less what is the same."""
+    """The scores of a call as the backward kernel takes them; `lse2` as of `launch_delta`, less what is the same.
+
+    `pairs`: the bias of pairs, or None.
+    """
 
     terms: Any
     qk_scale: float
     lse2: Tensor
+    pairs: Tensor | None
+
+    def arguments(self, rows: int) -> tuple[Any, ...]:
+        """In the order of the kernel's parameters; so many queries are in a block of the bias of pairs."""
+        bias = None if self.pairs is None else _descriptor(self.pairs, rows, WARPGROUP_ROWS)
+        return self.qk_scale, self.terms, bias
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the compiled kernel depends on."""
+        return None if self.pairs is None else self.pairs.dtype, *args_key((self.terms,))
 
 
 def backward_terms(scores: Scores | None, call: BackwardCall) -> BackwardTerms:
@@ -195,13 +208,14 @@ def backward_terms(scores: Scores | None, call: BackwardCall) -> BackwardTerms:
 
     A bias of queries that nothing is added to or capped with is a shift of all scores of a query: it is in lse2.
     """
-    terms, qk_scale = kernel_terms(scores, call.sm_scale, call.q.shape[2], call.k.shape[2])
+    q_len, kv_len = call.q.shape[2], call.k.shape[2]
+    terms, qk_scale = kernel_terms(scores, call.sm_scale, q_len, kv_len, call.q.shape[0])
     lse2 = call.lse2
-    if len(terms) and terms.queries and not (terms.keys or terms.diagonals or terms.cap):
+    if len(terms) and terms.queries and not (terms.keys or terms.diagonals or terms.pairs or terms.cap):
         (shift,) = terms.queries
         lse2 = (lse2.view(*call.q.shape[:2], -1) - shift.source).flatten()
         terms = terms._replace(queries=()) if terms.dropout else ()
-    return BackwardTerms(terms, qk_scale, lse2)
+    return BackwardTerms(terms, qk_scale, lse2, pairs_of(scores))
 
 
 def _descriptor(bias: Tensor, rows: int, keys: int) -> Any:

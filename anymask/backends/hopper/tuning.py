@@ -25,8 +25,8 @@ class ForwardConfig:
     PLAIN_SOFTMAX: bool = False
     # columns of a block of q and k, and of a block of v and o; None: one block has all
     widths: tuple[int, int] | None = None
-    # stages of a bias of pairs
-    BIAS_STAGES: int = 0
+    # whether o leaves through the last stage of v, for want of memory
+    O_IN_V: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,15 @@ FORWARD_TERMS: Forward = {
     64: ForwardConfig(128, 1, 4, 2, (True, True)),
     128: FORWARD[128],
 }
-# and with a bias of pairs
+# and with a bias of pairs alone, which has a stage for each of k (docs/journal.md, E31)
 FORWARD_PAIRS: Forward = {
-    64: ForwardConfig(128, 1, 3, 2, (True, True), BIAS_STAGES=2),
-    128: ForwardConfig(128, 1, 2, 1, (True, True), BIAS_STAGES=1),
+    64: ForwardConfig(64, 2, 2, 2, (True, True)),
+    128: ForwardConfig(128, 1, 2, 1, (True, True), O_IN_V=True),
+}
+# and with other scores beside it
+FORWARD_PAIRS_TERMS: Forward = {
+    64: ForwardConfig(128, 1, 2, 2, (True, True)),
+    128: FORWARD_PAIRS[128],
 }
 # with a bias of keys as more columns of k, whose stages take the place of one of q: alone, and with dropout
 FORWARD_COLUMNS: Forward = {
@@ -92,6 +97,9 @@ WIDE_DQ = {
 }
 # up to 128: whether a step issues the scores of the next one, and starts its sums of dp at -delta; an H100, 2026-11-28
 SCORES_AHEAD = {64: True, 128: False}
+# stages of a bias of pairs, by the padded head_dim; an H100, 2026-11-28: at 128 one takes 2 % longer, at 64 two do not
+# fit (docs/journal.md, E31)
+BIAS_STAGES = {64: 1, 128: 2}
 # dq from a kernel of its own: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)
 # the same with other scores than sinks, and blocks of the gradient of a table, as in triton/tuning.py

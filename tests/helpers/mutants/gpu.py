@@ -3,11 +3,11 @@
 from tests.helpers.mutants.record import Mutant, seen_by
 
 HOPPER, NARROW = (f"anymask/backends/hopper/{name}.py" for name in ("__init__", "narrow"))
-BACKWARD, COLUMNS, DQ, FORWARD, KERNEL_TERMS, MAINLOOP, PTX, SCHEDULER, TERMS, WORDS = (
+BACKWARD, COLUMNS, DQ, FORWARD, KERNEL_TERMS, LOADS, MAINLOOP, PTX, SCHEDULER, TERMS, WORDS = (
     f"anymask/backends/hopper/kernels/{name}.py"
     for name in (
-        "backward", "columns", "backward_dq", "forward", "terms", "mainloop", "ptx", "scheduler", "backward_terms",
-        "words",
+        "backward", "columns", "backward_dq", "forward", "terms", "backward_loads", "mainloop", "ptx", "scheduler",
+        "backward_terms", "words",
     )
 )  # fmt: skip
 
@@ -300,6 +300,38 @@ GPU: tuple[Mutant, ...] = (
         'mul.f32 ${1 + i}, p{i}, t;"',
         'mov.f32 ${1 + i}, p{i};"',
         "gradients_of_the_hopper and softcap-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "backward: bias of pairs of the first 64 keys for both warpgroups",
+        LOADS,
+        "column.tile * TILE + g * ROWS]",
+        "column.tile * TILE]",
+        "gradients_of_the_hopper and by_head-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "backward: a bias of pairs that heads share, of a head of its own",
+        LOADS,
+        "column.head & pairs.head",
+        "column.head",
+        "gradients_of_the_hopper and by_sample-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "backward: a bias of pairs in the unit of the caller",
+        TERMS,
+        "(lse2 - pairs.to(gl.float32) * terms.pairs[0].unit)",
+        "(lse2 - pairs.to(gl.float32))",
+        "gradients_of_the_hopper and by_head-",
+        "test_gpu_scores",
+    ),
+    _bug(
+        "backward: samples that share a bias counted by query heads",
+        SCHEDULER,
+        "samples_together(work_tile, sizes.kv_heads,",
+        "samples_together(work_tile, sizes.kv_heads * group,",
+        "gradients_of_the_hopper and by_head-",
         "test_gpu_scores",
     ),
 )

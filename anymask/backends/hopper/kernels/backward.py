@@ -14,24 +14,47 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anymask.backends.hopper.kernels.backward_dq import CONSUMER_AND_STORE, DQ_EMPTY, hand_over_dq, issue_dq, reduce_dq
+from anymask.backends.hopper.kernels.backward_dq import (
+    CONSUMER_AND_STORE,
+    DQ_EMPTY,
+    give_dq_buffer_back,
+    hand_over_dq,
+    issue_dq,
+    reduce_dq,
+    take_dq_buffer,
+)
+from anymask.backends.hopper.kernels.backward_loads import (
+    CONSUMERS_AND_PRODUCER,
+    DO_EMPTY,
+    Q_EMPTY,
+    give_bias_back,
+    produce,
+)
 from anymask.backends.hopper.kernels.backward_terms import (
     add_key_sums,
     column_bias,
     dropped_words,
     score_gradient,
     step_bias,
+    step_pairs,
     store_key_sums,
     weights,
 )
 from anymask.backends.hopper.kernels.blocks import store_rows
-from anymask.backends.hopper.kernels.compat import tma_load
-from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, arrive, opaque, opaque_zero, sync
+from anymask.backends.hopper.kernels.pipeline import (
+    TILE,
+    allocate_barriers,
+    arrive,
+    opaque,
+    opaque_zero,
+    sync,
+)
 from anymask.backends.hopper.kernels.records import (
     BackwardConfig,
     BackwardPipelines,
     BackwardSchedule,
     BackwardSizes,
+    BiasStages,
     DOStages,
     HasPair,
     KVBuffers,
@@ -43,80 +66,7 @@ from anymask.backends.hopper.kernels.records import (
 )
 from anymask.backends.hopper.kernels.scheduler import column_at, list_index, num_work_tiles
 from anymask.backends.hopper.kernels.turns import q_tile_at
-from anymask.backends.hopper.kernels.unused import has_unused, load_used_kv, used_rows, zero_queries
 from anymask.backends.hopper.kernels.words import ROWS, zero_words
-
-# hardware barriers beside those of backward_dq.py, two each, one a stage, and the warps that meet there
-Q_EMPTY, DO_EMPTY = gl.constexpr(7), gl.constexpr(9)
-CONSUMERS_AND_PRODUCER = gl.constexpr(9)
-
-
-@gluon.jit
-def _produce(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, has_pair, pipes, schedule, cfg: gl.constexpr):
-    """The producer warp: loads k and v of every work tile, then q, lse2, do and delta of the steps through it."""
-    kv, q, do = pipes.kv, pipes.q, pipes.do
-    worker, n_work_tiles = schedule.worker, schedule.n_work_tiles
-    q_tiles, kv_heads, group = schedule.sizes.q_tiles, schedule.sizes.kv_heads, schedule.sizes.group
-    HAS_MASK: gl.constexpr = cfg.HAS_MASK
-    BLOCK_M: gl.constexpr = cfg.BLOCK_M
-    STAGES: gl.constexpr = cfg.STAGES
-    strides, q_len = schedule.plane_strides, has_pair.q_len
-    pos = 0
-    kv_zeroed, q_zeroed = 0, 0
-    next_column = column_at(0, schedule, HAS_MASK)
-    q_tile = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN)
-    for iteration in range(num_work_tiles(n_work_tiles, worker)):
-        mbarrier.wait(kv.empty, (iteration & 1) ^ 1)
-        kv_zeroed = load_used_kv(k_desc, v_desc, has_pair, next_column, kv, schedule, kv_zeroed)
-        for i in range(group):
-            column = next_column
-            next_column = column_at(iteration * group + i + 1, schedule, HAS_MASK)
-            sample, head = column.sample, column.head
-            row = (sample * kv_heads * group + head) * q_tiles * TILE
-            used = used_rows(has_pair.queries, strides, sample, head, q_len)
-            for j in range(column.n_full + column.n_partial):
-                start = q_tile * TILE
-                q_tile = q_tile_at(column, j + 1, schedule, HAS_MASK, cfg.IN_TURN)
-                for _ in gl.static_range(TILE // BLOCK_M):
-                    stage = pos & (STAGES - 1)
-                    at = stage
-                    if used is not None:  # noqa: SIM102
-                        if j < column.n_partial:
-                            at = gl.where(has_unused(used, start, q_len, BLOCK_M), STAGES, stage)
-                    _wait_until_empty(Q_EMPTY, pos, STAGES)
-                    mbarrier.expect(q.full.index(at), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-                    tma_load(q_desc, [sample, head, start, 0], q.full.index(at), q.bufs.index(stage))
-                    tma_load(lse_desc, [row + start], q.full.index(at), q.lse_bufs.index(stage))
-                    _wait_until_empty(DO_EMPTY, pos, STAGES)
-                    mbarrier.expect(do.full.index(at), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-                    tma_load(do_desc, [sample, head, start, 0], do.full.index(at), do.bufs.index(stage))
-                    tma_load(delta_desc, [row + start], do.full.index(at), do.delta_bufs.index(stage))
-                    if used is not None:  # noqa: SIM102
-                        if at == STAGES:
-                            zero_queries(q, do, stage, used, start, q_len, q_zeroed)
-                            q_zeroed += 1
-                    start += BLOCK_M
-                    pos += 1
-            q_tile = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN)
-        if cfg.SCORES_AHEAD:
-            # consumers compute the scores of one step too many, from whatever the buffer holds
-            stage = pos & (STAGES - 1)
-            _wait_until_empty(Q_EMPTY, pos, STAGES)
-            _wait_until_empty(DO_EMPTY, pos, STAGES)
-            mbarrier.arrive(q.full.index(stage))
-            mbarrier.arrive(do.full.index(stage))
-            pos += 1
-    # no arrival is left behind
-    for i in gl.static_range(STAGES):
-        _wait_until_empty(Q_EMPTY, pos + i, STAGES)
-        _wait_until_empty(DO_EMPTY, pos + i, STAGES)
-
-
-@gluon.jit
-def _wait_until_empty(barriers, pos, STAGES: gl.constexpr):
-    """Wait until both consumers have read the stage of step `pos`, if a step before it has used the stage."""
-    if pos >= STAGES:
-        sync(barriers + (pos & (STAGES - 1)), CONSUMERS_AND_PRODUCER)
 
 
 @gluon.jit
@@ -153,7 +103,8 @@ def _consume(
     # [ROWS, 4]: row and quad of this thread's words
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    begin, start_q, dropped = 0, 0, 0
+    # not a constant, which Triton 3.6 takes it to stay (docs/kernels.md, finding 15)
+    begin, start_q, dropped = opaque_zero(schedule.worker.worker_id), 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
     if HAS_MASK:
         next_w = _load_words(words, next_column, 0, offs, cfg)
@@ -196,8 +147,10 @@ def _consume(
                     next_q = q_tile_at(column, j // STEPS, schedule, HAS_MASK, cfg.IN_TURN) * TILE + j % STEPS * BLOCK_M
                 bias = step_bias(terms, of_keys, column, start_q, zero_s, G)
                 lse_buf = q_stages.lse_bufs.index(stage)
-                p, of_ds = weights(s, lse_buf, w, bias, dropped, qk_scale, terms, dtype, MASKED, AHEAD, S_LAYOUT)
+                pairs = step_pairs(pipes.bias, pos - iteration * AHEAD, S_LAYOUT, G)
+                p, of_ds = weights(s, lse_buf, w, bias, pairs, dropped, qk_scale, terms, dtype, MASKED, AHEAD, S_LAYOUT)
                 dv = warpgroup_mma(gl.convert_layout(p, A_LAYOUT), do, dv, is_async=True)
+                give_bias_back(pipes.bias, pos - iteration * AHEAD)
                 dp = warpgroup_mma_wait(1, deps=[dp])
                 ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), terms, AHEAD)
                 if k_sums is not None and not AHEAD:
@@ -241,14 +194,28 @@ def _consume(
             arrive(DO_EMPTY + (begin & (STAGES - 1)), CONSUMERS_AND_PRODUCER)
             begin += 1
         mbarrier.arrive(kv.empty)
-        # through a buffer of their own: the next k and v are on their way
-        out_buf, row = pipes.out_bufs.index(G), tile * TILE + G * ROWS
-        store_rows(dk_desc, out_buf, dk, sm_scale, sample, head, group, row, HEAD_DIM)
-        store_rows(dv_desc, out_buf, dv, terms.dropout[0].scale if DROPS else None, sample, head, group, row, HEAD_DIM)
+        _store_sums((dk_desc, dv_desc), (dk, dv), sm_scale, terms, pipes, sample, head, group, tile, cfg, G)
     tma.store_wait(0)
     if HAS_DQ:
         # no arrival is left behind
         sync(DQ_EMPTY + G, CONSUMER_AND_STORE)
+
+
+@gluon.jit
+def _store_sums(descs, sums, sm_scale, terms, pipes, sample, head, group, tile, cfg: gl.constexpr, G: gl.constexpr):
+    """Store the `sums` dk and dv of a work tile, dk times `sm_scale`, dv times what `terms` ask for.
+
+    They leave through a buffer of their own, as the next k and v are on their way, or through that of dq.
+    """
+    OUT_IN_DQ: gl.constexpr = cfg.HAS_DQ and cfg.BIAS_STAGES > 0
+    DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
+    row = tile * TILE + G * ROWS
+    buf = take_dq_buffer(pipes.dq_bufs, descs[0], G) if OUT_IN_DQ else pipes.out_bufs.index(G)
+    store_rows(descs[0], buf, sums[0], sm_scale, sample, head, group, row, cfg.HEAD_DIM)
+    v_scale = terms.dropout[0].scale if DROPS else None
+    store_rows(descs[1], buf, sums[1], v_scale, sample, head, group, row, cfg.HEAD_DIM)
+    if OUT_IN_DQ:
+        give_dq_buffer_back(G)
 
 
 @gluon.jit
@@ -273,8 +240,17 @@ def _issue_dp(v, do, delta_buf, zero_s, LESS_DELTA: gl.constexpr):
 
 
 @gluon.jit
-def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cfg: gl.constexpr):
-    """Shared memory of all variants: k, v, q and do with their barriers, and a buffer of dk and dv a consumer."""
+def _allocate_bias(desc, STAGES: gl.constexpr):
+    bufs = gl.allocate_shared_memory(desc.dtype, [STAGES * 2] + desc.block_type.shape, desc.layout)
+    return BiasStages(bufs, allocate_barriers(STAGES, 1))
+
+
+@gluon.jit
+def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, bias_desc, cfg: gl.constexpr):
+    """Shared memory of all variants: k, v, q and do with their barriers, and a buffer of dk and dv a consumer.
+
+    With a bias of pairs there is room for one stage of it and not for dk and dv, which leave through the buffers of dq.
+    """
     STAGES: gl.constexpr = cfg.STAGES
     dtype: gl.constexpr = q_desc.dtype
     k_bufs = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout)
@@ -283,12 +259,15 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.BLOCK_M], lse_desc.layout)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.BLOCK_M], delta_desc.layout)
-    out_bufs = gl.allocate_shared_memory(dtype, [2] + dk_desc.block_type.shape, dk_desc.layout)
+    out_shape: gl.constexpr = [2] + dk_desc.block_type.shape
+    OUT_IN_DQ: gl.constexpr = cfg.HAS_DQ and cfg.BIAS_STAGES > 0
+    out_bufs = () if OUT_IN_DQ else gl.allocate_shared_memory(dtype, out_shape, dk_desc.layout)
+    bias = () if bias_desc is None else _allocate_bias(bias_desc, cfg.BIAS_STAGES)
     landed = allocate_barriers(2, 1)
     kv = KVBuffers(k_bufs, v_bufs, landed, landed.index(0), allocate_barriers(1, 2).index(0))
     q = QStages(q_bufs, lse_bufs, allocate_barriers(STAGES + 1, 1))
     do = DOStages(do_bufs, delta_bufs, allocate_barriers(STAGES + 1, 1))
-    return kv, q, do, out_bufs
+    return kv, q, do, out_bufs, bias
 
 
 @gluon.jit(
@@ -354,11 +333,13 @@ def _bwd_kernel(
     sm_scale,
     qk_scale,
     terms,
+    bias_desc,
     k_sums,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     SCORES_AHEAD: gl.constexpr,
+    BIAS_STAGES: gl.constexpr,
     HAS_TAIL: gl.constexpr,
 ):
     """Writes `dk`, `dv` of 128 keys of one kv head, summed over its group of query heads, and adds to `dq`.
@@ -367,8 +348,9 @@ def _bwd_kernel(
     from one sample or query head to the next. Without a `dq_desc` there is no dq. With `counters` it is added in turns,
     for which all programs have to run at the same time; see `Turns` of hopper/turns.py.
 
-    `terms`: `Terms`, none of pairs, or () if nothing else happens to scores. `k_sums`, if not None: fp32 `[batch,
-    q_heads, kv_len]`, the gradient of a bias of the keys.
+    `terms`: `Terms`, or () if nothing else happens to scores. `bias_desc`: of their `pairs`, `[batch or 1, heads or 1,
+    q_len, kv_len]` with blocks `[1, 1, BLOCK_M, ROWS]` in BIAS_STAGES stages, 1 or 2, or None. `k_sums`, if not None:
+    fp32 `[batch, q_heads, kv_len]`, the gradient of a bias of the keys.
     """
     kv_tiles = (kv_len + TILE - 1) // TILE
     cfg: gl.constexpr = BackwardConfig(
@@ -380,20 +362,27 @@ def _bwd_kernel(
         HAS_TAIL,
         dq_desc is not None,
         counters is not None,
+        BIAS_STAGES,
     )
-    kv, q, do, out_bufs = _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cfg)
+    kv, q, do, out_bufs, bias = _allocate(
+        q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, bias_desc, cfg
+    )
     ds_bufs, dq_bufs = None, None
     if cfg.HAS_DQ:
         DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_M], q_desc.dtype)
         # a step's ds is written while the last one's may still be read
         ds_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, TILE, BLOCK_M], DS_LAYOUT)
         dq_bufs = gl.allocate_shared_memory(gl.float32, [2] + dq_desc.block_type.shape, dq_desc.layout)
-    pipes = BackwardPipelines(kv, q, do, ds_bufs, dq_bufs, out_bufs)
+    pipes = BackwardPipelines(kv, q, do, ds_bufs, dq_bufs, out_bufs, bias)
     lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
     sizes = BackwardSizes(q_tiles, kv_tiles, kv_heads, group)
     worker = Worker(gl.program_id(0), gl.num_programs(0))
     strides = PlaneStrides(sample_planes, head_planes)
-    schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
+    samples = ()
+    # turns are made for the usual order
+    if bias_desc is not None and counters is None:
+        samples = terms.pairs[0].samples
+    schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker, samples)
     maps = HasPair(q_has_pair, kv_has_pair, q_len, kv_len)
     turns = Turns(counters, full_turns, partial_turns, turn_sample_step, turn_head_step)
     # argument lists are written inline (docs/kernels.md, finding 8)
@@ -407,7 +396,10 @@ def _bwd_kernel(
                 _consume,
                 (dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(1)),
             ),
-            (_produce, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, maps, pipes, schedule, cfg)),
+            (
+                produce,
+                (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, bias_desc, terms, maps, pipes, schedule, cfg),
+            ),
             (reduce_dq, (dq_desc, dq_bufs, turns, schedule, cfg)),
         ],
         [4, 1, 1],

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
 
-from anymask.backends.hopper.kernels.compat import tma_add
+from anymask.backends.hopper.kernels.compat import reinterpret, tma_add
 from anymask.backends.hopper.kernels.dq_sum import store_dq
 from anymask.backends.hopper.kernels.pipeline import TILE, arrive, sync
 from anymask.backends.hopper.kernels.scheduler import column_at, num_work_tiles
@@ -46,10 +46,25 @@ def hand_over_dq(dq, buf, G: gl.constexpr):
 
 
 @gluon.jit
+def take_dq_buffer(bufs, out_desc, G: gl.constexpr):
+    """The buffer of dq of a warpgroup, when it is empty, for a block of dk or dv. `give_dq_buffer_back` follows."""
+    sync(DQ_EMPTY + G, CONSUMER_AND_STORE)
+    return reinterpret(bufs.index(G), out_desc.dtype, out_desc.block_type.shape, out_desc.layout)
+
+
+@gluon.jit
+def give_dq_buffer_back(G: gl.constexpr):
+    """Once what was stored from it has left, let the dq store warp call the buffer empty."""
+    tma.store_wait(0)
+    arrive(DQ_FULL + G, CONSUMER_AND_STORE)
+
+
+@gluon.jit
 def reduce_dq(dq_desc, dq_bufs, turns, schedule, cfg: gl.constexpr):
     """The dq store warp: adds both halves of the dq of each step to global memory, if there is a `dq_desc`.
 
-    With `IN_TURN` it waits for its turn at each query tile.
+    With `IN_TURN` it waits for its turn at each query tile. With a bias of pairs dk and dv leave through the buffers of
+    dq, at the end of each work tile.
     """
     if dq_desc is not None:
         worker, n_work_tiles = schedule.worker, schedule.n_work_tiles
@@ -79,3 +94,9 @@ def reduce_dq(dq_desc, dq_bufs, turns, schedule, cfg: gl.constexpr):
                         arrive(DQ_EMPTY + g, CONSUMER_AND_STORE)
                 if cfg.IN_TURN:
                     pass_turn(turns.counters + q_tile)
+            if cfg.BIAS_STAGES > 0:  # noqa: SIM102
+                if index % group == group - 1:
+                    # what lay there were dk and dv
+                    for g in gl.static_range(2):
+                        sync(DQ_FULL + g, CONSUMER_AND_STORE)
+                        arrive(DQ_EMPTY + g, CONSUMER_AND_STORE)

@@ -2,13 +2,15 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from anymask.backends.hopper.kernels import ptx
-from anymask.backends.hopper.kernels.pipeline import TILE
+from anymask.backends.hopper.kernels.blocks import block_at
+from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
 from anymask.backends.hopper.kernels.softmax import exp2, mask_exponents, masked_exp2, row_sum_partials
 from anymask.backends.hopper.kernels.terms import (
     add_bias,
+    add_pairs,
     axis_of,
     factor,
     least_kept,
@@ -42,6 +44,21 @@ def step_bias(terms, of_keys, column, start_q, like, G: gl.constexpr):
         start_k = column.tile * TILE + G * ROWS
         bias = add_bias(of_keys, terms, column.sample, column.head, start_q, start_k, ROWS, N, LAYOUT, True)
     return bias
+
+
+@gluon.jit
+def step_pairs(bias, step, LAYOUT: gl.constexpr, G: gl.constexpr):
+    """The bias of pairs `[ROWS, BLOCK_M]` of a worker's step, as it lies in memory; 0 without one.
+
+    It lies there by queries: a load turns it round on its way to registers (LDSM.T).
+    """
+    pairs = 0
+    if len(bias) > 0:
+        STAGES: gl.constexpr = bias.full.shape[0]
+        stage, phase = stage_and_phase(step, STAGES)
+        mbarrier.wait(bias.full.index(stage), phase)
+        pairs = block_at(bias.bufs, stage * 2 + G).permute((1, 0)).load(LAYOUT)
+    return pairs
 
 
 @gluon.jit
@@ -103,6 +120,7 @@ def weights(
     lse_buf,
     w,
     bias,
+    pairs,
     dropped,
     qk_scale,
     terms,
@@ -114,11 +132,13 @@ def weights(
     """Of products `s [ROWS, N]`: the weights of v in 16 bits, and those of ds.
 
     The latter have the slope of a soft cap, and the sign of those that dropout takes is turned. `w`: words of the mask,
-    if the step is MASKED; `dropped`: of `dropped_words`. `ARE_THERE`: or else the products before the last are waited
-    for.
+    if the step is MASKED; `bias`, `pairs`, `dropped`: of `step_bias`, `step_pairs`, `dropped_words`. `ARE_THERE`: or
+    else the products before the last are waited for.
     """
     LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     CAPPED: gl.constexpr = len(terms.cap) == 1 if len(terms) > 0 else False
+    HAS_PAIRS: gl.constexpr = len(terms.pairs) == 1 if len(terms) > 0 else False
+    OTHERS: gl.constexpr = len(terms.keys) + len(terms.queries) + len(terms.diagonals) if len(terms) > 0 else 0
     # under a cap there are no registers for it yet
     lse2 = 0.0 if CAPPED else lse_buf.load(LAYOUT).expand_dims(0)
     if not ARE_THERE:
@@ -128,8 +148,8 @@ def weights(
         of_ds = masked_exp2(z, w) if MASKED else exp2(z)
         of_v = of_ds
     elif CAPPED:
-        t = scored(s, bias, qk_scale, terms)
-        HIDES: gl.constexpr = MASKED or len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0
+        t = scored(s, add_pairs(bias, pairs, terms) if HAS_PAIRS else bias, qk_scale, terms)
+        HIDES: gl.constexpr = MASKED or HAS_PAIRS or OTHERS > 0
         if MASKED:
             t = mask_exponents(t, w)
         # by pairs, or the compiler makes all powers first and has no registers
@@ -142,7 +162,11 @@ def weights(
             pack=2,
         )
     else:
-        z = scored(s, bias, qk_scale, terms) - lse2
+        if HAS_PAIRS and OTHERS == 0:
+            # two operations a pair
+            z = s * qk_scale - (lse2 - pairs.to(gl.float32) * terms.pairs[0].unit)
+        else:
+            z = scored(s, add_pairs(bias, pairs, terms) if HAS_PAIRS else bias, qk_scale, terms) - lse2
         of_ds = masked_exp2(z, w) if MASKED else exp2(z)
         of_v = of_ds
     if len(terms) > 0:  # noqa: SIM102

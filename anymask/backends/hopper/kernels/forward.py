@@ -12,11 +12,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from anymask.backends.hopper.kernels.blocks import blocks_at, load_blocks
 from anymask.backends.hopper.kernels.columns import allocate_columns, load_columns
-from anymask.backends.hopper.kernels.compat import tma_load, tma_store
+from anymask.backends.hopper.kernels.compat import reinterpret, tma_load, tma_store
 from anymask.backends.hopper.kernels.mainloop import mainloop
-from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
+from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase, sync
 from anymask.backends.hopper.kernels.records import (
-    BiasPipeline,
+    BiasStages,
     ConsumerPair,
     ForwardConfig,
     ForwardSchedule,
@@ -44,6 +44,9 @@ LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
 # consumer warpgroups of a pair
 WARPGROUPS = gl.constexpr(2)
+# a hardware barrier: both have read all of v; Triton has a number for all warps and for each partition, up to 6
+V_READ = gl.constexpr(14)
+BOTH_CONSUMERS = gl.constexpr(8)
 
 
 @gluon.jit
@@ -101,7 +104,7 @@ def _produce(q_desc, k_desc, v_desc, bias_desc, columns, terms, kv_has_pair, pai
                 is_partial = t <= tile_range.n_partial * STEPS
                 n_zeroed = _load_v(v_desc, sample, kv_head, last_row, kv, last, used, kv_len, is_partial, n_zeroed, cfg)
             if bias_desc is not None:
-                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, step_base + t)
+                _load_bias(bias_desc, terms.pairs[0], tile, row, pair.bias, stage)
             last_row = row
         step_base += n
         if n > 0:
@@ -115,11 +118,8 @@ def _produce(q_desc, k_desc, v_desc, bias_desc, columns, terms, kv_has_pair, pai
 
 
 @gluon.jit
-def _load_bias(desc, pairs, tile, key, bias, step):
-    """Load the bias of a step's pairs, for each warpgroup its queries."""
-    STAGES: gl.constexpr = bias.full.shape[0]
-    stage, phase = stage_and_phase(step, STAGES)
-    mbarrier.wait(bias.empty.index(stage), phase ^ 1)
+def _load_bias(desc, pairs, tile, key, bias, stage):
+    """Load the bias of a step's pairs, for each warpgroup its queries, into the stage that k of the step has."""
     full = bias.full.index(stage)
     mbarrier.expect(full, WARPGROUPS * desc.block_type.nbytes)
     sample, head = tile.sample & pairs.batch, tile.head & pairs.head
@@ -225,7 +225,7 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
             if len(terms.dropout) == 1:
                 alpha *= terms.dropout[0].scale
         scale = gl.convert_layout(alpha / gl.where(l_i == 0.0, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
-        o_buf = pair.o_bufs.index(WARPGROUP)
+        o_buf = _o_buffer(o_desc, pair, step_base, cfg, WARPGROUP)
         for c in gl.static_range(cfg.V_BLOCKS):
             o = (acc[c] * scale.expand_dims(1)).to(o_desc.dtype)
             tma.store_wait(0)
@@ -233,6 +233,22 @@ def _consume(o_desc, per_row, pair, schedule, qk_scale, terms, cfg: gl.constexpr
             fence_async_shared()
             tma_store(o_desc, [sample, head, row, c * WIDTH], o_buf)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _o_buffer(o_desc, pair, step_base, cfg: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Where a warpgroup puts its o, after all steps of a work tile; `step_base`: so many steps of the worker.
+
+    With O_IN_V it is half of the last stage of v, which is loaded again only when both have given the next step back.
+    """
+    if cfg.O_IN_V:
+        sync(V_READ, BOTH_CONSUMERS)
+        v_buf = pair.kv.v_bufs.index(stage_and_phase(step_base - 1, cfg.STAGES)[0])
+        shape: gl.constexpr = [WARPGROUPS] + o_desc.block_type.shape
+        buf = reinterpret(v_buf, o_desc.dtype, shape, o_desc.layout).index(WARPGROUP)
+    else:
+        buf = pair.o_bufs.index(WARPGROUP)
+    return buf
 
 
 @gluon.jit
@@ -245,7 +261,7 @@ def _first_words(tile_range, lists, sizes, cfg: gl.constexpr, WARPGROUP: gl.cons
 @gluon.jit
 def _allocate_bias(desc, STAGES: gl.constexpr):
     bufs = gl.allocate_shared_memory(desc.dtype, [STAGES * WARPGROUPS] + desc.block_type.shape, desc.layout)
-    return BiasPipeline(bufs, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, WARPGROUPS))
+    return BiasStages(bufs, allocate_barriers(STAGES, 1))
 
 
 @gluon.jit
@@ -268,12 +284,13 @@ def _allocate_pair(
     q_bufs = gl.allocate_shared_memory(dtype, [q_blocks] + q_desc.block_type.shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.D_BLOCKS] + k_desc.block_type.shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES * cfg.V_BLOCKS] + v_desc.block_type.shape, v_desc.layout)
-    o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
+    o_shape: gl.constexpr = [WARPGROUPS] + o_desc.block_type.shape
+    o_bufs = () if cfg.O_IN_V else gl.allocate_shared_memory(dtype, o_shape, o_desc.layout)
     q = QPipeline(q_bufs, allocate_barriers(Q_STAGES, 1), allocate_barriers(Q_STAGES, WARPGROUPS))
     k_full, v_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES + 1, 1)
     columns = allocate_columns(columns_desc, STAGES)
     kv = KVPipeline(k_bufs, k_full, v_bufs, v_full, allocate_barriers(STAGES, WARPGROUPS), columns)
-    bias = () if bias_desc is None else _allocate_bias(bias_desc, cfg.BIAS_STAGES)
+    bias = () if bias_desc is None else _allocate_bias(bias_desc, STAGES)
     worker = Worker(gl.program_id(0) * CONSUMER_PAIRS + PAIR, gl.num_programs(0) * CONSUMER_PAIRS)
     return ConsumerPair(q, kv, bias, o_bufs, worker)
 
@@ -337,7 +354,7 @@ def _fwd_kernel(
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     CONSUMER_PAIRS: gl.constexpr,
-    BIAS_STAGES: gl.constexpr,
+    O_IN_V: gl.constexpr,
     PACK_GQA: gl.constexpr,
     PLAIN_SOFTMAX: gl.constexpr,
 ):
@@ -357,12 +374,11 @@ def _fwd_kernel(
     PACK_GQA: rows of q are `mask_rows` queries of one head after the other, and a row of the mask is for all of them.
     PLAIN_SOFTMAX: row maxima by tensor code in place of PTX, for a test that both give the same.
 
-    Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory.
+    Each of CONSUMER_PAIRS pairs has STAGES stages for k and v and Q_STAGES for q in shared memory. O_IN_V: o leaves
+    through the last stage of v, of 2 * ROWS keys, when both warpgroups have read it.
     """
     HAS_MASK: gl.constexpr = words is not None
-    cfg: gl.constexpr = ForwardConfig(
-        D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, BIAS_STAGES, PACK_GQA, PLAIN_SOFTMAX
-    )
+    cfg: gl.constexpr = ForwardConfig(D_BLOCKS, V_BLOCKS, HAS_MASK, STAGES, Q_STAGES, O_IN_V, PACK_GQA, PLAIN_SOFTMAX)
     if words is not None:
         lists = MaskLists(full_offsets, full_tiles, partial_offsets, partial_tiles, words, order)
     else:

@@ -5,11 +5,11 @@ docs/kernels.md, section 4, says what runs beside what.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from anymask.backends.hopper.kernels.blocks import block_at, issue_scores, issue_sums, wait_sums
 from anymask.backends.hopper.kernels.columns import issue_bias
-from anymask.backends.hopper.kernels.pipeline import TILE, opaque, stage_and_phase
+from anymask.backends.hopper.kernels.pipeline import TILE, stage_and_phase
 from anymask.backends.hopper.kernels.records import PartialTiles, SoftmaxState
 from anymask.backends.hopper.kernels.scheduler import load_kv_tile
 from anymask.backends.hopper.kernels.softmax import (
@@ -25,7 +25,7 @@ from anymask.backends.hopper.kernels.softmax import (
     unpack_halves,
     update_row_max,
 )
-from anymask.backends.hopper.kernels.terms import add, drop, factor, load_bias, scored, words_of
+from anymask.backends.hopper.kernels.terms import add_pairs, drop, factor, load_bias, scored, words_of
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_words, tail_words, to_quad_view, zero_words
 
 
@@ -54,7 +54,11 @@ def _bias_of(start_k, scoring, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, WA
 
 @gluon.jit
 def _pairs_of(step, scoring, S_LAYOUT: gl.constexpr, WARPGROUP: gl.constexpr):
-    """The bias of pairs `[ROWS, N]` of the worker's step, as it lies in memory; 0 without. `_free_pairs` follows."""
+    """The bias of pairs `[ROWS, N]` of the worker's step, as it lies in memory; 0 without one.
+
+    Its stage goes back with that of k. Beside products that read shared memory too, loads to registers end late, and a
+    barrier does not wait for them, but the branch on all row maxima does, which comes before.
+    """
     pairs = 0
     if len(scoring.bias) > 0:
         full, bufs = scoring.bias.full, scoring.bias.bufs
@@ -63,20 +67,6 @@ def _pairs_of(step, scoring, S_LAYOUT: gl.constexpr, WARPGROUP: gl.constexpr):
         mbarrier.wait(full.index(stage), phase)
         pairs = block_at(bufs, stage * 2 + WARPGROUP).load(S_LAYOUT)
     return pairs
-
-
-@gluon.jit
-def _free_pairs(step, scoring, alpha):
-    """Give the stage of a step's bias of pairs back. `alpha`: of the row maxima of the scores that have it.
-
-    Beside products that read shared memory too, loads to registers end late, and a barrier does not wait for them. An
-    `alpha` does: it comes of a branch on all scores.
-    """
-    if len(scoring.bias) > 0:
-        empty = scoring.bias.empty
-        STAGES: gl.constexpr = empty.shape[0]
-        opaque(alpha.to(gl.int32, bitcast=True))
-        mbarrier.arrive(empty.index(stage_and_phase(step, STAGES)[0]))
 
 
 @gluon.jit
@@ -92,8 +82,7 @@ def _exponents(s, m_i, bias, pairs, scoring):
         minus = m_i.expand_dims(1).expand_dims(3) - to_quad_view(pairs.to(gl.float32)) * terms.pairs[0].unit
         z = from_quad_view(to_quad_view(s * scoring.qk_scale) - minus, LAYOUT)
     else:
-        of_pairs = pairs.to(gl.float32) * terms.pairs[0].unit
-        bias = add(bias, of_pairs) if len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0 else of_pairs
+        bias = add_pairs(bias, pairs, terms)
         z = exponents(scored(s, bias, scoring.qk_scale, terms), m_i, factor(terms))
     return z
 
@@ -189,7 +178,6 @@ def _steps(
                             words, w_next = _next_words(words, wanted, mask_rows, WARPGROUP, W_LAYOUT, PACK_GQA)
             z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, PLAIN)
             x = exp2(z)
-        _free_pairs(i, scoring, alpha)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
         # words and not weights: a second p in 16 bits would be moved to where the product reads it
         random = _random_words(state.p, start_k, scoring, WARPGROUP)
@@ -252,11 +240,13 @@ def mainloop(
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
     z = mask_exponents(_exponents(s, m_i, bias, pairs, scoring), w)
-    z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
-    _free_pairs(step_base, scoring, alpha)
+    z, m_i, _alpha = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
     x = exp2(z)
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)
+    if cfg.O_IN_V:
+        # o of the work tile before has left, or v would be loaded over it
+        tma.store_wait(0)
     mbarrier.arrive(kv.empty.index(stage))
     p = pack_halves(x, dtype)
     state = SoftmaxState(_drop(p, _random_words(p, start_k, scoring, WARPGROUP), scoring), acc, l_i, m_i)

@@ -82,7 +82,7 @@ class ForwardConfig(NamedTuple):
     HAS_MASK: Any
     STAGES: Any
     Q_STAGES: Any
-    BIAS_STAGES: Any
+    O_IN_V: Any
     PACK_GQA: Any
     PLAIN_SOFTMAX: Any
 
@@ -128,18 +128,21 @@ class KVPipeline(NamedTuple):
     columns: Any
 
 
-class BiasPipeline(NamedTuple):
-    """Stages of a bias of pairs `[1, 1, ROWS, BLOCK_N]`, a buffer a warpgroup; a full and an empty barrier each."""
+class BiasStages(NamedTuple):
+    """Stages of a bias of pairs, a buffer a warpgroup, with their full barriers.
+
+    A buffer is `[1, 1, ROWS, BLOCK_N]` forward, where a stage is given back with that of k, and `[1, 1, BLOCK_M, ROWS]`
+    backward.
+    """
 
     bufs: Any
     full: Any
-    empty: Any
 
 
 class ConsumerPair(NamedTuple):
     """Shared memory of a pair of consumer warpgroups and their producer, and which worker they are.
 
-    `bias`: a `BiasPipeline`, or () without a bias of pairs.
+    `bias`: `BiasStages`, or () without a bias of pairs. `o_bufs`: () if o leaves through a stage of v.
     """
 
     q: QPipeline
@@ -186,7 +189,10 @@ class HasPair(NamedTuple):
 
 
 class BackwardSchedule(NamedTuple):
-    """What says which work tiles there are, in which order, what each of them meets, and which worker this is."""
+    """What says which work tiles there are, in which order, what each of them meets, and which worker this is.
+
+    `samples`: as in `ForwardSchedule`.
+    """
 
     lists: MaskLists
     plane_strides: PlaneStrides
@@ -194,6 +200,7 @@ class BackwardSchedule(NamedTuple):
     n_work_tiles: Any
     swizzle_heads: Any
     worker: Worker
+    samples: Any
 
 
 class BackwardConfig(NamedTuple):
@@ -207,6 +214,7 @@ class BackwardConfig(NamedTuple):
     HAS_TAIL: Any
     HAS_DQ: Any
     IN_TURN: Any
+    BIAS_STAGES: Any
 
 
 class Turns(NamedTuple):
@@ -266,7 +274,7 @@ class DOStages(NamedTuple):
 class BackwardPipelines(NamedTuple):
     """Shared memory of a program: two stages of ds for both consumers, and buffers of dq, and of dk and dv, of each.
 
-    Without dq, `ds_bufs` and `dq_bufs` are None.
+    Without dq, `ds_bufs` and `dq_bufs` are None. `bias`: `BiasStages`, or () without a bias of pairs.
     """
 
     kv: KVBuffers
@@ -275,6 +283,7 @@ class BackwardPipelines(NamedTuple):
     ds_bufs: Any
     dq_bufs: Any
     out_bufs: Any
+    bias: Any
 
 
 class Ring(NamedTuple):

@@ -148,6 +148,8 @@ def column_at(index, schedule, HAS_MASK: gl.constexpr):
     group, kv_tiles, n_work_tiles = sizes.group, sizes.kv_tiles, schedule.n_work_tiles
     work = gl.minimum(work_index(index // group, schedule.worker), n_work_tiles - 1)
     work_tile = decode_work_tile(work, kv_tiles, sizes.kv_heads, n_work_tiles, schedule.swizzle_heads)
+    if len(schedule.samples) == 1:
+        work_tile = samples_together(work_tile, sizes.kv_heads, schedule.samples[0])
     tile, sample = work_tile.tile, work_tile.sample
     first_head = work_tile.head * group
     head = first_head + index % group

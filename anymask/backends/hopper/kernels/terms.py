@@ -181,6 +181,13 @@ def _load_diagonals(base, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.
 
 
 @gluon.jit
+def add_pairs(bias, pairs, terms):
+    """The sum of `bias`, of `load_bias`, and `pairs`, the bias of pairs as it lies in memory."""
+    of_pairs = pairs.to(gl.float32) * terms.pairs[0].unit
+    return add(bias, of_pairs) if len(terms.keys) + len(terms.queries) + len(terms.diagonals) > 0 else of_pairs
+
+
+@gluon.jit
 def scored(s, bias, qk_scale, terms):
     """Scores `[ROWS, COLUMNS]` of products s, in base 2 but for `factor(terms)`.
 

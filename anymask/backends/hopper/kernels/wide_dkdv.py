@@ -337,7 +337,7 @@ def _wide_dkdv_kernel(
     sizes = BackwardSizes(q_tiles, (kv_len + TILE - 1) // TILE, kv_heads, group)
     worker = Worker(gl.program_id(0), gl.num_programs(0))
     strides = PlaneStrides(sample_planes, head_planes)
-    schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
+    schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker, ())
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
