@@ -162,10 +162,12 @@ def gradients(
     dq_dk_dv: tuple[Tensor, Tensor, Tensor],
     sums: Sums,
     options: tuple[dict[str, Any], dict[str, Any]],
+    by_distance: Tensor | None = None,
 ) -> ScoreGrads:
     """All gradients of a call, after the kernels have made those of q, k and v and the `sums`.
 
-    `options` are those of `PairSums`.
+    `options` are those of `PairSums`. `by_distance`: sums of ds as `PairSums.of_diagonals` has them, of all heads, if
+    kernels have made them.
     """
     # whole tiles, of which the last may be longer than the queries
     delta = call.delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
@@ -183,7 +185,12 @@ def gradients(
         return pairs.of_pairs(shape[0], shape[1])
 
     def of_table(x: Lookup) -> Tensor:
-        return pairs.of_diagonals(x.table.shape[0]) if x.is_diagonal else pairs.of_codes(x)
+        if not x.is_diagonal:
+            return pairs.of_codes(x)
+        heads = x.table.shape[0]
+        if by_distance is None:
+            return pairs.of_diagonals(heads)
+        return by_distance if heads == by_distance.shape[0] else by_distance.sum(0, keepdim=True)
 
     return ScoreGrads(
         *dq_dk_dv,

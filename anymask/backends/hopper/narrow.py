@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anymask.backends.gpu.arguments import mask_lists, plane_strides
 from anymask.backends.gpu.passes import BackwardCall
-from anymask.backends.hopper import tuning, turns
+from anymask.backends.hopper import diagonals, tuning, turns
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor, tile_descriptor
 from anymask.backends.hopper.scores import BackwardTerms
 from anymask.launch import args_key
@@ -26,8 +26,9 @@ def launch_dkdv(
     in_turn: turns.Turns | None,
     scores: BackwardTerms,
     k_sums: Tensor | None,
+    runs: diagonals.Runs | None,
 ) -> None:
-    """dk and dv, `dq_acc` if there is one, with `in_turn` in that order, and `k_sums`, see the kernel."""
+    """dk and dv, `dq_acc` if there is one, with `in_turn` in that order, `k_sums` and `runs`, see the kernel."""
     from anymask.backends.hopper.kernels.backward import _bwd_kernel
 
     block_mask, maps = call.block_mask, (call.q_has_pair, call.kv_has_pair)
@@ -56,6 +57,7 @@ def launch_dkdv(
             scores.qk_scale,
             scores.terms,
             k_sums,
+            *(runs or (None, 0)),
         ),
         {
             "HEAD_DIM": columns,
@@ -69,7 +71,7 @@ def launch_dkdv(
             call.q.dtype,
             call.do.dtype,
             q_heads // kv_heads,
-            *[x is None for x in (dq_acc, in_turn, block_mask, *maps, k_sums)],
+            *[x is None for x in (dq_acc, in_turn, block_mask, *maps, k_sums, runs)],
             *args_key((scores.terms,)),
         ),
         num_warps=4,

@@ -26,6 +26,7 @@ from anymask.backends.hopper.kernels.backward_terms import (
 )
 from anymask.backends.hopper.kernels.blocks import store_rows
 from anymask.backends.hopper.kernels.compat import tma_load
+from anymask.backends.hopper.kernels.diagonals import first_runs, store_runs
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, arrive, opaque, opaque_zero, sync
 from anymask.backends.hopper.kernels.records import (
     BackwardConfig,
@@ -38,6 +39,7 @@ from anymask.backends.hopper.kernels.records import (
     MaskLists,
     PlaneStrides,
     QStages,
+    Runs,
     Turns,
     Worker,
 )
@@ -129,8 +131,9 @@ def _load_words(words, column, j, offs, cfg: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg: gl.constexpr, G: gl.constexpr
-):
+    dk_desc, dv_desc, k_sums, runs, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg: gl.constexpr,
+    G: gl.constexpr,
+):  # fmt: skip
     """Consumer warpgroup G: dk and dv of its half of each work tile, its half of every dq; (5) to (9), transposed."""
     kv, q_stages, do_stages = pipes.kv, pipes.q, pipes.do
     words, group = schedule.lists.words, schedule.sizes.group
@@ -167,6 +170,9 @@ def _consume(
         # without a mask the same words in every tile mask out the keys beyond kv_len
         w = gl.where(tile * TILE + offs // 4 < kv_len, -1, 0)
         mbarrier.wait(kv.full, iteration & 1)
+        if runs.sums is not None:
+            # they go through the buffer of dk and dv
+            tma.store_wait(0)
         if AHEAD:
             k = kv.k_bufs.index(0).reshape([TILE, HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
             s = warpgroup_mma_wait(0, deps=[_issue_scores(k, q_stages, begin, S_LAYOUT, cfg)])
@@ -177,6 +183,8 @@ def _consume(
             of_keys = column_bias(terms, column, zero_s, G)
             if k_sums is not None:
                 sums = zero_words(BLOCK_M, S_LAYOUT).to(gl.float32)
+            if runs.sums is not None:
+                first = first_runs(runs, column, schedule, G)
             for pos in range(begin, end):
                 if HAS_MASK:
                     w = next_w >> (pos - begin) % STEPS * (BLOCK_M // 4)
@@ -202,6 +210,7 @@ def _consume(
                 ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), terms, AHEAD)
                 if k_sums is not None and not AHEAD:
                     sums = add_key_sums(sums, ds)
+                wide_ds = ds
                 ds = ds.to(dtype)
                 if HAS_DQ:
                     all_k = kv.k_bufs.index(opaque(zero)).reshape([TILE, HEAD_DIM])
@@ -211,6 +220,9 @@ def _consume(
                 arrive(DO_EMPTY + stage, CONSUMERS_AND_PRODUCER)
                 if k_sums is not None and AHEAD:
                     sums = add_key_sums(sums, ds.to(gl.float32))
+                if runs.sums is not None:
+                    of_runs = ds.to(gl.float32) if AHEAD else wide_ds
+                    store_runs(first, of_runs, pipes.out_bufs.index(G), column, pos - begin, start_q, cfg)
                 # for the next step, beside the products: without a branch ptxas moves it before them
                 if DROPS:  # noqa: SIM102
                     if pos + 1 < end:
@@ -303,6 +315,7 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
         "swizzle_heads",
         "turn_sample_step",
         "turn_head_step",
+        "n_entries",
     ],
     do_not_specialize_on_alignment=[
         "full_offsets",
@@ -317,6 +330,7 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
         "q_has_pair",
         "kv_has_pair",
         "k_sums",
+        "runs",
     ],
 )
 def _bwd_kernel(
@@ -355,6 +369,8 @@ def _bwd_kernel(
     qk_scale,
     terms,
     k_sums,
+    runs,
+    n_entries,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
@@ -368,7 +384,8 @@ def _bwd_kernel(
     for which all programs have to run at the same time; see `Turns` of hopper/turns.py.
 
     `terms`: `Terms`, none of pairs, or () if nothing else happens to scores. `k_sums`, if not None: fp32 `[batch,
-    q_heads, kv_len]`, the gradient of a bias of the keys.
+    q_heads, kv_len]`, the gradient of a bias of the keys. `runs`, if not None: sums by distance, see `Runs` of
+    hopper/diagonals.py.
     """
     kv_tiles = (kv_len + TILE - 1) // TILE
     cfg: gl.constexpr = BackwardConfig(
@@ -396,16 +413,43 @@ def _bwd_kernel(
     schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
     maps = HasPair(q_has_pair, kv_has_pair, q_len, kv_len)
     turns = Turns(counters, full_turns, partial_turns, turn_sample_step, turn_head_step)
+    runs = Runs(runs, n_entries)
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
             (
                 _consume,
-                (dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(0)),
+                (
+                    dk_desc,
+                    dv_desc,
+                    k_sums,
+                    runs,
+                    pipes,
+                    schedule,
+                    kv_len,
+                    sm_scale,
+                    qk_scale,
+                    terms,
+                    cfg,
+                    gl.constexpr(0),
+                ),
             ),
             (
                 _consume,
-                (dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(1)),
+                (
+                    dk_desc,
+                    dv_desc,
+                    k_sums,
+                    runs,
+                    pipes,
+                    schedule,
+                    kv_len,
+                    sm_scale,
+                    qk_scale,
+                    terms,
+                    cfg,
+                    gl.constexpr(1),
+                ),
             ),
             (_produce, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, maps, pipes, schedule, cfg)),
             (reduce_dq, (dq_desc, dq_bufs, turns, schedule, cfg)),

@@ -220,6 +220,13 @@ class Turns(NamedTuple):
     head_step: Any
 
 
+class Runs(NamedTuple):
+    """Where sums of ds by distance go, None without, and how many tiles the columns of all planes have."""
+
+    sums: Any
+    n_entries: Any
+
+
 class Column(NamedTuple):
     """A tile of keys, one of the query heads that attend to it, and the entries of their query tiles."""
 
