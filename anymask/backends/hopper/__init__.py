@@ -310,8 +310,7 @@ def _gradients(
             in_turn = None
             if deterministic and dq_acc is not None:
                 in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
-            of_scores = backward_terms(scores, call)
-            narrow.launch_dkdv(call, dk, dv, dq_acc, grid, in_turn, of_scores, sums.keys, runs)
+            narrow.launch_dkdv(call, dk, dv, dq_acc, grid, in_turn, backward_terms(scores, call), sums.keys, runs)
         if dq_acc is not None:
             launch_cast(dq_acc, dq, block_d, sm_scale)
     return (dq, dk, dv), call

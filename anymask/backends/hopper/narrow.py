@@ -35,8 +35,7 @@ def launch_dkdv(
     batch, q_heads, q_len, head_dim = call.q.shape
     kv_heads, kv_len, v_dim = call.k.shape[1], call.k.shape[2], call.v.shape[3]
     columns = block_d(head_dim, v_dim)
-    # each consumer warpgroup has 64 x 64 of dq
-    block_m = 2 * WARPGROUP_ROWS * 64 // columns
+    block_m = _block_m(columns)
     launch(
         _bwd_kernel,
         (grid.num_workers, 1, 1),
@@ -104,6 +103,11 @@ def _descriptors(
         tile_descriptor(dk, k_shape, block_out),
         tile_descriptor(dv, v_shape, block_out),
     )
+
+
+def _block_m(columns: int) -> int:
+    """Queries of a step: each consumer warpgroup has 64 x 64 of dq."""
+    return 2 * WARPGROUP_ROWS * 64 // columns
 
 
 def block_d(head_dim: int, v_dim: int) -> int:

@@ -19,6 +19,7 @@ from anymask.backends.hopper.kernels.backward_terms import (
     add_key_sums,
     column_bias,
     dropped_words,
+    read_ahead,
     score_gradient,
     step_bias,
     store_key_sums,
@@ -39,14 +40,14 @@ from anymask.backends.hopper.kernels.records import (
     MaskLists,
     PlaneStrides,
     QStages,
-    Runs,
+    TermSums,
     Turns,
     Worker,
 )
-from anymask.backends.hopper.kernels.scheduler import column_at, list_index, num_work_tiles
+from anymask.backends.hopper.kernels.scheduler import column_at, num_work_tiles
 from anymask.backends.hopper.kernels.turns import q_tile_at
 from anymask.backends.hopper.kernels.unused import has_unused, load_used_kv, used_rows, zero_queries
-from anymask.backends.hopper.kernels.words import ROWS, zero_words
+from anymask.backends.hopper.kernels.words import ROWS, load_column_words, zero_words
 
 # hardware barriers beside those of backward_dq.py, two each, one a stage, and the warps that meet there
 Q_EMPTY, DO_EMPTY = gl.constexpr(7), gl.constexpr(9)
@@ -122,18 +123,9 @@ def _wait_until_empty(barriers, pos, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_words(words, column, j, offs, cfg: gl.constexpr):
-    """int32 `[TILE, 4]`: words of the j-th tile of a column, all ones where none is stored; `offs`: in a tile."""
-    n_partial = column.n_partial
-    entry = (column.partial_begin + list_index(j, n_partial, column.tile, cfg.IN_TURN)).to(gl.int64)
-    return gl.load(words + entry * (TILE * 4) + offs, mask=offs * 0 + j < n_partial, other=-1)
-
-
-@gluon.jit
 def _consume(
-    dk_desc, dv_desc, k_sums, runs, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg: gl.constexpr,
-    G: gl.constexpr,
-):  # fmt: skip
+    dk_desc, dv_desc, term_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg: gl.constexpr, G: gl.constexpr
+):
     """Consumer warpgroup G: dk and dv of its half of each work tile, its half of every dq; (5) to (9), transposed."""
     kv, q_stages, do_stages = pipes.kv, pipes.q, pipes.do
     words, group = schedule.lists.words, schedule.sizes.group
@@ -156,21 +148,16 @@ def _consume(
     # [ROWS, 4]: row and quad of this thread's words
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    begin, start_q, dropped = 0, 0, 0
+    begin, start_q = 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
-    if HAS_MASK:
-        next_w = _load_words(words, next_column, 0, offs, cfg)
-    if BY_QUERY:
-        next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
-    if DROPS:
-        dropped = dropped_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
+    next_w, next_q, dropped = read_ahead(next_column, offs, schedule, terms, zero_s, cfg, G)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
         sample, head, tile = next_column.sample, next_column.head, next_column.tile
         dk, dv = (gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT),) * 2
         # without a mask the same words in every tile mask out the keys beyond kv_len
         w = gl.where(tile * TILE + offs // 4 < kv_len, -1, 0)
         mbarrier.wait(kv.full, iteration & 1)
-        if runs.sums is not None:
+        if term_sums.runs is not None:
             # they go through the buffer of dk and dv
             tma.store_wait(0)
         if AHEAD:
@@ -181,14 +168,14 @@ def _consume(
             next_column = column_at(iteration * group + i + 1, schedule, HAS_MASK)
             end = begin + (column.n_full + column.n_partial) * STEPS
             of_keys = column_bias(terms, column, zero_s, G)
-            if k_sums is not None:
+            if term_sums.keys is not None:
                 sums = zero_words(BLOCK_M, S_LAYOUT).to(gl.float32)
-            if runs.sums is not None:
-                first = first_runs(runs, column, schedule, G)
+            if term_sums.runs is not None:
+                first = first_runs(term_sums, column, schedule, G)
             for pos in range(begin, end):
                 if HAS_MASK:
                     w = next_w >> (pos - begin) % STEPS * (BLOCK_M // 4)
-                    next_w = _load_words(words, column, (pos + 1 - begin) // STEPS, offs, cfg)
+                    next_w = load_column_words(words, column, (pos + 1 - begin) // STEPS, offs, cfg)
                 zero, stage = opaque_zero(pos), pos & (STAGES - 1)
                 k = kv.k_bufs.index(zero).reshape([TILE, HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
                 q = q_stages.bufs.index(stage).reshape([BLOCK_M, HEAD_DIM])
@@ -208,7 +195,7 @@ def _consume(
                 dv = warpgroup_mma(gl.convert_layout(p, A_LAYOUT), do, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=[dp])
                 ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), terms, AHEAD)
-                if k_sums is not None and not AHEAD:
+                if term_sums.keys is not None and not AHEAD:
                     sums = add_key_sums(sums, ds)
                 wide_ds = ds
                 ds = ds.to(dtype)
@@ -218,9 +205,9 @@ def _consume(
                 dk = warpgroup_mma(gl.convert_layout(ds, A_LAYOUT), q, dk, is_async=True)
                 dv = warpgroup_mma_wait(1 + HAS_DQ, deps=[dv])
                 arrive(DO_EMPTY + stage, CONSUMERS_AND_PRODUCER)
-                if k_sums is not None and AHEAD:
+                if term_sums.keys is not None and AHEAD:
                     sums = add_key_sums(sums, ds.to(gl.float32))
-                if runs.sums is not None:
+                if term_sums.runs is not None:
                     of_runs = ds.to(gl.float32) if AHEAD else wide_ds
                     store_runs(first, of_runs, pipes.out_bufs.index(G), column, pos - begin, start_q, cfg)
                 # for the next step, beside the products: without a branch ptxas moves it before them
@@ -239,14 +226,9 @@ def _consume(
                     # docs/kernels.md, finding 3
                     s = warpgroup_mma_wait(0, deps=[s])
             begin = end
-            if k_sums is not None:
-                store_key_sums(k_sums, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
-            if HAS_MASK:
-                next_w = _load_words(words, next_column, 0, offs, cfg)
-            if BY_QUERY:
-                next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
-            if DROPS:
-                dropped = dropped_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
+            if term_sums.keys is not None:
+                store_key_sums(term_sums.keys, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
+            next_w, next_q, dropped = read_ahead(next_column, offs, schedule, terms, zero_s, cfg, G)
         if AHEAD:
             # the stage of the step too many
             arrive(Q_EMPTY + (begin & (STAGES - 1)), CONSUMERS_AND_PRODUCER)
@@ -413,43 +395,17 @@ def _bwd_kernel(
     schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
     maps = HasPair(q_has_pair, kv_has_pair, q_len, kv_len)
     turns = Turns(counters, full_turns, partial_turns, turn_sample_step, turn_head_step)
-    runs = Runs(runs, n_entries)
+    term_sums = TermSums(k_sums, runs, n_entries)
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
             (
                 _consume,
-                (
-                    dk_desc,
-                    dv_desc,
-                    k_sums,
-                    runs,
-                    pipes,
-                    schedule,
-                    kv_len,
-                    sm_scale,
-                    qk_scale,
-                    terms,
-                    cfg,
-                    gl.constexpr(0),
-                ),
+                (dk_desc, dv_desc, term_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(0)),
             ),
             (
                 _consume,
-                (
-                    dk_desc,
-                    dv_desc,
-                    k_sums,
-                    runs,
-                    pipes,
-                    schedule,
-                    kv_len,
-                    sm_scale,
-                    qk_scale,
-                    terms,
-                    cfg,
-                    gl.constexpr(1),
-                ),
+                (dk_desc, dv_desc, term_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(1)),
             ),
             (_produce, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, maps, pipes, schedule, cfg)),
             (reduce_dq, (dq_desc, dq_bufs, turns, schedule, cfg)),

@@ -8,7 +8,8 @@ from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.pipeline import TILE
 from anymask.backends.hopper.kernels.softmax import exp2, mask_exponents, masked_exp2, row_sum_partials
 from anymask.backends.hopper.kernels.terms import add_bias, factor, keep, load_key_bias, load_seeds, scored
-from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, to_quad_view
+from anymask.backends.hopper.kernels.turns import q_tile_at
+from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_column_words, to_quad_view
 
 
 @gluon.jit
@@ -48,6 +49,25 @@ def dropped_words(terms, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.co
     bit = i.expand_dims(0).expand_dims(2).expand_dims(3) * 2 + p.expand_dims(0).expand_dims(1).expand_dims(2)
     words = gl.where(kept, 0, 1 << bit)
     return gl.convert_layout(gl.sum(gl.sum(words, 3), 1), W_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def read_ahead(column, offs, schedule, terms, like, cfg: gl.constexpr, G: gl.constexpr):
+    """What a step reads ahead, for the first step of a column: words, first query, `dropped_words`; 0 if not asked for.
+
+    `offs`: of words in a tile.
+    """
+    words, start_q, dropped = 0, 0, 0
+    W_LAYOUT: gl.constexpr = offs.type.layout
+    DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
+    BY_QUERY: gl.constexpr = len(terms.queries) + len(terms.diagonals) + DROPS > 0 if len(terms) > 0 else False
+    if cfg.HAS_MASK:
+        words = load_column_words(schedule.lists.words, column, 0, offs, cfg)
+    if BY_QUERY:
+        start_q = q_tile_at(column, 0, schedule, cfg.HAS_MASK, cfg.IN_TURN) * TILE
+    if DROPS:
+        dropped = dropped_words(terms, column, start_q, like, W_LAYOUT, G)
+    return words, start_q, dropped
 
 
 @gluon.jit

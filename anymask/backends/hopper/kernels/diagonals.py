@@ -19,7 +19,7 @@ RUN, BLOCK = gl.constexpr(128), gl.constexpr(64)
 
 
 @gluon.jit
-def first_runs(runs, column, schedule, G: gl.constexpr):
+def first_runs(term_sums, column, schedule, G: gl.constexpr):
     """Where consumer warpgroup G writes the first run of a column: a pointer for each of its sums, as it holds them.
 
     Those of a tile are 2 x 2 runs, by the halves of queries, then of keys.
@@ -28,11 +28,13 @@ def first_runs(runs, column, schedule, G: gl.constexpr):
     lists_before = column.full_begin + column.partial_begin
     # without a mask there are no lists, and all tiles
     first = lists_before if schedule.lists.words is not None else column.tile * sizes.q_tiles
-    copy = plane_copy(column.sample, column.head, sizes.kv_heads * sizes.group, strides.sample, strides.head)
+    # which of those that share a plane of the mask this head is
+    copies = gl.where(strides.head == 0, sizes.kv_heads * sizes.group, 1)
+    copy = column.sample * (strides.sample == 0) * copies + column.head * (strides.head == 0)
     at = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(1, _sums_layout(2))))
     # a thread of row r, and of place c in its quad, has a diagonal of 8 that is r - 2 c modulo 8
     at = (at & ~7) + ((at - (at // 8 & 3) * 2) & 7)
-    return runs.sums + (copy.to(gl.int64) * runs.n_entries + first) * (4 * RUN) + (G * RUN + at)
+    return term_sums.runs + (copy.to(gl.int64) * term_sums.n_entries + first) * (4 * RUN) + (G * RUN + at)
 
 
 @gluon.constexpr_function
@@ -68,7 +70,7 @@ def store_runs(first, ds, buf, column, step, start_q, cfg: gl.constexpr):
 
 @gluon.jit
 def _block(column, step, start_q, cfg: gl.constexpr):
-    """Which block of queries of a column is the first of a step: of its tiles, partial ones first, or of all queries."""
+    """Which block of queries of a column is a step's first: of its tiles, partial ones first, or of all queries."""
     block = step * (cfg.BLOCK_M // BLOCK)
     if cfg.IN_TURN:
         if cfg.HAS_MASK:
@@ -81,13 +83,6 @@ def _block(column, step, start_q, cfg: gl.constexpr):
         else:
             block = start_q // BLOCK
     return block
-
-
-@gluon.jit
-def plane_copy(sample, head, q_heads, sample_planes, head_planes):
-    """Which of those that share a plane of the mask a head is."""
-    own_sample, own_head = sample * (sample_planes == 0), head * (head_planes == 0)
-    return gl.where(head_planes == 0, own_sample * q_heads + own_head, own_sample)
 
 
 @triton.jit(do_not_specialize=["n_entries", "sample_planes", "head_planes", "q_heads", "batch", "q_len", "kv_len"])
@@ -122,10 +117,8 @@ def _table_kernel(
         apart = block - q_blocks + 1 - half
         first, last = tl.maximum(0, -apart), tl.minimum(q_blocks, kv_blocks - apart)
         for sample in range(batch):
-            if head_planes == 0:
-                copy = sample * (sample_planes == 0) * q_heads + head
-            else:
-                copy = sample * (sample_planes == 0)
+            # which of those that share a plane of the mask this head is
+            copy = sample * (sample_planes == 0) * tl.where(head_planes == 0, q_heads, 1) + head * (head_planes == 0)
             plane = sample * sample_planes + head * head_planes
             for start in range(first, last, ROWS):
                 q_block = start + tl.arange(0, ROWS)
@@ -135,7 +128,7 @@ def _table_kernel(
                     entry = tl.load(entries + plane.to(tl.int64) * (kv_tiles * q_tiles) + entry, mask=exists, other=-1)
                 slot = copy.to(tl.int64) * n_entries + entry
                 run = (slot * PARTS + q_block % PARTS) * PARTS + kv_block % PARTS
-                offs = run[:, None] * (2 * BLOCK) + half * BLOCK + at[None, :]
+                offs = run[:, None] * (2 * BLOCK) + (half * BLOCK + at)[None, :]
                 acc += tl.load(sums + offs, mask=(exists & (entry >= 0))[:, None], other=0.0)
     # entry 0 of a table is of the first query and the last key
     place = q_tiles * TILE + kv_len - 1 - block * BLOCK - at

@@ -220,10 +220,14 @@ class Turns(NamedTuple):
     head_step: Any
 
 
-class Runs(NamedTuple):
-    """Where sums of ds by distance go, None without, and how many tiles the columns of all planes have."""
+class TermSums(NamedTuple):
+    """Where sums of ds go: over queries, and by distance as `Runs` of hopper/diagonals.py; each None without.
 
-    sums: Any
+    `n_entries`: tiles of the columns of all planes.
+    """
+
+    keys: Any
+    runs: Any
     n_entries: Any
 
 
