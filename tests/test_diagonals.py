@@ -1,17 +1,21 @@
-"""The gradient of a table by distance on Hopper, as far as no GPU is needed: its assembly, its lists, its sum."""
+"""The gradient of a table by distance on Hopper, as far as no GPU is needed: assembly, lists, memory."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
+from anymask.backends.hopper import diagonals
 from anymask.backends.hopper.kernels import ptx
+from anymask.scores import Needs
 from tests.helpers import ptx as machine
+from tests.helpers.diagonals import ALL, masks, run_of
 
 
-def of_warps(ds: torch.Tensor) -> torch.Tensor:
+def of_warps(ds: Tensor) -> Tensor:
     """fp64 `[128]`: what four warps make of `ds [64 keys, 64 queries]`, added up as the kernel does."""
     lane = torch.arange(32)
     row, quad = lane // 4, lane % 4
@@ -21,14 +25,44 @@ def of_warps(ds: torch.Tensor) -> torch.Tensor:
         queries = [8 * (i // 4) + 2 * quad + i % 2 for i in range(32)]
         elements = [ds[k, q] for k, q in zip(keys, queries, strict=True)]
         out = machine.run(ptx.diagonal_sums_asm(), 32, [*elements, *keys])
+        assert not any(x.any() for x in out[4:])
         for i in range(4):
             sums[8 * (4 * i + quad) + (row - 2 * quad) % 8] += out[i]
-        assert not any(x.any() for x in out[4:])
     return sums
 
 
 def test_assembly_sums_diagonals() -> None:
     ds = torch.randint(-8, 9, (64, 64)).double()
-    apart = torch.arange(64)[:, None] - torch.arange(64) + 64
-    want = torch.zeros(128, dtype=torch.float64).index_add_(0, apart.flatten(), ds.flatten())
-    assert torch.equal(of_warps(ds), want)
+    assert torch.equal(of_warps(ds), run_of(ds))
+
+
+@pytest.mark.parametrize("name", masks())
+def test_entries_are_the_order_of_columns(name: str) -> None:
+    mask = masks()[name]
+    found, number = diagonals._entries(mask), 0
+    want = torch.full_like(found, -1)
+    for column in range(want.shape[0]):
+        cols = mask.cols
+        for offsets, tiles in ((cols.partial_offsets, cols.partial_tiles), (cols.full_offsets, cols.full_tiles)):
+            for tile in tiles[offsets[column] : offsets[column + 1]].tolist():
+                want[column, tile] = number
+                number += 1
+    assert torch.equal(found, want)
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    lse = torch.zeros(2, 3, 300)
+    runs = diagonals.empty_runs(ALL, lse, 400, None)
+    assert runs is not None
+    assert (runs.n_entries, runs.sums.numel()) == (12, 6 * 12 * 512)
+    assert diagonals.empty_runs(Needs((), (False,), False), lse, 400, None) is None
+    # a plane for each head of both samples, which are as many runs as one for all
+    for name in ("causal", "all"):
+        mask = masks()[name]
+        tiles = mask.cols.full_tiles.numel() + mask.cols.partial_tiles.numel()
+        found = diagonals.empty_runs(ALL, lse, 400, mask)
+        assert found is not None
+        assert found.n_entries == tiles
+        assert found.sums.numel() == tiles * 512 * (1 if name == "all" else 6)
+    monkeypatch.setattr(diagonals, "MAX_SUMS", 6 * 12 * 512 - 1)
+    assert diagonals.empty_runs(ALL, lse, 400, None) is None
