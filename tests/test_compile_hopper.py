@@ -239,7 +239,9 @@ def test_scores_backward_keep_their_registers(hopper_kernels, kind, dim, masked)
         call.q, call.k, call.v, call.do, torch.zeros(1, 4, 2048), call.do, None, mask, 0.1, False, call.scores, no
     )
     of_table = with_gradient and len(call.scores.lookups) > 0
-    assert [x.metadata.name for x in hopper_kernels] == KERNELS[1:] + ["_table_kernel"] * of_table
+    assert [x.metadata.name for x in hopper_kernels] == [
+        *KERNELS[1:], *["_number_kernel"] * (of_table and masked), *["_table_kernel"] * of_table
+    ]  # fmt: skip
     kernel = hopper_kernels[1]
     print(f"{kind}, head_dim {dim}: {kernel.metadata.shared} bytes shared, {spilled_bytes(kernel)} local")
     assert kernel.metadata.shared <= TARGETS["sm_90"][1]

@@ -1,4 +1,4 @@
-"""The gradient of a table by distance on Hopper, as far as no GPU is needed: assembly, lists, memory."""
+"""The gradient of a table by distance on Hopper, as far as no GPU is needed: assembly, memory."""
 
 from __future__ import annotations
 
@@ -36,25 +36,11 @@ def test_assembly_sums_diagonals() -> None:
     assert torch.equal(of_warps(ds), run_of(ds))
 
 
-@pytest.mark.parametrize("name", masks())
-def test_entries_are_the_order_of_columns(name: str) -> None:
-    mask = masks()[name]
-    found, number = diagonals._entries(mask), 0
-    want = torch.full_like(found, -1)
-    for column in range(want.shape[0]):
-        cols = mask.cols
-        for offsets, tiles in ((cols.partial_offsets, cols.partial_tiles), (cols.full_offsets, cols.full_tiles)):
-            for tile in tiles[offsets[column] : offsets[column + 1]].tolist():
-                want[column, tile] = number
-                number += 1
-    assert torch.equal(found, want)
-
-
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     lse = torch.zeros(2, 3, 300)
     runs = diagonals.empty_runs(ALL, lse, 400, None)
     assert runs is not None
-    assert (runs.n_entries, runs.sums.numel()) == (12, 6 * 12 * 512)
+    assert (runs.n_tiles, runs.sums.numel()) == (12, 6 * 12 * 512)
     assert diagonals.empty_runs(Needs((), (False,), False), lse, 400, None) is None
     # a plane for each head of both samples, which are as many runs as one for all
     for name in ("causal", "all"):
@@ -62,7 +48,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         tiles = mask.cols.full_tiles.numel() + mask.cols.partial_tiles.numel()
         found = diagonals.empty_runs(ALL, lse, 400, mask)
         assert found is not None
-        assert found.n_entries == tiles
+        assert found.n_tiles == tiles
         assert found.sums.numel() == tiles * 512 * (1 if name == "all" else 6)
     monkeypatch.setattr(diagonals, "MAX_SUMS", 6 * 12 * 512 - 1)
     assert diagonals.empty_runs(ALL, lse, 400, None) is None

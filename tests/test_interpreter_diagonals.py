@@ -16,6 +16,19 @@ from tests.helpers.interpreter import interpreter as interpreter
 pytestmark = MARKS
 
 
+@pytest.mark.parametrize("name", masks())
+def test_tiles_are_numbered_in_the_order_of_columns(name: str) -> None:
+    mask = masks()[name]
+    found, number, cols = diagonals.tile_numbers(mask), 0, mask.cols
+    want = torch.full_like(found, -1)
+    for column in range(want.shape[0]):
+        for offsets, tiles in ((cols.partial_offsets, cols.partial_tiles), (cols.full_offsets, cols.full_tiles)):
+            for tile in tiles[offsets[column] : offsets[column + 1]].tolist():
+                want[column, tile] = number
+                number += 1
+    assert torch.equal(found, want)
+
+
 @pytest.mark.parametrize("name", [None, *masks()])
 def test_runs_add_up_to_a_table(name: str | None) -> None:
     mask = None if name is None else masks()[name]

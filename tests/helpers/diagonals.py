@@ -47,7 +47,7 @@ def runs_of(ds: Tensor, mask: BlockMask | None) -> diagonals.Runs:
                 for half in range(4):
                     q, k = i * TILE + half // 2 * 64, j * TILE + half % 2 * 64
                     block = padded[b, h, q : q + 64, k : k + 64]
-                    found[copy * runs.n_entries + at, half // 2, half % 2] = run_of(block.mT.contiguous())
+                    found[copy * runs.n_tiles + at, half // 2, half % 2] = run_of(block.mT.contiguous())
     return runs
 
 

@@ -6,7 +6,8 @@ The gradient of a bias is the sum of ds over what shares the bias. Four ways, no
 - a bias of the queries alone, or of neither: rows of ds sum to 0 but for what dlse and the sinks add, which is known;
   a soft cap breaks this, and the dq kernel sums its ds over keys;
 - a bias of pairs: a kernel makes ds again, block by block, and sums each over samples and heads that share it;
-- a table: the same kernel sums diagonals, or, where codes are not positions, chunks of pairs that torch then sums.
+- a table: the same kernel sums diagonals, unless the dk, dv kernel has (hopper/diagonals.py), or, where codes are not
+  positions, chunks of pairs that torch then sums.
 """
 
 from __future__ import annotations

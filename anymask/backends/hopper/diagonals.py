@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.backends.gpu.arguments import plane_strides
+from anymask.backends.gpu.arguments import mask_lists, plane_strides
 from anymask.block_mask import BlockMask
 from anymask.launch import args_key
 from anymask.plan import launch
@@ -31,7 +31,7 @@ class Runs(NamedTuple):
 
     sums: Tensor
     # tiles of the columns of all planes
-    n_entries: int
+    n_tiles: int
 
 
 def empty_runs(needs: Needs, lse: Tensor, kv_len: int, block_mask: BlockMask | None) -> Runs | None:
@@ -39,12 +39,12 @@ def empty_runs(needs: Needs, lse: Tensor, kv_len: int, block_mask: BlockMask | N
     if not any(needs.tables):
         return None
     batch, q_heads, q_len = lse.shape
-    copies, n_entries = batch * q_heads, tiles_over(q_len) * tiles_over(kv_len)
+    copies, n_tiles = batch * q_heads, tiles_over(q_len) * tiles_over(kv_len)
     if block_mask is not None:
         copies //= block_mask.batch * block_mask.heads
-        n_entries = block_mask.cols.partial_tiles.numel() + block_mask.cols.full_tiles.numel()
-    size = copies * n_entries * TILE_SUMS
-    return Runs(lse.new_empty(size), n_entries) if size <= MAX_SUMS else None
+        n_tiles = block_mask.cols.partial_tiles.numel() + block_mask.cols.full_tiles.numel()
+    size = copies * n_tiles * TILE_SUMS
+    return Runs(lse.new_empty(size), n_tiles) if size <= MAX_SUMS else None
 
 
 def sum_runs(runs: Runs, lse: Tensor, kv_len: int, block_mask: BlockMask | None) -> Tensor:
@@ -53,18 +53,8 @@ def sum_runs(runs: Runs, lse: Tensor, kv_len: int, block_mask: BlockMask | None)
 
     batch, q_heads, q_len = lse.shape
     out = lse.new_empty(q_heads, q_len + kv_len - 1)
-    entries = None if block_mask is None else _entries(block_mask)
-    args = (
-        runs.sums,
-        entries,
-        out,
-        runs.n_entries,
-        *plane_strides(block_mask),
-        q_heads,
-        batch,
-        q_len,
-        kv_len,
-    )
+    numbers = None if block_mask is None else tile_numbers(block_mask)
+    args = (runs.sums, numbers, out, runs.n_tiles, *plane_strides(block_mask), q_heads, batch, q_len, kv_len)
     blocks = (tiles_over(q_len) + tiles_over(kv_len)) * (TILE // BLOCK)
     launch(
         _table_kernel,
@@ -73,21 +63,25 @@ def sum_runs(runs: Runs, lse: Tensor, kv_len: int, block_mask: BlockMask | None)
         {"TILE": TILE, "BLOCK": BLOCK, "ROWS": ROWS},
         (lse.device, *args_key(args)),
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 
 
-def _entries(block_mask: BlockMask) -> Tensor:
+def tile_numbers(block_mask: BlockMask) -> Tensor:
     """int32 `[planes * kv tiles, q tiles]`: which of all tiles one is, column by column, partial ones first; or -1."""
+    from anymask.backends.hopper.kernels.diagonals import _number_kernel
+
     cols, q_tiles = block_mask.cols, tiles_over(block_mask.q_len)
-    columns = torch.arange(cols.full_offsets.numel() - 1, device=block_mask.device)
-    found = torch.full((columns.numel(), q_tiles), -1, dtype=torch.int32, device=block_mask.device)
-    for offsets, tiles, before in (
-        (cols.partial_offsets, cols.partial_tiles, cols.full_offsets[:-1]),
-        (cols.full_offsets, cols.full_tiles, cols.partial_offsets[1:]),
-    ):
-        # told the size, torch need not wait for the GPU
-        column = columns.repeat_interleave(offsets.diff().long(), output_size=tiles.numel())
-        number = torch.arange(tiles.numel(), device=block_mask.device) + before[column]
-        found.view(-1).index_copy_(0, column * q_tiles + tiles, number.int())
+    columns = cols.full_offsets.numel() - 1
+    found = torch.empty(columns, q_tiles, dtype=torch.int32, device=block_mask.device)
+    launch(
+        _number_kernel,
+        (columns, 1, 1),
+        (*mask_lists(block_mask, "cols")[:4], found, q_tiles),
+        {"SIZE": TILE},
+        (block_mask.device,),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
     return found

@@ -22,10 +22,10 @@ DIAGONALS: tuple[Mutant, ...] = (
     Mutant("table: a lane's last exchange with itself", PTX, "selp.b32 y, -9, 9, c0", "selp.b32 y, 0, 0, c0", ASSEMBLY),
     Mutant(
         "table: full tiles before the partial ones of their column",
-        HOST,
-        "cols.partial_offsets[1:]",
-        "cols.partial_offsets[:-1]",
-        seen_by("test_diagonals", "entries and causal"),
+        KERNELS,
+        "partial_end + start + at, mask",
+        "partial + start + at, mask",
+        seen_by("test_interpreter_diagonals", "numbered and causal"),
     ),
     Mutant(
         "table: memory of one head for all",
@@ -41,7 +41,7 @@ DIAGONALS: tuple[Mutant, ...] = (
         "place = q_tiles * TILE + kv_len",
         SUMS,
     ),
-    Mutant("table: empty tiles added", KERNELS, "(exists & (entry >= 0))", "exists", SUMS),
+    Mutant("table: empty tiles added", KERNELS, "(exists & (number >= 0))", "exists", SUMS),
     Mutant(
         "table: halves of queries for those of keys",
         KERNELS,

@@ -297,7 +297,7 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, cf
         "swizzle_heads",
         "turn_sample_step",
         "turn_head_step",
-        "n_entries",
+        "n_tiles",
     ],
     do_not_specialize_on_alignment=[
         "full_offsets",
@@ -352,7 +352,7 @@ def _bwd_kernel(
     terms,
     k_sums,
     runs,
-    n_entries,
+    n_tiles,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
@@ -395,7 +395,7 @@ def _bwd_kernel(
     schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker)
     maps = HasPair(q_has_pair, kv_has_pair, q_len, kv_len)
     turns = Turns(counters, full_turns, partial_turns, turn_sample_step, turn_head_step)
-    term_sums = TermSums(k_sums, runs, n_entries)
+    term_sums = TermSums(k_sums, runs, n_tiles)
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [

@@ -34,7 +34,7 @@ def first_runs(term_sums, column, schedule, G: gl.constexpr):
     at = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(1, _sums_layout(2))))
     # a thread of row r, and of place c in its quad, has a diagonal of 8 that is r - 2 c modulo 8
     at = (at & ~7) + ((at - (at // 8 & 3) * 2) & 7)
-    return term_sums.runs + (copy.to(gl.int64) * term_sums.n_entries + first) * (4 * RUN) + (G * RUN + at)
+    return term_sums.runs + (copy.to(gl.int64) * term_sums.n_tiles + first) * (4 * RUN) + (G * RUN + at)
 
 
 @gluon.constexpr_function
@@ -85,12 +85,38 @@ def _block(column, step, start_q, cfg: gl.constexpr):
     return block
 
 
-@triton.jit(do_not_specialize=["n_entries", "sample_planes", "head_planes", "q_heads", "batch", "q_len", "kv_len"])
+@triton.jit(
+    do_not_specialize=["q_tiles"],
+    do_not_specialize_on_alignment=["full_offsets", "full_tiles", "partial_offsets", "partial_tiles"],
+)
+def _number_kernel(full_offsets, full_tiles, partial_offsets, partial_tiles, out, q_tiles, SIZE: tl.constexpr):
+    """Writes one column of int32 `out [planes * kv tiles, q tiles]`: which of all tiles one is, -1 of an empty one.
+
+    Columns follow each other, and partial tiles come first in each. Grid: (columns of all planes).
+    """
+    column = tl.program_id(0)
+    out += column.to(tl.int64) * q_tiles
+    partial, full = tl.load(partial_offsets + column), tl.load(full_offsets + column)
+    partial_end, full_end = tl.load(partial_offsets + column + 1), tl.load(full_offsets + column + 1)
+    at = tl.arange(0, SIZE)
+    for start in range(0, q_tiles, SIZE):
+        tl.store(out + start + at, -1, mask=start + at < q_tiles)
+    # other threads write the same places
+    tl.debug_barrier()
+    for start in range(partial, partial_end, SIZE):
+        tile = tl.load(partial_tiles + start + at, mask=start + at < partial_end)
+        tl.store(out + tile, full + start + at, mask=start + at < partial_end)
+    for start in range(full, full_end, SIZE):
+        tile = tl.load(full_tiles + start + at, mask=start + at < full_end)
+        tl.store(out + tile, partial_end + start + at, mask=start + at < full_end)
+
+
+@triton.jit(do_not_specialize=["n_tiles", "sample_planes", "head_planes", "q_heads", "batch", "q_len", "kv_len"])
 def _table_kernel(
     sums,
-    entries,
+    numbers,
     out,
-    n_entries,
+    n_tiles,
     sample_planes,
     head_planes,
     q_heads,
@@ -103,8 +129,8 @@ def _table_kernel(
 ):
     """Writes 64 entries of `out [q_heads, q_len + kv_len - 1]`: the sum of all runs, samples one after the other.
 
-    Grid: (blocks of 64 queries and keys, q_heads). `entries`, None without a mask: int32 `[planes, kv tiles, q tiles]`,
-    which of all tiles of the columns one is, -1 of an empty one.
+    Grid: (blocks of 64 queries and keys, q_heads). `numbers`, None without a mask: as `_number_kernel`
+    writes them.
     """
     block, head = tl.program_id(0), tl.program_id(1)
     q_tiles, kv_tiles = (q_len + TILE - 1) // TILE, (kv_len + TILE - 1) // TILE
@@ -123,13 +149,13 @@ def _table_kernel(
             for start in range(first, last, ROWS):
                 q_block = start + tl.arange(0, ROWS)
                 kv_block, exists = q_block + apart, q_block < last
-                entry = kv_block // PARTS * q_tiles + q_block // PARTS
-                if entries is not None:
-                    entry = tl.load(entries + plane.to(tl.int64) * (kv_tiles * q_tiles) + entry, mask=exists, other=-1)
-                slot = copy.to(tl.int64) * n_entries + entry
-                run = (slot * PARTS + q_block % PARTS) * PARTS + kv_block % PARTS
+                number = kv_block // PARTS * q_tiles + q_block // PARTS
+                if numbers is not None:
+                    place = plane.to(tl.int64) * (kv_tiles * q_tiles) + number
+                    number = tl.load(numbers + place, mask=exists, other=-1)
+                run = ((copy.to(tl.int64) * n_tiles + number) * PARTS + q_block % PARTS) * PARTS + kv_block % PARTS
                 offs = run[:, None] * (2 * BLOCK) + (half * BLOCK + at)[None, :]
-                acc += tl.load(sums + offs, mask=(exists & (entry >= 0))[:, None], other=0.0)
+                acc += tl.load(sums + offs, mask=(exists & (number >= 0))[:, None], other=0.0)
     # entry 0 of a table is of the first query and the last key
     place = q_tiles * TILE + kv_len - 1 - block * BLOCK - at
     n = q_len + kv_len - 1

@@ -223,12 +223,12 @@ class Turns(NamedTuple):
 class TermSums(NamedTuple):
     """Where sums of ds go: over queries, and by distance as `Runs` of hopper/diagonals.py; each None without.
 
-    `n_entries`: tiles of the columns of all planes.
+    `n_tiles`: tiles of the columns of all planes.
     """
 
     keys: Any
     runs: Any
-    n_entries: Any
+    n_tiles: Any
 
 
 class Column(NamedTuple):
