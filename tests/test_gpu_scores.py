@@ -14,6 +14,7 @@ import anymask
 from anymask.backends import for_gradients, hopper
 from anymask.backends import triton as backend
 from anymask.backends.gpu import scores as gpu_scores
+from anymask.backends.hopper import diagonals
 from anymask.backends.hopper import scores as hopper_scores
 from tests.helpers import scored
 from tests.helpers.grid import BF16, F16, F32
@@ -247,6 +248,26 @@ def test_gradients_that_nobody_needs_are_not_made(device: str, monkeypatch: pyte
     for name in ("dq", "dk", "dv"):
         got, wanted = getattr(grads, name).double(), getattr(want, name)
         assert float((got - wanted).norm()) <= 2e-3 * float(wanted.norm()), name
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("mask", ["none", "documents", "all_empty"])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_tables_get_their_gradients_on_the_way(
+    dim: int, mask: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And, where their memory would be too much, from the portable backend's kernel, as if there were no other way."""
+    call = scored.make_call(
+        mask, tables=("relative", "relative_shared"), shape=(1, 4, 2, 1000, 1300), dims=(dim, dim), device=device
+    )
+    kernels = hopper_alone(call, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_scores.PairSums, "_sum", lambda *_: pytest.fail("it makes ds again"))
+        found = scored.check(kernels, call)
+    monkeypatch.setattr(diagonals, "MAX_SUMS", 0)
+    others = scored.check(kernels, call)
+    for name in ("dq", "dk", "dv"):
+        assert torch.equal(found[name], others[name]), name
 
 
 @pytest.mark.hopper

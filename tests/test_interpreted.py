@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-NAMES = ("interpreter", "interpreter_split", "interpreter_scores", "interpreter_packing", "fp32", "fp32_parts")
+NAMES = (
+    "interpreter",
+    "interpreter_split",
+    "interpreter_scores",
+    "interpreter_packing",
+    "interpreter_diagonals",
+    "fp32",
+    "fp32_parts",
+)
 FILES = [f"tests/test_{name}.py" for name in NAMES]
 MINIMUM = 400
 

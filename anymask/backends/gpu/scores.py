@@ -6,7 +6,8 @@ The gradient of a bias is the sum of ds over what shares the bias. Four ways, no
 - a bias of the queries alone, or of neither: rows of ds sum to 0 but for what dlse and the sinks add, which is known;
   a soft cap breaks this, and the dq kernel sums its ds over keys;
 - a bias of pairs: a kernel makes ds again, block by block, and sums each over samples and heads that share it;
-- a table: the same kernel sums diagonals, or, where codes are not positions, chunks of pairs that torch then sums.
+- a table: the same kernel sums diagonals, unless the dk, dv kernel has (hopper/diagonals.py), or, where codes are not
+  positions, chunks of pairs that torch then sums.
 """
 
 from __future__ import annotations
@@ -162,10 +163,12 @@ def gradients(
     dq_dk_dv: tuple[Tensor, Tensor, Tensor],
     sums: Sums,
     options: tuple[dict[str, Any], dict[str, Any]],
+    by_distance: Tensor | None = None,
 ) -> ScoreGrads:
     """All gradients of a call, after the kernels have made those of q, k and v and the `sums`.
 
-    `options` are those of `PairSums`.
+    `options` are those of `PairSums`. `by_distance`: sums of ds as `PairSums.of_diagonals` has them, of all heads, if
+    kernels have made them.
     """
     # whole tiles, of which the last may be longer than the queries
     delta = call.delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
@@ -185,7 +188,12 @@ def gradients(
         return pairs.of_pairs(shape[0], shape[1])
 
     def of_table(x: Lookup) -> Tensor:
-        return pairs.of_diagonals(x.table.shape[0]) if x.is_diagonal else pairs.of_codes(x)
+        if not x.is_diagonal:
+            return pairs.of_codes(x)
+        heads = x.table.shape[0]
+        if by_distance is None:
+            return pairs.of_diagonals(heads)
+        return by_distance if heads == by_distance.shape[0] else by_distance.sum(0, keepdim=True)
 
     return ScoreGrads(
         *dq_dk_dv,

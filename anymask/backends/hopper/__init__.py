@@ -24,7 +24,7 @@ from anymask.backends.gpu.arguments import (
 from anymask.backends.gpu.passes import BackwardCall, RowsOf, empty_rows, launch_delta, launch_dkdv, launch_dq
 from anymask.backends.gpu.scores import NO_SUMS, KernelTerms, Sums, empty_sums, gradients
 from anymask.backends.gpu.target import multiprocessors
-from anymask.backends.hopper import narrow, tuning, turns, wide
+from anymask.backends.hopper import diagonals, narrow, tuning, turns, wide
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, tile_descriptor
 from anymask.backends.hopper.dq_sum import empty_sum, launch_cast
 from anymask.backends.hopper.order import swizzle_heads
@@ -235,10 +235,14 @@ def backward_scores(
         # a sink makes lse finite where a query has no key, so delta would read these rows
         do = zero_unused_rows(do, block_mask, "rows")
     sums = empty_sums(scores, needs, lse, k.shape[2])
-    grads, call = _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores=scores, sums=sums)
+    runs = diagonals.empty_runs(needs, lse, k.shape[2], block_mask)
+    grads, call = _gradients(
+        q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores=scores, sums=sums, runs=runs
+    )
     options = kernel_options(tuning.BIAS, q.shape[3], v.shape[3], True)
     with device_guard(q.device):
-        return gradients(call, scores, needs, lse, dlse, grads, sums, options)
+        by_distance = None if runs is None else diagonals.sum_runs(runs, lse, k.shape[2], block_mask)
+        return gradients(call, scores, needs, lse, dlse, grads, sums, options, by_distance)
 
 
 def _gradients(
@@ -255,8 +259,9 @@ def _gradients(
     *,
     scores: Scores | None = None,
     sums: Sums = NO_SUMS,
+    runs: diagonals.Runs | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], BackwardCall]:
-    """`(dq, dk, dv)` and the `sums`, and what kernels were called with.
+    """`(dq, dk, dv)`, the `sums` and the `runs`, and what kernels were called with.
 
     Columns of few tiles leave dq to the Triton kernel, which is faster there: it computes the scores again and adds in
     order. At head_dim 64 they leave dk and dv as well. Calls that want sums over keys leave it dq, as those lie in
@@ -302,7 +307,7 @@ def _gradients(
             in_turn = None
             if deterministic and dq_acc is not None:
                 in_turn = turns.of_call(block_mask, grid, tiles_over(q_len), lse)
-            narrow.launch_dkdv(call, dk, dv, dq_acc, grid, in_turn, backward_terms(scores, call), sums.keys)
+            narrow.launch_dkdv(call, dk, dv, dq_acc, grid, in_turn, backward_terms(scores, call), sums.keys, runs)
         if dq_acc is not None:
             launch_cast(dq_acc, dq, block_d, sm_scale)
     return (dq, dk, dv), call

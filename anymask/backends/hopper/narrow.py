@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anymask.backends.gpu.arguments import mask_lists, plane_strides
 from anymask.backends.gpu.passes import BackwardCall
-from anymask.backends.hopper import tuning, turns
+from anymask.backends.hopper import diagonals, tuning, turns
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor, tile_descriptor
 from anymask.backends.hopper.scores import BackwardTerms
 from anymask.plan import launch
@@ -25,16 +25,16 @@ def launch_dkdv(
     in_turn: turns.Turns | None,
     scores: BackwardTerms,
     k_sums: Tensor | None,
+    runs: diagonals.Runs | None,
 ) -> None:
-    """dk and dv, `dq_acc` if there is one, with `in_turn` in that order, and `k_sums`, see the kernel."""
+    """dk and dv, `dq_acc` if there is one, with `in_turn` in that order, `k_sums` and `runs`, see the kernel."""
     from anymask.backends.hopper.kernels.backward import _bwd_kernel
 
     block_mask, maps = call.block_mask, (call.q_has_pair, call.kv_has_pair)
     batch, q_heads, q_len, head_dim = call.q.shape
     kv_heads, kv_len, v_dim = call.k.shape[1], call.k.shape[2], call.v.shape[3]
     columns = block_d(head_dim, v_dim)
-    # each consumer warpgroup has 64 x 64 of dq
-    block_m = 2 * WARPGROUP_ROWS * 64 // columns
+    block_m = _block_m(columns)
     launch(
         _bwd_kernel,
         (grid.num_workers, 1, 1),
@@ -54,6 +54,7 @@ def launch_dkdv(
             call.sm_scale,
             *scores.arguments(block_m),
             k_sums,
+            *(runs or (None, 0)),
         ),
         {
             "HEAD_DIM": columns,
@@ -68,7 +69,7 @@ def launch_dkdv(
             call.q.dtype,
             call.do.dtype,
             q_heads // kv_heads,
-            *[x is None for x in (dq_acc, in_turn, block_mask, *maps, k_sums)],
+            *[x is None for x in (dq_acc, in_turn, block_mask, *maps, k_sums, runs)],
             *scores.key,
         ),
         num_warps=4,
@@ -101,6 +102,11 @@ def _descriptors(
         tile_descriptor(dk, k_shape, block_out),
         tile_descriptor(dv, v_shape, block_out),
     )
+
+
+def _block_m(columns: int) -> int:
+    """Queries of a step: each consumer warpgroup has 64 x 64 of dq."""
+    return 2 * WARPGROUP_ROWS * 64 // columns
 
 
 def block_d(head_dim: int, v_dim: int) -> int:

@@ -5,6 +5,7 @@ memory are for these.
 """
 
 from tests.helpers.mutants.attention import ATTENTION
+from tests.helpers.mutants.diagonals import DIAGONALS
 from tests.helpers.mutants.gpu import GPU
 from tests.helpers.mutants.masks import MASKS
 from tests.helpers.mutants.packing import PACKING
@@ -14,4 +15,4 @@ from tests.helpers.mutants.scores import SCORES
 from tests.helpers.mutants.split import SPLIT
 from tests.helpers.mutants.turns import TURNS
 
-MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *PLANS, *ATTENTION, *SCORES, *SPLIT, *TURNS, *GPU)
+MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *PLANS, *ATTENTION, *SCORES, *SPLIT, *TURNS, *DIAGONALS, *GPU)

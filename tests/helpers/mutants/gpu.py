@@ -125,7 +125,7 @@ GPU: tuple[Mutant, ...] = (
     ),
     _bug(
         "backward: words of a tile in int32",
-        BACKWARD,
+        WORDS,
         "column.tile, cfg.IN_TURN)).to(gl.int64)",
         "column.tile, cfg.IN_TURN))",
         "test_words and hopper",

@@ -34,6 +34,7 @@ from anymask.backends.hopper.kernels.backward_terms import (
     add_key_sums,
     column_bias,
     dropped_words,
+    read_ahead,
     score_gradient,
     step_bias,
     step_pairs,
@@ -41,14 +42,8 @@ from anymask.backends.hopper.kernels.backward_terms import (
     weights,
 )
 from anymask.backends.hopper.kernels.blocks import store_rows
-from anymask.backends.hopper.kernels.pipeline import (
-    TILE,
-    allocate_barriers,
-    arrive,
-    opaque,
-    opaque_zero,
-    sync,
-)
+from anymask.backends.hopper.kernels.diagonals import first_runs, store_runs
+from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, arrive, opaque, opaque_zero, sync
 from anymask.backends.hopper.kernels.records import (
     BackwardConfig,
     BackwardPipelines,
@@ -61,25 +56,18 @@ from anymask.backends.hopper.kernels.records import (
     MaskLists,
     PlaneStrides,
     QStages,
+    TermSums,
     Turns,
     Worker,
 )
-from anymask.backends.hopper.kernels.scheduler import column_at, list_index, num_work_tiles
+from anymask.backends.hopper.kernels.scheduler import column_at, num_work_tiles
 from anymask.backends.hopper.kernels.turns import q_tile_at
-from anymask.backends.hopper.kernels.words import ROWS, zero_words
-
-
-@gluon.jit
-def _load_words(words, column, j, offs, cfg: gl.constexpr):
-    """int32 `[TILE, 4]`: words of the j-th tile of a column, all ones where none is stored; `offs`: in a tile."""
-    n_partial = column.n_partial
-    entry = (column.partial_begin + list_index(j, n_partial, column.tile, cfg.IN_TURN)).to(gl.int64)
-    return gl.load(words + entry * (TILE * 4) + offs, mask=offs * 0 + j < n_partial, other=-1)
+from anymask.backends.hopper.kernels.words import ROWS, load_column_words, zero_words
 
 
 @gluon.jit
 def _consume(
-    dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg: gl.constexpr, G: gl.constexpr
+    dk_desc, dv_desc, term_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg: gl.constexpr, G: gl.constexpr
 ):
     """Consumer warpgroup G: dk and dv of its half of each work tile, its half of every dq; (5) to (9), transposed."""
     kv, q_stages, do_stages = pipes.kv, pipes.q, pipes.do
@@ -104,20 +92,18 @@ def _consume(
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
     # not a constant, which Triton 3.6 takes it to stay (docs/kernels.md, finding 15)
-    begin, start_q, dropped = opaque_zero(schedule.worker.worker_id), 0, 0
+    begin, start_q = opaque_zero(schedule.worker.worker_id), 0
     next_column = column_at(0, schedule, HAS_MASK)
-    if HAS_MASK:
-        next_w = _load_words(words, next_column, 0, offs, cfg)
-    if BY_QUERY:
-        next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
-    if DROPS:
-        dropped = dropped_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
+    next_w, next_q, dropped = read_ahead(next_column, offs, schedule, terms, zero_s, cfg, G)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
         sample, head, tile = next_column.sample, next_column.head, next_column.tile
         dk, dv = (gl.zeros([ROWS, HEAD_DIM], gl.float32, KV_LAYOUT),) * 2
         # without a mask the same words in every tile mask out the keys beyond kv_len
         w = gl.where(tile * TILE + offs // 4 < kv_len, -1, 0)
         mbarrier.wait(kv.full, iteration & 1)
+        if term_sums.runs is not None:
+            # they go through the buffer of dk and dv
+            tma.store_wait(0)
         if AHEAD:
             k = kv.k_bufs.index(0).reshape([TILE, HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
             s = warpgroup_mma_wait(0, deps=[_issue_scores(k, q_stages, begin, S_LAYOUT, cfg)])
@@ -126,12 +112,14 @@ def _consume(
             next_column = column_at(iteration * group + i + 1, schedule, HAS_MASK)
             end = begin + (column.n_full + column.n_partial) * STEPS
             of_keys = column_bias(terms, column, zero_s, G)
-            if k_sums is not None:
+            if term_sums.keys is not None:
                 sums = zero_words(BLOCK_M, S_LAYOUT).to(gl.float32)
+            if term_sums.runs is not None:
+                first = first_runs(term_sums, column, schedule, G)
             for pos in range(begin, end):
                 if HAS_MASK:
                     w = next_w >> (pos - begin) % STEPS * (BLOCK_M // 4)
-                    next_w = _load_words(words, column, (pos + 1 - begin) // STEPS, offs, cfg)
+                    next_w = load_column_words(words, column, (pos + 1 - begin) // STEPS, offs, cfg)
                 zero, stage = opaque_zero(pos), pos & (STAGES - 1)
                 k = kv.k_bufs.index(zero).reshape([TILE, HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
                 q = q_stages.bufs.index(stage).reshape([BLOCK_M, HEAD_DIM])
@@ -153,8 +141,9 @@ def _consume(
                 give_bias_back(pipes.bias, pos - iteration * AHEAD)
                 dp = warpgroup_mma_wait(1, deps=[dp])
                 ds = score_gradient(of_ds, dp, do_stages.delta_bufs.index(stage), terms, AHEAD)
-                if k_sums is not None and not AHEAD:
+                if term_sums.keys is not None and not AHEAD:
                     sums = add_key_sums(sums, ds)
+                wide_ds = ds
                 ds = ds.to(dtype)
                 if HAS_DQ:
                     all_k = kv.k_bufs.index(opaque(zero)).reshape([TILE, HEAD_DIM])
@@ -162,8 +151,11 @@ def _consume(
                 dk = warpgroup_mma(gl.convert_layout(ds, A_LAYOUT), q, dk, is_async=True)
                 dv = warpgroup_mma_wait(1 + HAS_DQ, deps=[dv])
                 arrive(DO_EMPTY + stage, CONSUMERS_AND_PRODUCER)
-                if k_sums is not None and AHEAD:
+                if term_sums.keys is not None and AHEAD:
                     sums = add_key_sums(sums, ds.to(gl.float32))
+                if term_sums.runs is not None:
+                    of_runs = ds.to(gl.float32) if AHEAD else wide_ds
+                    store_runs(first, of_runs, pipes.out_bufs.index(G), column, pos - begin, start_q, cfg)
                 # for the next step, beside the products: without a branch ptxas moves it before them
                 if DROPS:  # noqa: SIM102
                     if pos + 1 < end:
@@ -180,14 +172,9 @@ def _consume(
                     # docs/kernels.md, finding 3
                     s = warpgroup_mma_wait(0, deps=[s])
             begin = end
-            if k_sums is not None:
-                store_key_sums(k_sums, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
-            if HAS_MASK:
-                next_w = _load_words(words, next_column, 0, offs, cfg)
-            if BY_QUERY:
-                next_q = q_tile_at(next_column, 0, schedule, HAS_MASK, cfg.IN_TURN) * TILE
-            if DROPS:
-                dropped = dropped_words(terms, next_column, next_q, zero_s, W_LAYOUT, G)
+            if term_sums.keys is not None:
+                store_key_sums(term_sums.keys, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
+            next_w, next_q, dropped = read_ahead(next_column, offs, schedule, terms, zero_s, cfg, G)
         if AHEAD:
             # the stage of the step too many
             arrive(Q_EMPTY + (begin & (STAGES - 1)), CONSUMERS_AND_PRODUCER)
@@ -282,6 +269,7 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, bi
         "swizzle_heads",
         "turn_sample_step",
         "turn_head_step",
+        "n_tiles",
     ],
     do_not_specialize_on_alignment=[
         "full_offsets",
@@ -296,6 +284,7 @@ def _allocate(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, bi
         "q_has_pair",
         "kv_has_pair",
         "k_sums",
+        "runs",
     ],
 )
 def _bwd_kernel(
@@ -335,6 +324,8 @@ def _bwd_kernel(
     terms,
     bias_desc,
     k_sums,
+    runs,
+    n_tiles,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
@@ -350,7 +341,8 @@ def _bwd_kernel(
 
     `terms`: `Terms`, or () if nothing else happens to scores. `bias_desc`: of their `pairs`, `[batch or 1, heads or 1,
     q_len, kv_len]` with blocks `[1, 1, BLOCK_M, ROWS]` in BIAS_STAGES stages, 1 or 2, or None. `k_sums`, if not None:
-    fp32 `[batch, q_heads, kv_len]`, the gradient of a bias of the keys.
+    fp32 `[batch, q_heads, kv_len]`, the gradient of a bias of the keys. `runs`, if not None: sums by distance, see
+    `Runs` of hopper/diagonals.py.
     """
     kv_tiles = (kv_len + TILE - 1) // TILE
     cfg: gl.constexpr = BackwardConfig(
@@ -385,16 +377,17 @@ def _bwd_kernel(
     schedule = BackwardSchedule(lists, strides, sizes, n_work_tiles, swizzle_heads, worker, samples)
     maps = HasPair(q_has_pair, kv_has_pair, q_len, kv_len)
     turns = Turns(counters, full_turns, partial_turns, turn_sample_step, turn_head_step)
+    term_sums = TermSums(k_sums, runs, n_tiles)
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
             (
                 _consume,
-                (dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(0)),
+                (dk_desc, dv_desc, term_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(0)),
             ),
             (
                 _consume,
-                (dk_desc, dv_desc, k_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(1)),
+                (dk_desc, dv_desc, term_sums, pipes, schedule, kv_len, sm_scale, qk_scale, terms, cfg, gl.constexpr(1)),
             ),
             (
                 produce,

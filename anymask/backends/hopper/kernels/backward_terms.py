@@ -19,7 +19,8 @@ from anymask.backends.hopper.kernels.terms import (
     random_words,
     scored,
 )
-from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, to_quad_view
+from anymask.backends.hopper.kernels.turns import q_tile_at
+from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, load_column_words, to_quad_view
 
 
 @gluon.jit
@@ -88,6 +89,25 @@ def dropped_words(terms, column, start_q, like, W_LAYOUT: gl.constexpr, G: gl.co
     # of the N summands one is not 0: no addition is left
     both = gl.join(gl.sum(first, 2), gl.sum(second, 2)).permute((0, 3, 1, 2))
     return gl.convert_layout(both.reshape([ROWS, 4]), W_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def read_ahead(column, offs, schedule, terms, like, cfg: gl.constexpr, G: gl.constexpr):
+    """What a step reads ahead, for the first step of a column: words, first query, `dropped_words`; 0 if not asked for.
+
+    `offs`: of words in a tile.
+    """
+    words, start_q, dropped = 0, 0, 0
+    W_LAYOUT: gl.constexpr = offs.type.layout
+    DROPS: gl.constexpr = len(terms.dropout) == 1 if len(terms) > 0 else False
+    BY_QUERY: gl.constexpr = len(terms.queries) + len(terms.diagonals) + DROPS > 0 if len(terms) > 0 else False
+    if cfg.HAS_MASK:
+        words = load_column_words(schedule.lists.words, column, 0, offs, cfg)
+    if BY_QUERY:
+        start_q = q_tile_at(column, 0, schedule, cfg.HAS_MASK, cfg.IN_TURN) * TILE
+    if DROPS:
+        dropped = dropped_words(terms, column, start_q, like, W_LAYOUT, G)
+    return words, start_q, dropped
 
 
 @gluon.jit

@@ -315,3 +315,71 @@ def shift_asm(n: int):
 def shift_operands(n: int):
     """Constraints of `shift_asm`."""
     return ",".join(["=&f"] * n + ["f"] * (2 * n))
+
+
+DIAGONAL_ELEMENTS = gl.constexpr(32)
+
+
+@gluon.constexpr_function
+def diagonal_sums_asm():
+    """PTX that sums ds of a warp, 16 keys and 64 queries of transposed scores, along diagonals of `key - query`.
+
+    Element 4 j + 2 a + b of a thread, from $32 on, is of key r + 8 a and query 8 j + 2 c + b, where r is lane / 4 and c
+    lane % 4. Outputs $0 to $3: of 8 (4 i + c) + (r - 2 c) % 8 - 64 in $i, of the keys of the warpgroup, zero elsewhere;
+    $4 to $31 are 0.
+    """
+    lines = [
+        "mov.u32 lane, %laneid; and.b32 y, lane, 3; shr.u32 z, lane, 2; shl.b32 y, y, 1;"
+        # r < 2 c, or 2 c + 1: the distance of the first query of 8 is below that of the key of 8
+        "setp.lt.u32 below0, z, y; setp.le.u32 below1, z, y;"
+        # bits of c, and of the warp
+        "and.b32 y, lane, 1; setp.ne.u32 c0, y, 0; and.b32 y, lane, 2; setp.ne.u32 c1, y, 0;"
+        "and.b32 y, $64, 16; setp.ne.u32 w0, y, 0; and.b32 y, $64, 32; setp.ne.u32 w1, y, 0;"
+        # of every four runs of 8 a lane keeps two, then one
+        "xor.pred high, c1, w0; not.pred p, c1; and.pred carry, p, w0;"
+        "add.u32 next, lane, 4; selp.b32 y, -9, 9, c0; add.u32 other, lane, y;"
+    ]
+    for b in (0, 1):
+        # those whose keys and queries are as many times 8 apart are in one thread
+        for k in range(9):
+            pairs = [(a, a + 7 - k) for a in (0, 1) if 0 <= a + 7 - k < 8]
+            xs = [f"${32 + 4 * j + 2 * a + b}" for a, j in pairs]
+            lines.append(f"add.f32 s{k}, {xs[0]}, {xs[1]};" if len(xs) == 2 else f"mov.b32 s{k}, {xs[0]};")
+        zero = "0f00000000"
+        for k in range(10):
+            lower, upper = f"s{k}" if k < 9 else zero, f"s{k - 1}" if k else zero
+            lines.append(f"selp.f32 t{b}{k}, {lower}, {upper}, below{b};")
+    for k in range(10):
+        lines.append(f"shfl.sync.idx.b32 x, t1{k}, next, 31, 0xffffffff; mov.b32 u, x; add.f32 t0{k}, t0{k}, u;")
+    for k in (0, 1, 4, 5):
+        lines.append(
+            f"selp.f32 u, t0{k}, t0{k + 2}, high; selp.f32 t0{k}, t0{k + 2}, t0{k}, high; mov.b32 x, u;"
+            f"shfl.sync.bfly.b32 x, x, 18, 31, 0xffffffff; mov.b32 u, x; add.f32 t0{k}, t0{k}, u;"
+        )
+    for k in (8, 9):
+        lines.append(
+            f"mov.b32 x, t0{k}; shfl.sync.bfly.b32 x, x, 18, 31, 0xffffffff; mov.b32 u, x; add.f32 u, t0{k}, u;"
+            f"selp.f32 t0{k}, {zero}, u, high;"
+        )
+    for i, k in enumerate((0, 4, 8)):
+        lines.append(
+            f"selp.f32 u, t0{k}, t0{k + 1}, c0; selp.f32 s{i}, t0{k + 1}, t0{k}, c0; mov.b32 x, u;"
+            f"shfl.sync.idx.b32 x, x, other, 31, 0xffffffff; mov.b32 u, x; add.f32 s{i}, s{i}, u;"
+        )
+    # the keys of a warp are 16 from those of the next, two runs of 8
+    lines.append(f"selp.f32 s2, s1, s2, carry; selp.f32 s1, s0, s1, carry; selp.f32 s0, {zero}, s0, carry;")
+    for i in range(4):
+        upper, lower = f"s{i - 1}" if i else zero, f"s{i}" if i < 3 else zero
+        lines.append(f"selp.f32 u, {upper}, {lower}, w1; mov.b32 ${i}, u;")
+    lines += [f"mov.b32 ${i}, 0;" for i in range(4, 32)]
+    registers = ", ".join([f"s{k}" for k in range(9)] + [f"t{b}{k}" for b in (0, 1) for k in range(10)])
+    return (
+        "{ .reg .pred p, below0, below1, c0, c1, w0, w1, high, carry; .reg .b32 x, y, z, lane, next, other;"
+        f".reg .f32 u, {registers}; " + "\n".join(lines) + " }"
+    )
+
+
+@gluon.constexpr_function
+def diagonal_sums_operands():
+    """Constraints of `diagonal_sums_asm`."""
+    return ",".join(["=r"] * 32 + ["f"] * 32 + ["r"] * 32)

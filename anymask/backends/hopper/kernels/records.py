@@ -230,6 +230,17 @@ class Turns(NamedTuple):
     head_step: Any
 
 
+class TermSums(NamedTuple):
+    """Where sums of ds go: over queries, and by distance as `Runs` of hopper/diagonals.py; each None without.
+
+    `n_tiles`: tiles of the columns of all planes.
+    """
+
+    keys: Any
+    runs: Any
+    n_tiles: Any
+
+
 class Column(NamedTuple):
     """A tile of keys, one of the query heads that attend to it, and the entries of their query tiles."""
 

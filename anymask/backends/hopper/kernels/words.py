@@ -3,6 +3,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anymask.backends.hopper.kernels.pipeline import TILE
+from anymask.backends.hopper.kernels.scheduler import list_index
+
 # query rows of a consumer warpgroup
 ROWS = gl.constexpr(64)
 
@@ -37,6 +40,14 @@ def load_words(words, first_row, pred, mask_rows, W_LAYOUT: gl.constexpr, PACK_G
         rows = rows % mask_rows
     offs = rows.expand_dims(1) * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
     return gl.load(words + offs, mask=pred, other=-1)
+
+
+@gluon.jit
+def load_column_words(words, column, j, offs, cfg: gl.constexpr):
+    """int32 `[TILE, 4]`: words of the j-th tile of a column, all ones where none is stored; `offs`: in a tile."""
+    n_partial = column.n_partial
+    entry = (column.partial_begin + list_index(j, n_partial, column.tile, cfg.IN_TURN)).to(gl.int64)
+    return gl.load(words + entry * (TILE * 4) + offs, mask=offs * 0 + j < n_partial, other=-1)
 
 
 @gluon.jit
