@@ -120,7 +120,7 @@ class ForwardScores(NamedTuple):
 
     def arguments(self, rows: int, keys: int) -> tuple[Any, ...]:
         """In the order of the kernel's parameters; so many are a block of the bias of pairs."""
-        bias = None if self.pairs is None else _descriptor(self.pairs, rows, keys)
+        bias = None if self.pairs is None else bias_descriptor(self.pairs, rows, keys)
         return self.qk_scale, self.sinks, self.terms, bias
 
     def swizzle_heads(self, usual: int, q: Tensor) -> int:
@@ -164,7 +164,8 @@ def backward_terms(scores: Scores | None, call: BackwardCall) -> BackwardTerms:
     return BackwardTerms(terms, qk_scale, lse2)
 
 
-def _descriptor(bias: Tensor, rows: int, keys: int) -> Any:
+def bias_descriptor(bias: Tensor, rows: int, keys: int) -> Any:
+    """A descriptor of blocks of so many rows and keys of a bias of pairs."""
     # the stride of a dimension of 1 is never taken, but has to be a multiple of 16 bytes
     b, h, m = (step if n > 1 else 8 for n, step in zip(bias.shape[:3], bias.stride()[:3], strict=True))
     return descriptor(bias, tuple(bias.shape), (b, h, m, 1), block_of((1, 1, rows, keys), bias.dtype))
