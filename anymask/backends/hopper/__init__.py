@@ -22,12 +22,13 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, RowsOf, empty_rows, launch_delta, launch_dkdv, launch_dq
-from anymask.backends.gpu.scores import NO_SUMS, KernelTerms, Sums, empty_sums, gradients
+from anymask.backends.gpu.scores import NO_SUMS, KernelTerms, Options, PairSums, Sums, empty_sums, gradients
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import narrow, tuning, turns, wide
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, tile_descriptor
 from anymask.backends.hopper.dq_sum import empty_sum, launch_cast
 from anymask.backends.hopper.order import swizzle_heads
+from anymask.backends.hopper.pair_sums import HopperPairSums, why_not_sums
 from anymask.backends.hopper.scores import backward_terms, forward_scores, has_terms, why_not_scores
 from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
 from anymask.block_mask import BlockMask
@@ -241,7 +242,16 @@ def backward_scores(
     grads, call = _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores=scores, sums=sums)
     options = kernel_options(tuning.BIAS, q.shape[3], v.shape[3], True)
     with device_guard(q.device):
-        return gradients(call, scores, needs, lse, dlse, grads, sums, options)
+        return gradients(call, scores, needs, lse, dlse, grads, sums, sums_over_pairs(call, scores, options))
+
+
+def sums_over_pairs(call: BackwardCall, scores: Scores, options: Options) -> PairSums:
+    """The sums over pairs of a backward pass: by the kernel for Hopper where it can, else, by `options`, the portable
+    one.
+    """
+    if _unusable(call.q.device) is None and why_not_sums(call, scores) is None:
+        return HopperPairSums(call, scores, multiprocessors(call.q.device), options)
+    return PairSums(call, options)
 
 
 def _gradients(

@@ -6,6 +6,8 @@ walks a strip of blocks, one row of them. Where a strip's sharers are no more th
 stay in shared memory for all of it.
 """
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -90,7 +92,7 @@ def _entry_at(strip, kv_tile, sharer, schedule, HAS_MASK: gl.constexpr):
 
 @gluon.jit
 def _entry_after(strip, kv_tile, i, next_sharer, first_sharer, schedule, HAS_MASK: gl.constexpr):
-    """`_entry_at` of the step after that of the i-th sharer, read ahead; past a strip's last one, of one that exists."""
+    """`_entry_at` of the step after that of the i-th sharer; past the last one of a strip, of one that exists."""
     entry = FULL
     if HAS_MASK:
         is_last = i + 1 == strip.last
@@ -245,13 +247,11 @@ def _add_step(acc, strip, kv_tile, sharer, entry, uses, pipes, scoring, cfg: gl.
         flying = flying + _issue(q, do, pipes.kv, kv_use + c, cfg)
     bias_stage, bias_phase = stage_and_phase(bias_use, cfg.BIAS_STAGES)
     mbarrier.wait(pipes.bias.full.index(bias_stage), bias_phase)
-    sums = ()
+    sums: Any = ()
     for c in gl.static_range(CHUNKS):
         start_k = kv_tile * TILE + c * CHUNK
         pairs = block_at(pipes.bias.bufs, (bias_stage * WARPGROUPS + G) * CHUNKS + c).load(S_LAYOUT)
-        bias = load_bias(
-            scoring.terms, sharer.sample, sharer.head, start_q, start_k, ROWS, CHUNK, S_LAYOUT, False
-        )
+        bias = load_bias(scoring.terms, sharer.sample, sharer.head, start_q, start_k, ROWS, CHUNK, S_LAYOUT, False)
         s = warpgroup_mma_wait(2 * (CHUNKS - c) - 1, deps=[flying[2 * c]])
         p = _weights(s, bias, pairs, lse2, scoring.qk_scale, scoring.terms)
         dp = warpgroup_mma_wait(2 * (CHUNKS - c) - 2, deps=[flying[2 * c + 1]])
@@ -391,9 +391,7 @@ def _pair_sums_kernel(
     bias. RESIDENT: no part has more sharers than Q_STAGES, and q and do of a strip are loaded once.
     """
     HAS_MASK: gl.constexpr = tile_map is not None
-    cfg: gl.constexpr = PairSumsConfig(
-        HEAD_DIM, V_DIM, CHUNK, Q_STAGES, KV_STAGES, BIAS_STAGES, RESIDENT, HAS_MASK
-    )
+    cfg: gl.constexpr = PairSumsConfig(HEAD_DIM, V_DIM, CHUNK, Q_STAGES, KV_STAGES, BIAS_STAGES, RESIDENT, HAS_MASK)
     q_tiles, kv_tiles = (q_len + TILE - 1) // TILE, (kv_len + TILE - 1) // TILE
     bufs = gl.allocate_shared_memory(
         bias_desc.dtype, [BIAS_STAGES * WARPGROUPS * (TILE // CHUNK)] + bias_desc.block_type.shape, bias_desc.layout
