@@ -6,8 +6,6 @@ walks a strip of blocks, one row of them. Where a strip's sharers are no more th
 stay in shared memory for all of it.
 """
 
-from typing import Any
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,20 +18,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from anymask.backends.gpu.kernels.bias import EMPTY, FULL
 from anymask.backends.hopper.kernels.blocks import block_at
 from anymask.backends.hopper.kernels.compat import tma_load
-from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
-from anymask.backends.hopper.kernels.records import (
-    BiasPipeline,
+from anymask.backends.hopper.kernels.pair_records import (
     PairScoring,
+    PairStep,
     PairSumsConfig,
     PairSumsPipelines,
     PairSumsSchedule,
     PairSumsSizes,
-    PlaneStrides,
     Sharer,
     Stages,
+    StageUses,
     Strip,
-    Worker,
 )
+from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, stage_and_phase
+from anymask.backends.hopper.kernels.records import BiasPipeline, PlaneStrides, Worker
 from anymask.backends.hopper.kernels.scheduler import num_work_tiles, work_index
 from anymask.backends.hopper.kernels.softmax import exp2, masked
 from anymask.backends.hopper.kernels.terms import add, factor, keep, load_bias, load_seeds, scored
@@ -222,47 +220,55 @@ def _issue(q, do, kv, use, cfg: gl.constexpr):
 
 @gluon.jit
 def _add_step(acc, strip, kv_tile, sharer, entry, uses, pipes, scoring, cfg: gl.constexpr, G: gl.constexpr):
-    """`acc`, the chunks of a block's sum, with ds of one sharer added; `uses`: of the stages of q, k and the bias."""
-    CHUNK: gl.constexpr = cfg.CHUNK
-    CHUNKS: gl.constexpr = TILE // CHUNK
+    """`acc`, the chunks of a block's sum, with ds of one sharer added; `uses`: `StageUses`."""
+    CHUNKS: gl.constexpr = TILE // cfg.CHUNK
     S_LAYOUT: gl.constexpr = acc[0].type.layout
-    R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    W_LAYOUT: gl.constexpr = zero_words(CHUNK, S_LAYOUT).type.layout
-    q_use, kv_use, bias_use = uses
     start_q = strip.q_tile * TILE + G * ROWS
     head = (sharer.sample * scoring.q_heads + sharer.head).to(gl.int64) * (scoring.q_tiles * TILE)
-    rows = head + start_q + gl.arange(0, ROWS, layout=R_LAYOUT)
+    rows = head + start_q + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     lse2 = gl.load(scoring.lse2 + rows).expand_dims(1)
     delta = gl.load(scoring.delta + rows).expand_dims(1)
+    w = 0
     if cfg.HAS_MASK:
         # of a full tile all ones, and not read
         words = scoring.words + entry.to(gl.int64) * (TILE * 4)
+        W_LAYOUT: gl.constexpr = zero_words(cfg.CHUNK, S_LAYOUT).type.layout
         w = load_words(words, G * ROWS, entry != FULL, TILE, W_LAYOUT, False)
-    q_stage, q_phase = stage_and_phase(q_use, cfg.Q_STAGES)
+    q_stage, q_phase = stage_and_phase(uses.q, cfg.Q_STAGES)
     mbarrier.wait(pipes.q.full.index(q_stage), q_phase)
     q = pipes.q.first_bufs.index(q_stage).reshape([TILE, cfg.HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
     do = pipes.q.second_bufs.index(q_stage).reshape([TILE, cfg.V_DIM]).slice(G * ROWS, ROWS, dim=0)
-    flying = _issue(q, do, pipes.kv, kv_use, cfg)
+    flying = _issue(q, do, pipes.kv, uses.kv, cfg)
     for c in gl.static_range(1, CHUNKS):
-        flying = flying + _issue(q, do, pipes.kv, kv_use + c, cfg)
-    bias_stage, bias_phase = stage_and_phase(bias_use, cfg.BIAS_STAGES)
+        flying = flying + _issue(q, do, pipes.kv, uses.kv + c, cfg)
+    bias_stage, bias_phase = stage_and_phase(uses.bias, cfg.BIAS_STAGES)
     mbarrier.wait(pipes.bias.full.index(bias_stage), bias_phase)
-    sums: Any = ()
-    for c in gl.static_range(CHUNKS):
-        start_k = kv_tile * TILE + c * CHUNK
-        pairs = block_at(pipes.bias.bufs, (bias_stage * WARPGROUPS + G) * CHUNKS + c).load(S_LAYOUT)
-        bias = load_bias(scoring.terms, sharer.sample, sharer.head, start_q, start_k, ROWS, CHUNK, S_LAYOUT, False)
-        s = warpgroup_mma_wait(2 * (CHUNKS - c) - 1, deps=[flying[2 * c]])
-        p = _weights(s, bias, pairs, lse2, scoring.qk_scale, scoring.terms)
-        dp = warpgroup_mma_wait(2 * (CHUNKS - c) - 2, deps=[flying[2 * c + 1]])
-        mbarrier.arrive(pipes.kv.empty.index(stage_and_phase(kv_use + c, cfg.KV_STAGES)[0]))
-        ds = p * (_drop(dp, start_q, start_k, sharer, scoring) - delta)
-        if cfg.HAS_MASK:  # noqa: SIM102
-            if entry != FULL:
-                # after the product: what a hidden pair multiplies may be NaN
-                ds = masked(ds, w >> (c * (CHUNK // 4)))
-        sums = sums + (acc[c] + ds,)
+    step = PairStep(sharer, start_q, kv_tile * TILE, entry, w, lse2, delta, uses.kv, bias_stage)
+    sums = [_add_chunk(acc[0], flying, step, pipes, scoring, cfg, G, 0)]
+    for c in gl.static_range(1, CHUNKS):
+        sums = sums + [_add_chunk(acc[c], flying, step, pipes, scoring, cfg, G, c)]
     return sums
+
+
+@gluon.jit
+def _add_chunk(acc, flying, step, pipes, scoring, cfg: gl.constexpr, G: gl.constexpr, C: gl.constexpr):
+    """`acc [ROWS, CHUNK]` with ds of chunk C of a step added, whose products are `flying`: s and dp of each chunk."""
+    CHUNK: gl.constexpr = cfg.CHUNK
+    CHUNKS: gl.constexpr = TILE // CHUNK
+    S_LAYOUT: gl.constexpr = acc.type.layout
+    sharer, start_q, start_k = step.sharer, step.start_q, step.start_k + C * CHUNK
+    pairs = block_at(pipes.bias.bufs, (step.bias_stage * WARPGROUPS + G) * CHUNKS + C).load(S_LAYOUT)
+    bias = load_bias(scoring.terms, sharer.sample, sharer.head, start_q, start_k, ROWS, CHUNK, S_LAYOUT, False)
+    s = warpgroup_mma_wait(2 * (CHUNKS - C) - 1, deps=[flying[2 * C]])
+    p = _weights(s, bias, pairs, step.lse2, scoring.qk_scale, scoring.terms)
+    dp = warpgroup_mma_wait(2 * (CHUNKS - C) - 2, deps=[flying[2 * C + 1]])
+    mbarrier.arrive(pipes.kv.empty.index(stage_and_phase(step.kv_use + C, cfg.KV_STAGES)[0]))
+    ds = p * (_drop(dp, start_q, start_k, sharer, scoring) - step.delta)
+    if cfg.HAS_MASK:  # noqa: SIM102
+        if step.entry != FULL:
+            # after the product: what a hidden pair multiplies may be NaN
+            ds = masked(ds, step.w >> (C * (CHUNK // 4)))
+    return acc + ds
 
 
 @gluon.jit
@@ -303,7 +309,7 @@ def _consume(out, pipes, schedule, scoring, cfg: gl.constexpr, G: gl.constexpr):
                     at = q_use
                     if cfg.RESIDENT:
                         at += i - strip.first
-                    uses = at, kv_use, bias_use
+                    uses = StageUses(at, kv_use, bias_use)
                     acc = _add_step(acc, strip, kv_tile, sharer, entry, uses, pipes, scoring, cfg, G)
                     kv_use += CHUNKS
                     has_bias = 1
