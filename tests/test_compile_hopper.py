@@ -15,6 +15,9 @@ import triton
 
 from anymask import pack
 from anymask.backends import hopper
+from anymask.backends.gpu.arguments import kernel_options
+from anymask.backends.gpu.passes import BackwardCall
+from anymask.backends.hopper import pair_sums
 from anymask.backends.hopper.kernels.backward_dq import DS_FULL
 from tests.helpers import scored
 from tests.helpers.compile_only import TARGETS, causal_mask, sass, spilled_bytes
@@ -339,3 +342,44 @@ def test_new_lengths_and_masks_compile_nothing(hopper_kernels):
             hopper.backward(q, q, q, o, lse, o, None, mask, 0.1, False)
     by_name = {name: {id(k) for k in hopper_kernels if k.metadata.name == name} for name in KERNELS}
     assert {name: len(ids) for name, ids in by_name.items()} == dict.fromkeys(KERNELS, 1)
+
+
+# terms beside the bias of pairs, and of a step of 64 x 128 pairs, by head_dim, the most instructions without a mask
+SUMS = {
+    "pairs": ({}, {32: 560, 64: 580, 96: 680, 128: 680}),
+    "fp32": ({"bias_dtype": torch.float32}, {32: 540, 64: 550, 96: 660, 128: 670}),
+    "cap": ({"softcap": 2.0}, {64: 1660, 128: 1760}),
+    "dropout": ({"dropout_p": 0.1}, {64: 1050, 128: 1250}),
+}
+# of a step, what is kept in memory for it, where there are two kinds of blocks or a generator
+FEW_SUMS_LOADS = {"pairs": 28, "fp32": 28, "cap": 30, "dropout": 70}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize(("kind", "dim"), [(kind, dim) for kind, (_, most) in SUMS.items() for dim in most])
+def test_sums_over_pairs_keep_their_registers(hopper_kernels, monkeypatch, kind, dim, masked):
+    # as of blocks that are many
+    monkeypatch.setattr(pair_sums, "PARTS_EACH", 0)
+    terms, most = SUMS[kind]
+    call = scored.make_call("none", ("by_head",), shape=(2, 4, 2, 384, 384), dims=(dim, dim), **terms)
+    mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
+    rows = torch.zeros(2 * 4 * 384)
+    made = BackwardCall(call.q, call.k, call.v, call.do, rows, rows, None, None, mask, 0.1)
+    options = kernel_options(hopper.tuning.BIAS, dim, dim, True)
+    sums = pair_sums.HopperPairSums(made, call.scores, 132, options)
+    sums.of_bias(call.scores.dense[0])
+    (kernel,) = hopper_kernels
+    assert kernel.metadata.name == "_pair_sums_kernel"
+    assert kernel.metadata.shared <= TARGETS["sm_90"][1]
+    loops = loops_with_products(kernel)
+    assert len(loops) == 2
+    for body in loops:
+        assert len(body) <= most[dim] + 240 * masked
+        stores, loads = (sum(op.startswith(name) for op in body) for name in ("STL", "LDL"))
+        print(f"{kind} {dim} {masked}: {len(body)} instructions, {stores} stores, {loads} loads")
+        assert stores <= (0 if kind == "pairs" else 24)
+        assert loads <= (FEW_SUMS_LOADS[kind] if masked or kind != "pairs" else FEW_LOADS)
+        # both products of a chunk are waited for, and those of the next one run meanwhile
+        assert sum(op.startswith("WARPGROUP.DEPBAR") for op in body) <= 4
+        if kind != "fp32":
+            assert sum(op.startswith("LDSM") for op in body) == 8

@@ -22,6 +22,8 @@ from anymask.tiles import TILE, tiles_over
 PARTS_EACH, STRIPS_EACH = 2, 8
 
 
+WIDE = True
+PREFETCH = True
 # the most that head_dim or v_dim may be
 MAX_DIM = 128
 
@@ -121,9 +123,11 @@ def sum_pairs(call: BackwardCall, scores: Scores, bias: Tensor, tiles: Tensor | 
         (
             *_descriptors(call, d, dv, chunk),
             bias_descriptor(bias, WARPGROUP_ROWS, chunk),
+            bias,
+            *bias.stride()[:3],
             call.lse2,
             call.delta,
-            out,
+            out.view(torch.int32) if WIDE and out.element_size() == 2 and kv_len % 8 == 0 else out,
             tiles,
             None if block_mask is None else block_mask.rows.words,
             *plane_strides(block_mask),
@@ -149,8 +153,18 @@ def sum_pairs(call: BackwardCall, scores: Scores, bias: Tensor, tiles: Tensor | 
             "KV_STAGES": stages.kv,
             "BIAS_STAGES": stages.bias,
             "RESIDENT": stages.resident,
+            "PREFETCH": PREFETCH,
         },
-        (q.device, q.dtype, bias.dtype, out.dtype, int_key(kv_len), block_mask is None, *args_key((terms,))),
+        (
+            q.device,
+            q.dtype,
+            bias.dtype,
+            out.dtype,
+            kv_len % 8,
+            int_key(kv_len),
+            block_mask is None,
+            *args_key((terms,)),
+        ),
         num_warps=4,
         enable_fp_fusion=True,
     )
