@@ -358,7 +358,10 @@ def _consume(out, pipes, schedule, scoring, cfg: gl.constexpr, G: gl.constexpr):
             _store_block(out, acc, strip, kv_tile, sizes, cfg, G)
         if cfg.RESIDENT:
             for _ in range(strip.first, strip.last):
-                mbarrier.arrive(pipes.q.empty.index(stage_and_phase(q_use, cfg.Q_STAGES)[0]))
+                stage, phase = stage_and_phase(q_use, cfg.Q_STAGES)
+                # of a sharer whose blocks are all empty nobody has waited for it
+                mbarrier.wait(pipes.q.full.index(stage), phase)
+                mbarrier.arrive(pipes.q.empty.index(stage))
                 q_use += 1
 
 
