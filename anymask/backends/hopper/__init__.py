@@ -242,14 +242,19 @@ def backward_scores(
     grads, call = _gradients(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores=scores, sums=sums)
     options = kernel_options(tuning.BIAS, q.shape[3], v.shape[3], True)
     with device_guard(q.device):
-        return gradients(call, scores, needs, lse, dlse, grads, sums, sums_over_pairs(call, scores, options))
+        return gradients(call, scores, needs, lse, dlse, grads, sums, _pair_sums(call, scores, options))
 
 
 def sums_over_pairs(call: BackwardCall, scores: Scores, options: Options) -> PairSums:
-    """The sums over pairs of a backward pass: by the kernel for Hopper where it can, else, by `options`, the portable
-    one.
+    """The sums over pairs after the portable kernels: on a Hopper GPU by its own kernel, if that can.
+
+    `options` are those of the portable kernel.
     """
-    if _unusable(call.q.device) is None and why_not_sums(call, scores) is None:
+    return PairSums(call, options) if _unusable(call.q.device) else _pair_sums(call, scores, options)
+
+
+def _pair_sums(call: BackwardCall, scores: Scores, options: Options) -> PairSums:
+    if why_not_sums(call, scores) is None:
         return HopperPairSums(call, scores, multiprocessors(call.q.device), options)
     return PairSums(call, options)
 
