@@ -19,11 +19,9 @@ from anymask.scores import Scores
 from anymask.tiles import TILE, tiles_over
 
 # programs a multiprocessor for which sums are cut into parts, and strips for which rows of blocks are
-PARTS_EACH, STRIPS_EACH = 2, 8
+PARTS_EACH, STRIPS_EACH = 1, 8
 
 
-WIDE = True
-PREFETCH = True
 # the most that head_dim or v_dim may be
 MAX_DIM = 128
 
@@ -123,11 +121,9 @@ def sum_pairs(call: BackwardCall, scores: Scores, bias: Tensor, tiles: Tensor | 
         (
             *_descriptors(call, d, dv, chunk),
             bias_descriptor(bias, WARPGROUP_ROWS, chunk),
-            bias,
-            *bias.stride()[:3],
             call.lse2,
             call.delta,
-            out.view(torch.int32) if WIDE and out.element_size() == 2 and kv_len % 8 == 0 else out,
+            out,
             tiles,
             None if block_mask is None else block_mask.rows.words,
             *plane_strides(block_mask),
@@ -153,7 +149,6 @@ def sum_pairs(call: BackwardCall, scores: Scores, bias: Tensor, tiles: Tensor | 
             "KV_STAGES": stages.kv,
             "BIAS_STAGES": stages.bias,
             "RESIDENT": stages.resident,
-            "PREFETCH": PREFETCH,
         },
         (
             q.device,

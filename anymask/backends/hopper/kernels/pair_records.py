@@ -16,8 +16,6 @@ class PairSumsConfig(NamedTuple):
     BIAS_STAGES: Any
     RESIDENT: Any
     HAS_MASK: Any
-    OUT_DTYPE: Any
-    PREFETCH: Any
 
 
 class Stages(NamedTuple):
@@ -35,15 +33,6 @@ class PairSumsPipelines(NamedTuple):
     q: Stages
     kv: Stages
     bias: BiasPipeline
-
-
-class PairBias(NamedTuple):
-    """The bias of pairs in memory: a pointer, and elements from one sample, head and row to the next."""
-
-    source: Any
-    sample: Any
-    head: Any
-    row: Any
 
 
 class PairSumsSizes(NamedTuple):

@@ -16,11 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.backends.gpu.kernels.bias import EMPTY, FULL
-from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.blocks import block_at
 from anymask.backends.hopper.kernels.compat import tma_load
 from anymask.backends.hopper.kernels.pair_records import (
-    PairBias,
     PairScoring,
     PairStep,
     PairSumsConfig,
@@ -35,7 +33,7 @@ from anymask.backends.hopper.kernels.pair_records import (
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, opaque, stage_and_phase
 from anymask.backends.hopper.kernels.records import BiasPipeline, PlaneStrides, Worker
 from anymask.backends.hopper.kernels.scheduler import num_work_tiles, work_index
-from anymask.backends.hopper.kernels.softmax import exp2, masked, pack_halves, rows_by_16_bytes
+from anymask.backends.hopper.kernels.softmax import exp2, masked
 from anymask.backends.hopper.kernels.terms import add, factor, keep, load_bias, load_seeds, scored
 from anymask.backends.hopper.kernels.words import ROWS, load_words, zero_words
 
@@ -144,22 +142,7 @@ def _load_block_of_bias(desc, strip, kv_tile, bias, use):
 
 
 @gluon.jit
-def _prefetch_block_of_bias(bias, strip, kv_tile, first_sharer, schedule, HAS_MASK: gl.constexpr):
-    """Bring a block of the bias to the L2 cache, if it is of the strip, whole, and not empty for the first sharer."""
-    BYTES: gl.constexpr = TILE * bias.source.dtype.element_ty.primitive_bitwidth // 8
-    sizes = schedule.sizes
-    if (kv_tile < strip.kv_end) & ((kv_tile + 1) * TILE <= sizes.kv_len):
-        entry = _entry_at(strip, kv_tile, first_sharer, schedule, HAS_MASK)
-        if entry != EMPTY:
-            rows = strip.q_tile * TILE + gl.arange(0, TILE, layout=gl.BlockedLayout([4], [32], [1], [0]))
-            rows = gl.minimum(rows, sizes.q_len - 1).to(gl.int64)
-            plane = strip.sample.to(gl.int64) * bias.sample + strip.head.to(gl.int64) * bias.head
-            address = (bias.source + (plane + kv_tile * TILE + rows * bias.row)).to(gl.int64)
-            gl.inline_asm_elementwise(ptx.prefetch(BYTES), "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _produce(q_desc, k_desc, v_desc, do_desc, bias_desc, bias, pipes, schedule, cfg: gl.constexpr):
+def _produce(q_desc, k_desc, v_desc, do_desc, bias_desc, pipes, schedule, cfg: gl.constexpr):
     """The producer warp: loads what the steps of every strip need, and a block of the bias once."""
     sizes = schedule.sizes
     HAS_MASK: gl.constexpr = cfg.HAS_MASK
@@ -194,9 +177,6 @@ def _produce(q_desc, k_desc, v_desc, do_desc, bias_desc, bias, pipes, schedule, 
                         _load_block_of_bias(bias_desc, strip, kv_tile, pipes.bias, bias_use)
                         bias_use += 1
                         lacks_bias = 0
-                        if cfg.BIAS_STAGES == 1 and cfg.PREFETCH:
-                            # the stage for it is given back too late to wait for memory then
-                            _prefetch_block_of_bias(bias, strip, kv_tile + 1, first_sharer, schedule, HAS_MASK)
 
 
 @gluon.jit
@@ -295,28 +275,16 @@ def _add_chunk(acc, flying, step, pipes, scoring, cfg: gl.constexpr, G: gl.const
 @gluon.jit
 def _store_block(out, acc, strip, kv_tile, sizes, cfg: gl.constexpr, G: gl.constexpr):
     """Write the sum of a block, what there is of it."""
+    LAYOUT: gl.constexpr = acc[0].type.layout
+    q_len, kv_len = sizes.q_len, sizes.kv_len
     start_q = strip.q_tile * TILE + G * ROWS
-    row = strip.plane.to(gl.int64) * sizes.q_len + start_q
-    rows = sizes.q_len - start_q
+    base = out + (strip.plane.to(gl.int64) * q_len + start_q) * kv_len
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)
     for c in gl.static_range(TILE // cfg.CHUNK):
         start_k = kv_tile * TILE + c * cfg.CHUNK
-        if out.dtype.element_ty == gl.int32:
-            # words of two numbers, four in a thread
-            words = rows_by_16_bytes(pack_halves(acc[c], cfg.OUT_DTYPE))
-            length = sizes.kv_len // 8 * 4
-            _store_rows(out + row * length, words, rows, start_k // 2, length)
-        else:
-            x = acc[c].to(out.dtype.element_ty)
-            _store_rows(out + row * sizes.kv_len, x, rows, start_k, sizes.kv_len)
-
-
-@gluon.jit
-def _store_rows(base, x, n_rows, column, length):
-    """Store `x [ROWS, N]` to rows of `length` elements from `column` on, of which the first `n_rows` exist."""
-    LAYOUT: gl.constexpr = x.type.layout
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)
-    columns = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
-    gl.store(base + (rows * length + columns), x, mask=(rows < n_rows) & (columns < length))
+        keys = start_k + gl.arange(0, cfg.CHUNK, layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
+        inside = (start_q + rows < q_len) & (keys < kv_len)
+        gl.store(base + (rows * kv_len + keys), acc[c].to(out.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -384,9 +352,6 @@ def _bias_stages(desc, STAGES: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "bias_sample_step",
-        "bias_head_step",
-        "bias_row_step",
         "sample_planes",
         "head_planes",
         "q_heads",
@@ -400,7 +365,7 @@ def _bias_stages(desc, STAGES: gl.constexpr):
         "strips",
         "n_work_tiles",
     ],
-    do_not_specialize_on_alignment=["bias", "tile_map", "words", "lse2", "delta"],
+    do_not_specialize_on_alignment=["tile_map", "words", "lse2", "delta"],
 )
 def _pair_sums_kernel(
     q_desc,
@@ -408,10 +373,6 @@ def _pair_sums_kernel(
     v_desc,
     do_desc,
     bias_desc,
-    bias,
-    bias_sample_step,
-    bias_head_step,
-    bias_row_step,
     lse2,
     delta,
     out,
@@ -439,7 +400,6 @@ def _pair_sums_kernel(
     KV_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr,
     RESIDENT: gl.constexpr,
-    PREFETCH: gl.constexpr,
 ):
     """Writes sums of ds, equations (6) and (11) of docs/kernels.md, to `out [parts, samples, heads, q_len, kv_len]`.
 
@@ -452,9 +412,7 @@ def _pair_sums_kernel(
     bias. RESIDENT: no part has more sharers than Q_STAGES, and q and do of a strip are loaded once.
     """
     HAS_MASK: gl.constexpr = tile_map is not None
-    cfg: gl.constexpr = PairSumsConfig(
-        HEAD_DIM, V_DIM, CHUNK, Q_STAGES, KV_STAGES, BIAS_STAGES, RESIDENT, HAS_MASK, bias_desc.dtype, PREFETCH
-    )
+    cfg: gl.constexpr = PairSumsConfig(HEAD_DIM, V_DIM, CHUNK, Q_STAGES, KV_STAGES, BIAS_STAGES, RESIDENT, HAS_MASK)
     q_tiles, kv_tiles = (q_len + TILE - 1) // TILE, (kv_len + TILE - 1) // TILE
     pipes = PairSumsPipelines(
         _stages(q_desc, do_desc, Q_STAGES), _stages(k_desc, v_desc, KV_STAGES), _bias_stages(bias_desc, BIAS_STAGES)
@@ -468,13 +426,12 @@ def _pair_sums_kernel(
         tile_map, words = lse2, lse2
     schedule = PairSumsSchedule(tile_map, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, worker)
     scoring = PairScoring(qk_scale, terms, load_seeds(terms), lse2, delta, words, q_heads, q_tiles)
-    memory = PairBias(bias, bias_sample_step, bias_head_step, bias_row_step)
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
             (_consume, (out, pipes, schedule, scoring, cfg, gl.constexpr(0))),
             (_consume, (out, pipes, schedule, scoring, cfg, gl.constexpr(1))),
-            (_produce, (q_desc, k_desc, v_desc, do_desc, bias_desc, memory, pipes, schedule, cfg)),
+            (_produce, (q_desc, k_desc, v_desc, do_desc, bias_desc, pipes, schedule, cfg)),
         ],
         [4, 1],
         [240, 24],

@@ -44,12 +44,6 @@ def shuffle(lane: int):
 
 
 @gluon.constexpr_function
-def prefetch(size: int):
-    """PTX that has the copy engine bring `size` bytes at the address $1 to the L2 cache."""
-    return f"cp.async.bulk.prefetch.L2.global [$1], {size}; mov.b32 $0, 0;"
-
-
-@gluon.constexpr_function
 def barrier(op: str, warps: int):
     """PTX that arrives at the hardware barrier $1 of so many warps, and with `sync` waits there."""
     return f"bar.{op} $1, {32 * warps}; mov.b32 $0, $1;"
@@ -218,26 +212,6 @@ def rescale_operands(n: int):
     """Constraints of `rescale_asm`."""
     return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n + ["r"] * n)
 
-
-@gluon.constexpr_function
-def transpose_quads_asm():
-    """PTX that transposes 4 x 4 words between the threads of a quad, $0 to $7 in place: words of two rows in turn.
-
-    Two exchanges, with the neighbour and with the one after it.
-    """
-    lines = ["mov.u32 x, %laneid; and.b32 y, x, 1; setp.ne.u32 p1, y, 0; and.b32 y, x, 2; setp.ne.u32 p2, y, 0;"]
-    for lanes, pairs in ((1, ((0, 2), (4, 6))), (2, ((0, 4), (2, 6)))):
-        for a, b in pairs:
-            for row in (0, 1):
-                i, j, p = f"${a + row}", f"${b + row}", f"p{lanes}"
-                lines.append(
-                    f"selp.b32 x, {i}, {j}, {p}; shfl.sync.bfly.b32 y, x, {lanes}, 31, 0xffffffff; "
-                    f"selp.b32 {i}, y, {i}, {p}; selp.b32 {j}, {j}, y, {p};"
-                )
-    return "{ .reg .pred p1, p2; .reg .b32 x, y; " + "\n".join(lines) + " }"
-
-
-TRANSPOSE_QUADS_OPERANDS = gl.constexpr(",".join(["=r"] * 8 + [str(i) for i in range(8)]))
 
 # tanh(z / 4) / z in powers of z**2 where |z| < 2, the least largest error: 1.3e-7 of tanh
 TANH = "3e7fffd9", "bbaa9a0d", "39069b36", "b631a756"

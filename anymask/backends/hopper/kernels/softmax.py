@@ -138,26 +138,6 @@ def pack_halves(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def rows_by_16_bytes(p):
-    """The words `p [ROWS, N // 8, 4]` of `pack_halves` as `[ROWS, N // 2]`, four that follow each other in a thread."""
-    N: gl.constexpr = p.shape[1] * 4
-    x = gl.inline_asm_elementwise(
-        ptx.transpose_quads_asm(), ptx.TRANSPOSE_QUADS_OPERANDS, [p], dtype=gl.int32, is_pure=True, pack=8
-    )
-    # where four groups of columns meet four threads, groups and threads have changed places
-    x = x.reshape([ROWS, N // 16, 4, 4]).permute((0, 1, 3, 2)).reshape([ROWS, N])
-    return gl.convert_layout(x, _four_words(N), assert_trivial=True)
-
-
-@gluon.constexpr_function
-def _four_words(n: int):
-    """The layout of `rows_by_16_bytes`: registers, lanes and warps by the row and column that they step to."""
-    registers = [[0, 1], [0, 2], [8, 0], *([0, 1 << i] for i in range(4, n.bit_length() - 1))]
-    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, n])
-
-
-@gluon.jit
 def unpack_halves(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
     """The `[ROWS, N]` that were packed to `p`."""
     low, high = gl.inline_asm_elementwise(
