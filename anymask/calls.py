@@ -217,8 +217,9 @@ def backward_scores(
             return _grads_of(iter(plan(*given, *parts)), needs)
         q, k, v, do = (unit_last_stride(t) for t in (q, k, v, do))
         found: ScoreGrads = chosen.backward_scores(
-            q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores, needs
-        )
+            q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores, needs,
+            **backends.pair_sums(chosen, backend),
+        )  # fmt: skip
         return found
 
 
@@ -344,7 +345,10 @@ def _backward_scores(
     if not _is_planned(chosen) or (deterministic and _reads_lists(chosen, q, k, v, block_mask)):
         return chosen, None
     try:
-        grads = chosen.backward_scores(q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores, needs)
+        grads = chosen.backward_scores(
+            q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores, needs,
+            **backends.pair_sums(chosen, backend),
+        )  # fmt: skip
     except Unplanned:
         return chosen, None
     plan.finish((*grads[:3], *[t for t in (*grads.dense, *grads.tables, grads.sinks) if t is not None]))

@@ -141,7 +141,9 @@ def _backward(
         calls.Inputs(q, k, v, o, lse, do), dlse, block_mask, sm_scale, backend, repeatable, scores, asked
     )
     parts = zip(dense, exact_zero, grads.dense, strict=True)
-    of_terms = [lse.new_zeros(t.shape) if is_zero else grad for t, is_zero, grad in parts]
+    of_terms = [
+        t.new_zeros(t.shape) if is_zero else grad if grad is None else grad.to(t.dtype) for t, is_zero, grad in parts
+    ]
     return [*grads[:3], *[t for t in (*of_terms, *grads.tables, grads.sinks) if t is not None]]
 
 
@@ -171,12 +173,12 @@ def _backward_fake(
 ) -> list[Tensor]:
     lookups, _, sinks, *_, flags = rest
     needs = _needs(flags, len(dense))
-    terms = [t for t, needed in zip(dense, needs.dense, strict=True) if needed]
-    terms += [t for t, needed in zip(lookups[::_PARTS], needs.tables, strict=True) if needed]
+    # contiguous, whatever the term is
+    of_dense = [t.new_empty(t.shape) for t, needed in zip(dense, needs.dense, strict=True) if needed]
+    terms = [t for t, needed in zip(lookups[::_PARTS], needs.tables, strict=True) if needed]
     if needs.sinks and sinks is not None:
         terms.append(sinks)
-    # contiguous, whatever the term is
-    return [_empty_as(t) for t in (q, k, v)] + [lse.new_empty(t.shape) for t in terms]
+    return [_empty_as(t) for t in (q, k, v)] + of_dense + [lse.new_empty(t.shape) for t in terms]
 
 
 def _empty_as(t: Tensor, dim: int | None = None) -> Tensor:
@@ -218,7 +220,7 @@ class ScoredAttention(_SingleLevelFunction):
         _, of_dense, of_lookups = _cut(ctx.needs_input_grad[9:], counts)
         flags = [*of_dense, *of_lookups[::_PARTS], of_sinks]
 
-        def gradients(do: Tensor | None, dlse: Tensor | None) -> Any:
+        def gradients(do: Tensor | None, dlse: Tensor | None) -> list[Tensor]:
             if do is None:
                 do = torch.zeros_like(o)
             scored = [*dense, *lookups] if sinks is None else [*dense, *lookups, sinks]
@@ -227,9 +229,7 @@ class ScoredAttention(_SingleLevelFunction):
             found: list[Tensor] = call(
                 q, k, v, o, lse, do, dlse, mask, dense, lookups, diagonal, sinks, seed, *numbers, flags
             )
-            terms = zip([t for t, needed in zip(dense, of_dense, strict=True) if needed], found[3:], strict=False)
-            d_dense = [grad.to(t.dtype) for t, grad in terms]
-            return *found[:3], *d_dense, *found[3 + len(d_dense) :]
+            return found
 
         dq, dk, dv, *others = vmap.over_gradients(gradients, do, dlse)
         of_terms = iter(others)

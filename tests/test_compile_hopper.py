@@ -15,6 +15,9 @@ import triton
 
 from anymask import pack
 from anymask.backends import hopper
+from anymask.backends.gpu.arguments import kernel_options
+from anymask.backends.gpu.passes import BackwardCall
+from anymask.backends.hopper import pair_sums
 from anymask.backends.hopper.kernels.backward_dq import DS_FULL
 from tests.helpers import scored
 from tests.helpers.compile_only import TARGETS, causal_mask, sass, spilled_bytes
@@ -374,3 +377,43 @@ def test_new_lengths_and_masks_compile_nothing(hopper_kernels):
             hopper.backward(q, q, q, o, lse, o, None, mask, 0.1, False)
     by_name = {name: {id(k) for k in hopper_kernels if k.metadata.name == name} for name in KERNELS}
     assert {name: len(ids) for name, ids in by_name.items()} == dict.fromkeys(KERNELS, 1)
+
+
+# beside a bias of pairs: what else there is, whether a mask, head_dim, the most instructions of a step of 64 x 128
+# pairs, and the most numbers that are written to memory and read back in it
+SUMS = {
+    "32": ({}, False, 32, 560, 0, 0),
+    "64": ({}, False, 64, 590, 0, 0),
+    "64-masked": ({}, True, 64, 800, 0, 12),
+    "96": ({}, False, 96, 720, 0, FEW_LOADS),
+    "128-masked": ({}, True, 128, 910, 0, 18),
+    "128-fp32": ({"bias_dtype": torch.float32}, False, 128, 690, 14, 32),
+    "128-cap": ({"softcap": 2.0}, False, 128, 1800, 4, 18),
+    "64-dropout": ({"dropout_p": 0.1}, True, 64, 1300, 0, 28),
+}
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_sums_over_pairs_keep_their_registers(hopper_kernels, monkeypatch, kind):
+    # as of blocks that are many
+    monkeypatch.setattr(pair_sums, "PARTS_EACH", 0)
+    terms, masked, dim, most, most_stores, most_loads = SUMS[kind]
+    call = scored.make_call("none", ("by_head",), shape=(2, 4, 2, 384, 384), dims=(dim, dim), **terms)
+    mask = pack(torch.ones(384, 384, dtype=torch.bool).tril()) if masked else None
+    rows = torch.zeros(2 * 4 * 384)
+    made = BackwardCall(call.q, call.k, call.v, call.do, rows, rows, None, None, mask, 0.1)
+    sums = pair_sums.HopperPairSums(made, call.scores, 132, kernel_options(hopper.tuning.BIAS, dim, dim, True))
+    assert sums.of_bias(call.scores.dense[0]).dtype == call.scores.dense[0].dtype
+    (kernel,) = hopper_kernels
+    assert kernel.metadata.name == "_pair_sums_kernel"
+    assert kernel.metadata.shared <= TARGETS["sm_90"][1]
+    loops = loops_with_products(kernel)
+    assert len(loops) == 2
+    for body in loops:
+        stores, loads = (sum(op.startswith(name) for op in body) for name in ("STL", "LDL"))
+        print(f"{kind}: {len(body)} instructions, {stores} stores, {loads} loads")
+        assert len(body) <= most
+        assert (stores <= most_stores, loads <= most_loads) == (True, True)
+        # both products of a chunk are waited for while those of the next one run
+        assert sum(op.startswith("WARPGROUP.DEPBAR") for op in body) <= 4
+        assert sum(op.startswith("LDSM") for op in body) == (0 if "bias_dtype" in terms else 8)

@@ -19,7 +19,7 @@ not have.
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -72,6 +72,14 @@ def for_gradients(chosen: ModuleType, scores: Scores) -> ModuleType:
     """The backend whose `backward_scores` follows the forward pass of `chosen`."""
     has_less = chosen is load("hopper") and chosen.why_not_gradients(scores) is not None
     return load("triton") if has_less else chosen
+
+
+def pair_sums(chosen: ModuleType, backend: str | None) -> dict[str, Any]:
+    """What `backward_scores` of `chosen` takes beside the rest: of `triton`, unless it was asked for by name, the sums
+    over pairs of a Hopper GPU.
+    """
+    is_automatic = chosen is load("triton") and backend != "triton"
+    return {"pair_sums": load("hopper").sums_over_pairs} if is_automatic else {}
 
 
 def splits(name: str, q: Tensor, k: Tensor, block_mask: BlockMask | None) -> int:

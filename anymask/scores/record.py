@@ -75,7 +75,7 @@ class ScoreGrads(NamedTuple):
 
     Attributes:
         dq, dk, dv: as of `backward`.
-        dense: fp32, or fp64, each in the shape of its term; None where it is not needed.
+        dense: fp32, fp64, or the dtype of its term, each in the shape of its term; None where it is not needed.
         tables: fp32, or fp64, `[1 or q_heads, n]`; None where it is not needed.
         sinks: `[q_heads]`; None where it is not needed.
     """

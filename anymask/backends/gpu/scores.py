@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ MAX_PARTS, MAX_PAIRS = 64, 2**24
 
 # most numbers of the tiles of a table's diagonals: 1 GiB
 MAX_STRIPS = 2**28
+
+# constants of a kernel, and options of its launch
+Options: TypeAlias = tuple[dict[str, Any], dict[str, Any]]
 
 DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -162,13 +165,12 @@ def gradients(
     dlse: Tensor | None,
     dq_dk_dv: tuple[Tensor, Tensor, Tensor],
     sums: Sums,
-    options: tuple[dict[str, Any], dict[str, Any]],
+    pairs: PairSums,
     by_distance: Tensor | None = None,
 ) -> ScoreGrads:
     """All gradients of a call, after the kernels have made those of q, k and v and the `sums`.
 
-    `options` are those of `PairSums`. `by_distance`: sums of ds as `PairSums.of_diagonals` has them, of all heads, if
-    kernels have made them.
+    `by_distance`: sums of ds as `PairSums.of_diagonals` has them, of all heads, if kernels have made them.
     """
     # whole tiles, of which the last may be longer than the queries
     delta = call.delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
@@ -176,16 +178,15 @@ def gradients(
     wants_rows = any(needed and t.shape[3] == 1 for t, needed in zip(scores.dense, needs.dense, strict=True))
     if q_sums is None and wants_rows:
         q_sums = row_gradient(scores, lse, delta, dlse)
-    pairs = PairSums(call, *options)
 
-    def of_dense(shape: torch.Size) -> Tensor:
-        if shape[3] == 1:
+    def of_dense(t: Tensor) -> Tensor:
+        if t.shape[3] == 1:
             assert q_sums is not None
-            return sum_to(q_sums[..., None], shape).contiguous()
-        if shape[2] == 1:
+            return sum_to(q_sums[..., None], t.shape).contiguous()
+        if t.shape[2] == 1:
             assert k_sums is not None
-            return sum_to(k_sums[:, :, None], shape).contiguous()
-        return pairs.of_pairs(shape[0], shape[1])
+            return sum_to(k_sums[:, :, None], t.shape).contiguous()
+        return pairs.of_bias(t)
 
     def of_table(x: Lookup) -> Tensor:
         if not x.is_diagonal:
@@ -197,7 +198,7 @@ def gradients(
 
     return ScoreGrads(
         *dq_dk_dv,
-        tuple(of_dense(t.shape) if needed else None for t, needed in zip(scores.dense, needs.dense, strict=True)),
+        tuple(of_dense(t) if needed else None for t, needed in zip(scores.dense, needs.dense, strict=True)),
         tuple(of_table(x) if needed else None for x, needed in zip(scores.lookups, needs.tables, strict=True)),
         sink_gradient(scores.sinks, lse, delta) if scores.sinks is not None and needs.sinks else None,
     )
@@ -220,16 +221,21 @@ def sum_to(t: Tensor, shape: torch.Size) -> Tensor:
 class PairSums:
     """Launches of the kernel that sums ds over what shares a bias of pairs, for one backward pass."""
 
-    def __init__(self, call: BackwardCall, constants: dict[str, Any], options: dict[str, Any]) -> None:
-        """`constants` and `options` as `kernel_options` gives them; blocks are square."""
-        self._call, self._constants, self._options = call, constants, options
-        self._block: int = constants["BLOCK_M"]
+    def __init__(self, call: BackwardCall, options: Options) -> None:
+        """`options` as `kernel_options` gives them; blocks are square."""
+        self._call = call
+        self._constants, self._options = options
+        self._block: int = self._constants["BLOCK_M"]
         self._batch, self._heads, self._q_len = call.q.shape[:3]
         self._kv_len = call.k.shape[2]
 
     @cached_property
     def _map(self) -> Tensor | None:
         return None if self._call.block_mask is None else tile_map(self._call.block_mask)
+
+    def of_bias(self, bias: Tensor) -> Tensor:
+        """The gradient of a bias of pairs, in its shape: fp32, or in its dtype where nothing else is to be added."""
+        return self.of_pairs(*bias.shape[:2])
 
     def of_pairs(self, batch: int, heads: int, first: int = 0, rows: int | None = None) -> Tensor:
         """fp32 `[batch, heads, rows, kv_len]`, `batch` and `heads` 1 or all; `rows` from query `first` on."""

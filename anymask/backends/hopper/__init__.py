@@ -22,12 +22,13 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, RowsOf, empty_rows, launch_delta, launch_dkdv, launch_dq
-from anymask.backends.gpu.scores import NO_SUMS, KernelTerms, Sums, empty_sums, gradients
+from anymask.backends.gpu.scores import NO_SUMS, KernelTerms, Options, PairSums, Sums, empty_sums, gradients
 from anymask.backends.gpu.target import multiprocessors
 from anymask.backends.hopper import diagonals, narrow, tuning, turns, wide
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, tile_descriptor
 from anymask.backends.hopper.dq_sum import empty_sum, launch_cast
 from anymask.backends.hopper.order import swizzle_heads
+from anymask.backends.hopper.pair_sums import HopperPairSums, why_not_sums
 from anymask.backends.hopper.scores import backward_terms, forward_scores, has_terms, why_not_scores
 from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
 from anymask.block_mask import BlockMask
@@ -242,7 +243,21 @@ def backward_scores(
     options = kernel_options(tuning.BIAS, q.shape[3], v.shape[3], True)
     with device_guard(q.device):
         by_distance = None if runs is None else diagonals.sum_runs(runs, lse, k.shape[2], block_mask)
-        return gradients(call, scores, needs, lse, dlse, grads, sums, options, by_distance)
+        return gradients(call, scores, needs, lse, dlse, grads, sums, _pair_sums(call, scores, options), by_distance)
+
+
+def sums_over_pairs(call: BackwardCall, scores: Scores, options: Options) -> PairSums:
+    """The sums over pairs after the portable kernels: on a Hopper GPU by its own kernel, if that can.
+
+    `options` are those of the portable kernel.
+    """
+    return PairSums(call, options) if _unusable(call.q.device) else _pair_sums(call, scores, options)
+
+
+def _pair_sums(call: BackwardCall, scores: Scores, options: Options) -> PairSums:
+    if why_not_sums(call, scores) is None:
+        return HopperPairSums(call, scores, multiprocessors(call.q.device), options)
+    return PairSums(call, options)
 
 
 def _gradients(

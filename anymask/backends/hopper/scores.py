@@ -40,7 +40,7 @@ def why_not_scores(scores: Scores, wide: bool) -> str | None:
     for term in scores.dense:
         if term.dtype not in DTYPES:
             return f"a bias is {term.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
-    if len(pairs) > 1 or not all(map(_loadable, pairs)):
+    if len(pairs) > 1 or not all(t.element_size() == 2 and is_loadable(t) for t in pairs):
         return (
             "a bias is of pairs, of which the copy engine takes one, of 16 bits and with rows of multiples of 16 bytes"
         )
@@ -72,11 +72,12 @@ def why_not_gradients(scores: Scores) -> str | None:
     return f"the call has a {unknown[0]}, whose gradients other kernels do faster" if unknown else None
 
 
-def _loadable(t: Tensor) -> bool:
-    """Whether the copy engine can read a bias of pairs: rows of aligned, neighbouring keys."""
-    steps = [2 * step for n, step in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
+def is_loadable(t: Tensor) -> bool:
+    """Whether the copy engine can read `t [batch, heads, rows, columns]`: rows of aligned, neighbouring elements."""
+    size = t.element_size()
+    steps = [size * step for n, step in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
     aligned = t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
-    return t.element_size() == 2 and t.stride(3) == 1 and aligned
+    return t.stride(3) == 1 and aligned
 
 
 def has_terms(scores: Scores | None) -> bool:
@@ -129,7 +130,7 @@ class ForwardScores(NamedTuple):
 
     def arguments(self, rows: int, keys: int) -> tuple[Any, ...]:
         """In the order of the kernel's parameters; so many queries and keys are a block of a bias."""
-        bias = None if self.pairs is None else _descriptor(self.pairs, rows, keys)
+        bias = None if self.pairs is None else bias_descriptor(self.pairs, rows, keys)
         planes, columns = (), None
         if self.columns is not None:
             planes, columns = planes_of(self.columns), columns_descriptor(self.columns, keys)
@@ -194,7 +195,7 @@ class BackwardTerms(NamedTuple):
 
     def arguments(self, rows: int) -> tuple[Any, ...]:
         """In the order of the kernel's parameters; so many queries are in a block of the bias of pairs."""
-        bias = None if self.pairs is None else _descriptor(self.pairs, rows, WARPGROUP_ROWS)
+        bias = None if self.pairs is None else bias_descriptor(self.pairs, rows, WARPGROUP_ROWS)
         return self.qk_scale, self.terms, bias
 
     @property
@@ -218,9 +219,12 @@ def backward_terms(scores: Scores | None, call: BackwardCall) -> BackwardTerms:
     return BackwardTerms(terms, qk_scale, lse2, pairs_of(scores))
 
 
-def _descriptor(bias: Tensor, rows: int, keys: int) -> Any:
+def bias_descriptor(bias: Tensor, rows: int, keys: int) -> Any:
+    """A descriptor of blocks of so many rows and keys of a bias of pairs."""
     # the stride of a dimension of 1 is never taken, but has to be a multiple of 16 bytes
-    b, h, m = (step if n > 1 else 8 for n, step in zip(bias.shape[:3], bias.stride()[:3], strict=True))
+    b, h, m = (
+        step if n > 1 else 16 // bias.element_size() for n, step in zip(bias.shape[:3], bias.stride()[:3], strict=True)
+    )
     return descriptor(bias, tuple(bias.shape), (b, h, m, 1), block_of((1, 1, rows, keys), bias.dtype))
 
 

@@ -116,3 +116,7 @@ DELTA_IN_DQ = {64: False, 128: True}
 # as SHORT_COLUMN, of a sum in turns, with any number of columns (an H100, 2026-11-28, docs/journal.md, E25: 0.588 ms
 # instead of 0.822 for 4.5 tiles, 0.931 instead of 0.955 for 9, but 3.19 instead of 2.95 for 32)
 SHORT_COLUMN_IN_TURN = 12
+# of the sums over pairs: keys of a chunk, bytes of shared memory for stages, and the most stages of each kind
+SUMS_CHUNK = 64
+SUMS_SHARED = 232_448 - 1024
+MOST_Q_STAGES, MOST_KV_STAGES = 4, 6

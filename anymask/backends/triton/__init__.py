@@ -6,6 +6,7 @@ are in `kernels/` here and, those that the Hopper backend runs too, in `backends
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -29,7 +30,7 @@ from anymask.backends.gpu.arguments import (
     zero_unused_rows,
 )
 from anymask.backends.gpu.passes import BackwardCall, launch_delta, launch_dkdv, launch_dq
-from anymask.backends.gpu.scores import KernelTerms, empty_sums, gradients, why_not_scores
+from anymask.backends.gpu.scores import KernelTerms, Options, PairSums, empty_sums, gradients, why_not_scores
 from anymask.backends.triton import halves, tuning
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
@@ -153,8 +154,13 @@ def backward_scores(
     deterministic: bool,
     scores: Scores,
     needs: Needs,
+    *,
+    pair_sums: Callable[[BackwardCall, Scores, Options], PairSums] | None = None,
 ) -> ScoreGrads:
-    """Gradients of q, k, v and of what `needs` names, bit-equal from run to run."""
+    """Gradients of q, k, v and of what `needs` names, bit-equal from run to run.
+
+    `pair_sums` makes the sums over pairs, if they are not to be those of the portable kernel.
+    """
     used = _used(q, block_mask, "rows"), _used(q, block_mask, "cols")
     if scores.sinks is not None:
         # lse of a query without a key is that of its sink, so it does not say that do is unused
@@ -165,7 +171,9 @@ def backward_scores(
         call = BackwardCall(q, k, v, do, lse2, delta, *used, block_mask, sm_scale, terms, terms.qk_scale)
         sums = empty_sums(scores, needs, lse, k.shape[2])
         dq_dk_dv = _gradients(call, *sums)
-        return gradients(call, scores, needs, lse, dlse, dq_dk_dv, sums, _options("bias", *_what(call)))
+        options = _options("bias", *_what(call))
+        pairs = PairSums(call, options) if pair_sums is None else pair_sums(call, scores, options)
+        return gradients(call, scores, needs, lse, dlse, dq_dk_dv, sums, pairs)
 
 
 def _gradients(

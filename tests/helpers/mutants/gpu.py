@@ -3,11 +3,11 @@
 from tests.helpers.mutants.record import Mutant, seen_by
 
 HOPPER, NARROW = (f"anymask/backends/hopper/{name}.py" for name in ("__init__", "narrow"))
-BACKWARD, COLUMNS, DQ, FORWARD, KERNEL_TERMS, LOADS, MAINLOOP, PTX, SCHEDULER, TERMS, WORDS = (
+BACKWARD, COLUMNS, DQ, FORWARD, KERNEL_TERMS, LOADS, MAINLOOP, PTX, SCHEDULER, SUMS, TERMS, WORDS = (
     f"anymask/backends/hopper/kernels/{name}.py"
     for name in (
         "backward", "columns", "backward_dq", "forward", "terms", "backward_loads", "mainloop", "ptx", "scheduler",
-        "backward_terms", "words",
+        "pair_sums", "backward_terms", "words",
     )
 )  # fmt: skip
 
@@ -333,5 +333,53 @@ GPU: tuple[Mutant, ...] = (
         "samples_together(work_tile, sizes.kv_heads * group,",
         "gradients_of_the_hopper and by_head-",
         "test_gpu_scores",
+    ),
+    _bug(
+        "sums over pairs: blocks of the first sample for all",
+        SUMS,
+        "sample = gl.where(is_last, first_sharer.sample, next_sharer.sample)",
+        "sample = first_sharer.sample",
+        "test_kinds and by_head and 64-per_batch_head",
+        "test_pair_sums",
+    ),
+    _bug(
+        "sums over pairs: heads of one sample again and again",
+        SUMS,
+        "Sharer(sharer.sample + wraps.to(gl.int32), ",
+        "Sharer(sharer.sample, ",
+        "test_kinds and shared-64-none",
+        "test_pair_sums",
+    ),
+    _bug(
+        "sums over pairs: words of the first chunk for both",
+        SUMS,
+        "ds = masked(ds, step.w >> (C * (CHUNK // 4)))",
+        "ds = masked(ds, step.w)",
+        "test_kinds and by_head-64-random",
+        "test_pair_sums",
+    ),
+    _bug(
+        "sums over pairs: slope of the softcap lost",
+        SUMS,
+        "p = exp2(t * factor(terms) - lse2) * gl.maximum(1.0 - t * t, 0.0)",
+        "p = exp2(t * factor(terms) - lse2)",
+        "test_kinds and softcap-64-none",
+        "test_pair_sums",
+    ),
+    _bug(
+        "sums over pairs: strips of equal lengths, and the rest lost",
+        SUMS,
+        "strip * sizes.kv_tiles // sizes.strips,\n        (strip + 1) * sizes.kv_tiles // sizes.strips,",
+        "strip * (sizes.kv_tiles // sizes.strips),\n        (strip + 1) * (sizes.kv_tiles // sizes.strips),",
+        "few_programs and 5-15",
+        "test_pair_sums",
+    ),
+    _bug(
+        "sums over pairs: dp without dropout's factor",
+        SUMS,
+        "dp = gl.where(kept, dp * terms.dropout[0].scale, 0.0)",
+        "dp = gl.where(kept, dp, 0.0)",
+        "test_kinds and dropout-64-none",
+        "test_pair_sums",
     ),
 )

@@ -228,4 +228,25 @@ SCORES: tuple[Mutant, ...] = (
         "bits = word & (STEPS - 1)",
         seen_by("test_scores", "test_heads_samples_queries_and_keys_differ"),
     ),
+    Mutant(
+        "backends: sums of a Hopper GPU after kernels that were named",
+        "anymask/backends/__init__.py",
+        'chosen is load("triton") and backend != "triton"',
+        'chosen is load("triton")',
+        seen_by("test_pair_sums", "by_name"),
+    ),
+    Mutant(
+        "sums over pairs: a table read by place taken",
+        "anymask/backends/hopper/pair_sums.py",
+        "return None if all(x.is_diagonal for x in scores.lookups) else",
+        "return None if True else",
+        seen_by("test_pair_sums", "which_calls"),
+    ),
+    Mutant(
+        "sums over pairs: parts beyond what shares a block",
+        "anymask/backends/hopper/pair_sums.py",
+        "parts = min(MAX_PARTS, samples * heads, *most)",
+        "parts = min(MAX_PARTS, *most)",
+        seen_by("test_pair_sums", "cut_for_all"),
+    ),
 )

@@ -113,8 +113,18 @@ def sign_asm(n: int):
 
 
 @gluon.constexpr_function
+def zero_asm(n: int):
+    """PTX that makes `n` numbers of a thread, $0 to $n-1, in place, 0 where their bit is not set; words as above."""
+    lines = []
+    for row in (0, 2):
+        for b, i in enumerate(_of_row(n, row)):
+            lines.append(_test_bit(f"${2 * n + row}", b) + f" selp.f32 ${i}, ${i}, 0f00000000, p;")
+    return "{ .reg .pred p; .reg .b32 x; " + "\n".join(lines) + " }"
+
+
+@gluon.constexpr_function
 def sign_operands(n: int):
-    """Constraints of `sign_asm`."""
+    """Constraints of `sign_asm` and `zero_asm`."""
     return in_place(n) + ",r" * n
 
 

@@ -49,6 +49,22 @@ def masked_exp2(z, w):
 
 
 @gluon.jit
+def masked(x, w):
+    """`x [ROWS, N]` where pairs attend, else 0, whatever x is there."""
+    N: gl.constexpr = x.shape[1] // 2
+    LAYOUT: gl.constexpr = x.type.layout
+    x4 = gl.inline_asm_elementwise(
+        ptx.zero_asm(N),
+        ptx.sign_operands(N),
+        [to_quad_view(x), w.expand_dims(1).expand_dims(3)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=N,
+    )
+    return from_quad_view(x4, LAYOUT)
+
+
+@gluon.jit
 def exponents(s, m, qk_scale):
     """`s [ROWS, N] * qk_scale - m [ROWS, 4]`."""
     LAYOUT: gl.constexpr = s.type.layout

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from anymask.backends.hopper.kernels import ptx
+from anymask.backends.hopper.kernels.words import to_quad_view
 from anymask.scores import dropout
 
 ROUNDS = gl.constexpr(dropout.ROUNDS)
@@ -305,6 +306,17 @@ def words_of(like, terms, seeds, sample, head, start_q, start_k):
     word = gl.where(q_half == 0, gl.where(k_half == 0, w0, w1), gl.where(k_half == 0, w2, w3))
     word = gl.convert_layout(word.reshape([R, C, 4]), LAYOUT, assert_trivial=True)
     return word.to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def keep(terms, seeds, sample, head, start_q, start_k, like):
+    """Whether dropout keeps the pairs of a tile, by queries: int1, of the shape of `like [ROWS, N]`."""
+    LAYOUT: gl.constexpr = like.type.layout
+    HALVES: gl.constexpr = gl.SliceLayout(3, to_quad_view(like).type.layout)
+    packed = gl.zeros([like.shape[0], like.shape[1] // 8, 4], gl.int32, HALVES)
+    words = words_of(packed, terms, seeds, sample, head, start_q, start_k)
+    kept = gl.join(words & 0x7FFF, (words >> 16) & 0x7FFF) >= terms.dropout[0].below.to(gl.int32)
+    return gl.convert_layout(kept.reshape(like.shape), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
