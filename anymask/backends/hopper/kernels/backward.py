@@ -103,8 +103,7 @@ def _consume(
     # [ROWS, 4]: row and quad of this thread's words
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    # not a constant, which Triton 3.6 takes it to stay (docs/kernels.md, finding 15)
-    begin, start_q, dropped = opaque_zero(schedule.worker.worker_id), 0, 0
+    begin, start_q, dropped = 0, 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
     if HAS_MASK:
         next_w = _load_words(words, next_column, 0, offs, cfg)
@@ -179,7 +178,8 @@ def _consume(
                 if AHEAD:
                     # docs/kernels.md, finding 3
                     s = warpgroup_mma_wait(0, deps=[s])
-            begin = end
+            # Triton 3.6 would leave it as it was (docs/kernels.md, finding 15)
+            begin = opaque(end)
             if k_sums is not None:
                 store_key_sums(k_sums, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
             if HAS_MASK:
