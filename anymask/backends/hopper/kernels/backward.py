@@ -91,8 +91,7 @@ def _consume(
     # [ROWS, 4]: row and quad of this thread's words
     rows = G * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, W_LAYOUT)).expand_dims(1)
     offs = rows * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, W_LAYOUT)).expand_dims(0)
-    # not a constant, which Triton 3.6 takes it to stay (docs/kernels.md, finding 15)
-    begin, start_q = opaque_zero(schedule.worker.worker_id), 0
+    begin, start_q = 0, 0
     next_column = column_at(0, schedule, HAS_MASK)
     next_w, next_q, dropped = read_ahead(next_column, offs, schedule, terms, zero_s, cfg, G)
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
@@ -171,7 +170,8 @@ def _consume(
                 if AHEAD:
                     # docs/kernels.md, finding 3
                     s = warpgroup_mma_wait(0, deps=[s])
-            begin = end
+            # Triton 3.6 would leave it as it was (docs/kernels.md, finding 15)
+            begin = opaque(end)
             if term_sums.keys is not None:
                 store_key_sums(term_sums.keys, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
             next_w, next_q, dropped = read_ahead(next_column, offs, schedule, terms, zero_s, cfg, G)
