@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import _C, Tensor
@@ -95,6 +95,12 @@ class Operand:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
 
+class Count(NamedTuple):
+    """How many programs a launch has, where each call says it anew; with 0 nothing is launched."""
+
+    slot: int
+
+
 class Plan:
     """Steps over a list of tensors: those of the call, and behind them what the steps add."""
 
@@ -109,6 +115,11 @@ class Plan:
         """The next tensor."""
         self._n += 1
         return Operand(self, self._n - 1, shape, strides, dtype, residue)
+
+    def count(self) -> Count:
+        """The next of what a call gives, an int in the place of a tensor."""
+        self._n += 1
+        return Count(self._n - 1)
 
     def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Any:
         """Memory of the plan's device, aligned."""
@@ -186,18 +197,19 @@ def is_same_memory(a: Any, b: Any) -> bool:
 
 def launch(
     kernel: Any,
-    grid: tuple[int, int, int],
+    grid: tuple[Any, int, int],
     args: tuple[Any, ...],
     constants: dict[str, Any],
     key: tuple[Any, ...],
     **options: Any,
 ) -> None:
-    """`anymask.launch.launch`, now or as a step of the plan."""
+    """`anymask.launch.launch`, now or as a step of the plan, where the first number of `grid` may be a `Count`."""
     plan = _plan_of(args)
     if plan is None:
         now.launch(kernel, grid, args, constants, key, **options)
-    else:
-        plan.add(_Launch(kernel, grid, args, constants, key, options))
+        return
+    step = _Launch(kernel, grid, args, constants, key, options)
+    plan.add(step.counted if isinstance(grid[0], Count) else step)
 
 
 class _Launch:
@@ -206,7 +218,7 @@ class _Launch:
     def __init__(
         self,
         kernel: Any,
-        grid: tuple[int, int, int],
+        grid: tuple[Any, int, int],
         args: tuple[Any, ...],
         constants: dict[str, Any],
         key: tuple[Any, ...],
@@ -219,13 +231,19 @@ class _Launch:
 
     def __call__(self, tensors: list[Any]) -> None:
         if self._direct is None or now.is_watched() or not self._direct(tensors):
-            self._by_triton(tensors)
+            self._by_triton(tensors, self._grid)
 
-    def _by_triton(self, tensors: list[Any]) -> None:
+    def counted(self, tensors: list[Any]) -> None:
+        """The same of as many programs as the call says."""
+        grid = tensors[self._grid[0].slot], *self._grid[1:]
+        if grid[0] and (self._direct is None or now.is_watched() or not self._direct(tensors, grid[0])):
+            self._by_triton(tensors, grid)
+
+    def _by_triton(self, tensors: list[Any], grid: tuple[int, int, int]) -> None:
         args = tuple([_with_tensors(arg, tensors) for arg in self._args])
-        compiled = now.launch(self._kernel, self._grid, args, self._constants, self._key, **self._options)
+        compiled = now.launch(self._kernel, grid, args, self._constants, self._key, **self._options)
         if self._is_known and compiled is not None and self._direct is None:
-            self._direct = Direct.of(compiled, self._grid, [_with_slots(arg) for arg in self._args])
+            self._direct = Direct.of(compiled, grid, [_with_slots(arg) for arg in self._args])
         self._is_known = True
 
 
@@ -241,6 +259,8 @@ def _with_tensors(arg: Any, tensors: list[Any]) -> Any:
     """An argument of a launch, with the tensors of a call."""
     if isinstance(arg, Operand):
         return tensors[arg.slot]
+    if type(arg) is tuple:
+        return tuple([_with_tensors(x, tensors) for x in arg])
     base = getattr(arg, "base", None)
     if not isinstance(base, Operand):
         return arg
@@ -255,5 +275,7 @@ def _with_slots(arg: Any) -> Any:
     """An argument of a launch, as `Direct` takes it."""
     if isinstance(arg, Operand):
         return Address(arg.slot)
+    if type(arg) is tuple:
+        return tuple([_with_slots(x) for x in arg])
     base = getattr(arg, "base", None)
     return TileMap(base.slot, tuple(arg.shape), tuple(arg.strides)) if isinstance(base, Operand) else arg

@@ -17,13 +17,10 @@ from anymask.packing.triton.kernels.bits import (
     word_offsets,
     words_of_bits,
 )
-from anymask.packing.triton.kernels.lists import padded, views
+from anymask.packing.triton.kernels.lists import STARTS, padded, views
 from anymask.packing.triton.kernels.program import PACKED, MaskArgs, classify, inside, packed_place
 
-PLACES_AND_SHAPE = [
-    *("q_has_pair", "kv_has_pair", "extremes", "kinds"),
-    *("heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"),
-]
+PLACES_AND_SHAPE = [*STARTS, "heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"]
 
 
 @triton.jit
@@ -46,6 +43,7 @@ def tiles_kernel(
     q_has_pair,
     kv_has_pair,
     extremes,
+    offsets,
     kinds,
     heads,
     q_len,
@@ -68,7 +66,7 @@ def tiles_kernel(
     there = first + lane < kv_tiles
     kv_tile = tl.minimum(first + lane, kv_tiles - 1)
     mask = MaskArgs(numbers, tensors, layouts)
-    work = views(memory, q_has_pair, kv_has_pair, extremes, kinds)
+    work = views(memory, q_has_pair, kv_has_pair, extremes, offsets, kinds)
     kind = classify(nodes, mask, work.extremes, b, h, q_tile, kv_tile, q_len, kv_len)
     # columns beyond kv_len are off, so the last kv tile is full for nobody
     kind = tl.where((kv_tile + 1) * TILE > kv_len, tl.minimum(kind, PARTIAL), kind)
@@ -107,11 +105,11 @@ def dense_kernel(
     tensor,
     memory,
     words,
-    words_t,
     strides,
     q_has_pair,
     kv_has_pair,
     extremes,
+    offsets,
     kinds,
     heads,
     q_len,
@@ -122,8 +120,8 @@ def dense_kernel(
     n_cols,
     ALIGN: tl.constexpr,
 ):
-    """One program a tile: as `tiles_kernel`, and if it is partial its words, in row order of tiles, and its transposed
-    words, in column order."""
+    """One program a tile: as `tiles_kernel`, and if it is partial its words, in row order of tiles, and behind those of
+    all tiles its transposed words, in column order."""
     number = tl.program_id(0)
     tile_row, kv_tile = number // kv_tiles, number % kv_tiles
     plane, q_tile = tile_row // q_tiles, tile_row % q_tiles
@@ -136,11 +134,11 @@ def dense_kernel(
     w_t = load_words_t(tensor + at, strides[2], strides[3], q_left, kv_left, ALIGN)
     w = transpose_words(w_t)
     kind = kind_of_words(w, rows, q_len)
-    work = views(memory, q_has_pair, kv_has_pair, extremes, kinds)
+    work = views(memory, q_has_pair, kv_has_pair, extremes, offsets, kinds)
     if kind == PARTIAL:
         tl.store(words + number.to(tl.int64) * (TILE * WORDS) + tile_offsets(), w)
-        number_t = (plane * kv_tiles + kv_tile).to(tl.int64) * q_tiles + q_tile
-        tl.store(words_t + number_t * (TILE * WORDS) + tile_offsets(), w_t)
+        number_t = n_rows.to(tl.int64) * kv_tiles + (plane * kv_tiles + kv_tile).to(tl.int64) * q_tiles + q_tile
+        tl.store(words + number_t * (TILE * WORDS) + tile_offsets(), w_t)
         # full tiles are seen by their counts
         _mark(work.q_has_pair, plane, q_len, rows, has_pair_of_words(w))
         _mark(work.kv_has_pair, plane, kv_len, cols, has_pair_of_words(w_t))
@@ -174,35 +172,39 @@ def _entry(tiles, tile_rows, entry, is_row, n_partial):
     return tl.load(tiles + at), tl.load(tile_rows + at)
 
 
-@triton.jit(do_not_specialize=["n_partial", "q_tiles", "kv_tiles"])
-def copy_kernel(tiles, tile_rows, all_words, all_words_t, words, words_t, n_partial, q_tiles, kv_tiles):
-    """One program an entry of the rows, then of the columns: its words, out of those of all tiles."""
+@triton.jit(do_not_specialize=["tiles", "n_tiles", "q_tiles", "kv_tiles"])
+def copy_kernel(memory, lists, tile_rows, all_words, words, tiles, n_tiles, q_tiles, kv_tiles):
+    """One program an entry of the rows, then of the columns: its words, out of those of all `n_tiles` tiles.
+
+    `tiles`: where partial tiles begin in `lists`.
+    """
     entry = tl.program_id(0)
     offs = word_offsets(0, TILE)
+    # of all tiles, see `views`
+    n_partial = tl.load(memory + 1)
+    words_t = words + n_partial.to(tl.int64) * (TILE * WORDS)
+    all_words_t = all_words + n_tiles.to(tl.int64) * (TILE * WORDS)
     if entry < n_partial:
-        tile, tile_row = _entry(tiles, tile_rows, entry, True, n_partial)
+        tile, tile_row = _entry(lists + tiles, tile_rows, entry, True, n_partial)
         w = tl.load(all_words + (tile_row.to(tl.int64) * kv_tiles + tile) * (TILE * WORDS) + offs)
         tl.store(words + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
     else:
         entry -= n_partial
-        tile, tile_row = _entry(tiles, tile_rows, entry, False, n_partial)
+        tile, tile_row = _entry(lists + tiles, tile_rows, entry, False, n_partial)
         w = tl.load(all_words_t + (tile_row.to(tl.int64) * q_tiles + tile) * (TILE * WORDS) + offs)
         tl.store(words_t + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
 
 
-@triton.jit(
-    do_not_specialize=["entries", "n_partial", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"],
-)
+@triton.jit(do_not_specialize=["tiles", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"])
 def words_kernel(
     numbers,
     tensors,
     layouts,
-    tiles,
+    memory,
+    lists,
     tile_rows,
     words,
-    words_t,
-    entries,
-    n_partial,
+    tiles,
     heads,
     q_len,
     kv_len,
@@ -211,11 +213,18 @@ def words_kernel(
     nodes: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """One program an entry of the rows, `entries` of them, then of the columns: its words from the tile again."""
+    """One program a partial tile of the rows, then of the columns: its words from the tile again.
+
+    A packed mask has those of the rows already. `tiles`: where partial tiles begin in `lists`.
+    """
     entry = tl.program_id(0)
     mask = MaskArgs(numbers, tensors, layouts)
+    # of all tiles, see `views`
+    n_partial = tl.load(memory + 1)
+    words_t = words + n_partial.to(tl.int64) * (TILE * WORDS)
+    entries = 0 if nodes[0].code == PACKED else n_partial
     if entry < entries:
-        tile, tile_row = _entry(tiles, tile_rows, entry, True, n_partial)
+        tile, tile_row = _entry(lists + tiles, tile_rows, entry, True, n_partial)
         plane, cols = tile_row // q_tiles, _rows_of(tile)
         b, h = plane // heads, plane % heads
         at = words + entry.to(tl.int64) * (TILE * WORDS)
@@ -225,7 +234,7 @@ def words_kernel(
             tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
     else:
         entry -= entries
-        tile, tile_row = _entry(tiles, tile_rows, entry, False, n_partial)
+        tile, tile_row = _entry(lists + tiles, tile_rows, entry, False, n_partial)
         plane, kv_tile = tile_row // kv_tiles, tile_row % kv_tiles
         b, h = plane // heads, plane % heads
         at = words_t + entry.to(tl.int64) * (TILE * WORDS)
