@@ -260,7 +260,8 @@ def _with_tensors(arg: Any, tensors: list[Any]) -> Any:
     if isinstance(arg, Operand):
         return tensors[arg.slot]
     if type(arg) is tuple:
-        return tuple([_with_tensors(x, tensors) for x in arg])
+        # of numbers, or of tensors
+        return tuple([tensors[x.slot] for x in arg]) if isinstance(arg[0], Operand) else arg
     base = getattr(arg, "base", None)
     if not isinstance(base, Operand):
         return arg
@@ -276,6 +277,6 @@ def _with_slots(arg: Any) -> Any:
     if isinstance(arg, Operand):
         return Address(arg.slot)
     if type(arg) is tuple:
-        return tuple([_with_slots(x) for x in arg])
+        return tuple([Address(x.slot) for x in arg]) if isinstance(arg[0], Operand) else arg
     base = getattr(arg, "base", None)
     return TileMap(base.slot, tuple(arg.shape), tuple(arg.strides)) if isinstance(base, Operand) else arg

@@ -24,7 +24,7 @@ from anymask.plan import Plan, launch
 from anymask.tiles import TILE, WORDS
 
 # kinds of masks that are remembered, by name, dense and packed ones each
-MAX_PLANS = 512
+MAX_PLANS = 128
 # kv tiles that a program classifies: one a thread, or its warps would repeat each other's work; those that stay
 # undecided it evaluates one after the other
 SPAN = 256
