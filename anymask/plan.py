@@ -259,9 +259,8 @@ def _with_tensors(arg: Any, tensors: list[Any]) -> Any:
     """An argument of a launch, with the tensors of a call."""
     if isinstance(arg, Operand):
         return tensors[arg.slot]
-    if type(arg) is tuple:
-        # of numbers, or of tensors
-        return tuple([tensors[x.slot] for x in arg]) if isinstance(arg[0], Operand) else arg
+    if type(arg) is tuple and arg and isinstance(arg[0], Operand):
+        return tuple([tensors[x.slot] for x in arg])
     base = getattr(arg, "base", None)
     if not isinstance(base, Operand):
         return arg
@@ -276,7 +275,7 @@ def _with_slots(arg: Any) -> Any:
     """An argument of a launch, as `Direct` takes it."""
     if isinstance(arg, Operand):
         return Address(arg.slot)
-    if type(arg) is tuple:
-        return tuple([Address(x.slot) for x in arg]) if isinstance(arg[0], Operand) else arg
+    if type(arg) is tuple and arg and isinstance(arg[0], Operand):
+        return tuple([Address(x.slot) for x in arg])
     base = getattr(arg, "base", None)
     return TileMap(base.slot, tuple(arg.shape), tuple(arg.strides)) if isinstance(base, Operand) else arg
