@@ -229,17 +229,18 @@ class _Launch:
         self._direct: Direct | None = None
         self._is_known = False
 
-    def __call__(self, tensors: list[Any]) -> None:
-        if self._direct is None or now.is_watched() or not self._direct(tensors):
-            self._by_triton(tensors, self._grid)
+    def __call__(self, tensors: list[Any], programs: int | None = None) -> None:
+        if self._direct is None or now.is_watched() or not self._direct(tensors, programs):
+            self._by_triton(tensors, programs)
 
     def counted(self, tensors: list[Any]) -> None:
         """The same of as many programs as the call says."""
-        grid = tensors[self._grid[0].slot], *self._grid[1:]
-        if grid[0] and (self._direct is None or now.is_watched() or not self._direct(tensors, grid[0])):
-            self._by_triton(tensors, grid)
+        programs = tensors[self._grid[0].slot]
+        if programs:
+            self(tensors, programs)
 
-    def _by_triton(self, tensors: list[Any], grid: tuple[int, int, int]) -> None:
+    def _by_triton(self, tensors: list[Any], programs: int | None) -> None:
+        grid = self._grid if programs is None else (programs, *self._grid[1:])
         args = tuple([_with_tensors(arg, tensors) for arg in self._args])
         compiled = now.launch(self._kernel, grid, args, self._constants, self._key, **self._options)
         if self._is_known and compiled is not None and self._direct is None:
