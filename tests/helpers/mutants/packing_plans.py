@@ -62,10 +62,10 @@ PACKING_PLANS: tuple[Mutant, ...] = (
         seen_by("test_packing_plans", "place_of_its_own"),
     ),
     Mutant(
-        "answer: by the first program to end",
+        "answer: by the last program but one to end",
         "anymask/packing/triton/kernels/lists.py",
         "== tl.num_programs(0) - 1:",
-        "== 0:",
+        "== tl.num_programs(0) - 2:",
         seen_by("test_interpreter_packing", "packing_is_the_same and causal and 130"),
     ),
 )
