@@ -126,7 +126,7 @@ def test_narrow_spans_and_chunks_do_not_show(
 ) -> None:
     monkeypatch.setattr("anymask.packing.triton.plans.SPAN", 16)
     monkeypatch.setattr("anymask.packing.triton.lists.CHUNK", 16)
-    monkeypatch.setattr("anymask.packing.triton.lists.POSITION_CHUNK", 128)
+    monkeypatch.setattr("anymask.packing.triton.lists.ROWS", 1)
     with plans_anew():
         _check_expression(mask, q_len, kv_len)
 
@@ -138,22 +138,20 @@ def test_used_positions_beyond_int32(tmp_path: Path) -> None:
     from anymask.packing.triton.kernels.lists import _count_used
 
     @triton.jit
-    def kernel(has_pair, counts, found, positions, length, COUNT: tl.constexpr, POSITION_CHUNK: tl.constexpr):
-        chunk = tl.program_id(0) + (positions // POSITION_CHUNK).to(tl.int32) - 1
-        tl.store(found, COUNT(has_pair, counts, chunk, positions, length, POSITION_CHUNK))
+    def kernel(has_pair, counts, found, n_lines, length, COUNT: tl.constexpr, ROWS: tl.constexpr):
+        chunk = tl.program_id(0) + n_lines // ROWS - 1
+        tl.store(found, COUNT(has_pair, counts, chunk, n_lines, length, ROWS))
 
     # the last chunk of 2049 planes, all of whose tiles are full; files of zeros, of which the pages read exist alone
     planes, length = 2049, 2**20
+    n_lines = planes * length // TILE
     has_pair, counts = (
         torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
-        for name, size, dtype in (
-            ("has_pair", planes * length, torch.uint8),
-            ("counts", planes * length // TILE, torch.int32),
-        )
+        for name, size, dtype in (("has_pair", planes * length, torch.uint8), ("counts", n_lines, torch.int32))
     )
     counts[-8:] = 1
     found = torch.zeros(1, dtype=torch.int32)
-    kernel[(1,)](has_pair, counts, found, planes * length, length, COUNT=_count_used, POSITION_CHUNK=1024)
+    kernel[(1,)](has_pair, counts, found, n_lines, length, COUNT=_count_used, ROWS=8)
     assert int(found) == 1024
     assert has_pair[-1024:].all()
     assert not has_pair[-2048:-1024].any()

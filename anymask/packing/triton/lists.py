@@ -15,8 +15,8 @@ from anymask.plan import launch
 
 # kinds of the tiles of a row, or counts of the rows of a plane, that a program reads at a time
 CHUNK = 1024
-# positions that a program counts
-POSITION_CHUNK = 8192
+# rows of tiles of which a program counts the positions
+ROWS = 8
 
 
 class Starts(NamedTuple):
@@ -89,13 +89,12 @@ def workspace_for(like: Any, batch: int, heads: int, grid: TileGrid, extremes: i
 
 def scan(work: Workspace, answer: Any) -> None:
     """From counts to offsets, in `work`, and to totals, in `answer`."""
-    n_queries, n_keys, grid = work.n_queries, work.n_keys, work.grid
-    chunks = -(-n_queries // POSITION_CHUNK) - (-n_keys // POSITION_CHUNK)
+    chunks = -(-work.n_rows // ROWS) - (-work.n_cols // ROWS)
     launch(
         scan_kernel,
         (4 + chunks, 1, 1),
-        (work.memory, answer, *work.starts, work.n_rows, work.n_cols, n_queries, n_keys, grid.q_len, grid.kv_len),
-        {"CHUNK": CHUNK, "POSITION_CHUNK": POSITION_CHUNK},
+        (work.memory, answer, *work.starts, work.n_rows, work.n_cols, work.grid.q_len, work.grid.kv_len),
+        {"CHUNK": CHUNK, "ROWS": ROWS},
         work.key,
         **LAUNCH,
     )

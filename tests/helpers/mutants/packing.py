@@ -293,15 +293,15 @@ PACKING: tuple[Mutant, ...] = (
     Mutant(
         "has_pair: positions in int32",
         LISTS,
-        "start = chunk.to(tl.int64) * POSITION_CHUNK",
-        "start = chunk.to(tl.int32) * POSITION_CHUNK",
+        "(row // tile_rows).to(tl.int64)[:, None] * length",
+        "(row // tile_rows)[:, None] * length",
         seen_by("test_interpreter_packing", "used_positions_beyond_int32"),
     ),
     Mutant(
         "has_pair: rows of the second plane by its positions",
         LISTS,
-        "tile_row = (at // length) * tl.cdiv(length, TILE) + (at % length) // TILE",
-        "tile_row = at // TILE",
+        "((row % tile_rows) * TILE)[:, None]",
+        "(row * TILE)[:, None]",
         seen_by("test_interpreter_packing", "packing_is_the_same and tiles and 130"),
     ),
     Mutant(
