@@ -48,7 +48,7 @@ def pack_dense(tensor: Tensor, q_len: int, kv_len: int) -> BlockMask:
         found = _listed(steps, tensor)
         (words,) = found.read
         if found.totals.partial != words.shape[1]:
-            words = _write_words(steps, found, _words(found), 2)
+            words = _write_words(steps, found, 2)
         return _block_mask_of(steps, found, words)
 
 
@@ -66,7 +66,7 @@ def pack_expression(mask: Mask, grid: TileGrid) -> BlockMask | None:
         if steps is None:
             return None
         found = _listed(steps, *tensors)
-        return _block_mask_of(steps, found, _write_words(steps, found, _words(found), 2))
+        return _block_mask_of(steps, found, _write_words(steps, found, 1))
 
 
 def lists_from_tiles(kinds: TileKinds, words: Words, grid: TileGrid) -> BlockMask:
@@ -78,9 +78,7 @@ def lists_from_tiles(kinds: TileKinds, words: Words, grid: TileGrid) -> BlockMas
         planes = kinds.shape[0], kinds.shape[1]
         steps = plans.of_packed(planes, grid.q_len, grid.kv_len, grid.device, plans.kind_of(kinds), *some)
         found = _listed(steps, kinds, place, words)
-        both = _words(found)
-        both[0] = words
-        return _block_mask_of(steps, found, _write_words(steps, found, both, 1))
+        return _block_mask_of(steps, found, _write_words(steps, found, 1))
 
 
 def words_of_tiles(tiles: Tensor, places: Tensor, grid: TileGrid, words: Words, kinds: Tensor) -> None:
@@ -131,14 +129,10 @@ def _listed(steps: plans.Steps, *tensors: Tensor) -> _Listed:
     return _Listed(totals, lists, tile_rows, memory, tuple(read))
 
 
-def _words(found: _Listed) -> Words:
-    """Memory for the words of both views."""
-    return _empty(found.lists.device, 2, found.totals.partial, TILE, WORDS)
-
-
-def _write_words(steps: plans.Steps, found: _Listed, words: Words, views: int) -> Words:
-    """`words`, of which those of one view or both are written."""
-    steps.words(found.memory, found.lists, found.tile_rows, words, views * found.totals.partial, *found.read)
+def _write_words(steps: plans.Steps, found: _Listed, programs: int) -> Words:
+    """The words of both views; `programs` a partial tile."""
+    words = _empty(found.lists.device, 2, found.totals.partial, TILE, WORDS)
+    steps.words(found.memory, found.lists, found.tile_rows, words, programs * found.totals.partial, *found.read)
     return words
 
 

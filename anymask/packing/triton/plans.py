@@ -30,6 +30,8 @@ MAX_PLANS = 128
 SPAN = 256
 # rows of a tile that a program evaluates at a time: few, as a deep expression has many values at once in registers
 STRIP = 16
+# the same of the words of a tile, its warps, and tiles of a column that they look at together
+WORDS_STRIP, WORDS_WARPS, WORDS_SPAN = 64, 8, 256
 
 # shape (None where launches do not depend on it), strides, dtype and address modulo 16
 Kind: TypeAlias = "tuple[Sequence[int] | None, tuple[int, ...], torch.dtype, int]"
@@ -141,14 +143,13 @@ def _of_program(
 ) -> Steps:
     work = workspace_for(like, *planes, grid, program.n_extremes)
     prepare(work, program)
-    constants, key = {"nodes": program.nodes, "STRIP": STRIP}, (work.key, program.key)
-    heads, n_rows, n_cols = planes[1], work.n_rows, work.n_cols
+    key, heads, n_rows, n_cols = (work.key, program.key), planes[1], work.n_rows, work.n_cols
     if n_rows * n_cols:
         launch(
             tiles_kernel,
             (n_rows * -(-grid.kv_tiles // SPAN), 1, 1),
             (*_mask(program, work.memory), work.memory, *work.starts, heads, *_shape(grid), n_rows, n_cols),
-            {**constants, "SPAN": SPAN},
+            {"nodes": program.nodes, "STRIP": STRIP, "SPAN": SPAN},
             key,
             num_warps=8,
             **LAUNCH,
@@ -163,11 +164,11 @@ def _of_program(
         (programs, 1, 1),
         (
             *_mask(program._replace(tensors=tuple(read)), memory),
-            *(memory, lists, tile_rows, both, start, heads, *_shape(grid)),
+            *(memory, lists, tile_rows, both, start, heads, *_shape(grid), n_rows, n_cols),
         ),
-        constants,
+        {"nodes": program.nodes, "STRIP": WORDS_STRIP, "SPAN": WORDS_SPAN},
         key,
-        num_warps=2,
+        num_warps=WORDS_WARPS,
         **LAUNCH,
     )
     return Steps(look, _fill(work), words, work, start)

@@ -195,7 +195,19 @@ def copy_kernel(memory, lists, tile_rows, all_words, words, tiles, n_tiles, q_ti
         tl.store(words_t + entry.to(tl.int64) * (TILE * WORDS) + offs, w)
 
 
-@triton.jit(do_not_specialize=["tiles", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles"])
+@triton.jit
+def _place_in_column(column_tiles, offsets, column, q_tile, SPAN: tl.constexpr):
+    """The entry of the columns that a tile has: those of its column before it are counted."""
+    first, end = tl.load(offsets + column), tl.load(offsets + column + 1)
+    place = first
+    for start in tl.range(first, end, SPAN):
+        x = start + tl.arange(0, SPAN)
+        before = (x < end) & (tl.load(column_tiles + x, mask=x < end, other=0) < q_tile)
+        place += tl.sum(before.to(tl.int32))
+    return place
+
+
+@triton.jit(do_not_specialize=["tiles", "heads", "q_len", "kv_len", "q_tiles", "kv_tiles", "n_rows", "n_cols"])
 def words_kernel(
     numbers,
     tensors,
@@ -210,41 +222,38 @@ def words_kernel(
     kv_len,
     q_tiles,
     kv_tiles,
+    n_rows,
+    n_cols,
     nodes: tl.constexpr,
     STRIP: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """One program a partial tile of the rows, then of the columns: its words from the tile again.
+    """One program a partial tile: its words from the pairs again, and transposed among those of the columns.
 
-    A packed mask has those of the rows already. `tiles`: where partial tiles begin in `lists`.
+    `tiles`: where partial tiles begin in `lists`.
     """
     entry = tl.program_id(0)
     mask = MaskArgs(numbers, tensors, layouts)
     # of all tiles, see `views`
     n_partial = tl.load(memory + 1)
-    words_t = words + n_partial.to(tl.int64) * (TILE * WORDS)
-    entries = 0 if nodes[0].code == PACKED else n_partial
-    if entry < entries:
-        tile, tile_row = _entry(lists + tiles, tile_rows, entry, True, n_partial)
-        plane, cols = tile_row // q_tiles, _rows_of(tile)
-        b, h = plane // heads, plane % heads
-        at = words + entry.to(tl.int64) * (TILE * WORDS)
+    tile, tile_row = _entry(lists + tiles, tile_rows, entry, True, n_partial)
+    plane, q_tile, cols = tile_row // q_tiles, tile_row % q_tiles, _rows_of(tile)
+    b, h = plane // heads, plane % heads
+    # see `block_mask.parts`
+    offsets = lists + 2 * padded(n_rows + 1) + padded(n_cols + 1)
+    column_tiles = lists + tiles + padded(n_partial)
+    place = n_partial + _place_in_column(column_tiles, offsets, plane * kv_tiles + tile, q_tile, SPAN)
+    at = words + entry.to(tl.int64) * (TILE * WORDS)
+    if nodes[0].code == PACKED:
+        number = packed_place(nodes, 0, mask, b, h, q_tile, tile)
+        w = tl.load(tensors[nodes[0].third] + number * (TILE * WORDS) + tile_offsets())
+        tl.store(at + tile_offsets(), w)
+    else:
         for start in tl.range(0, TILE, STRIP):
-            rows = (tile_row % q_tiles) * TILE + start + tl.arange(0, STRIP)
+            rows = q_tile * TILE + start + tl.arange(0, STRIP)
             bits = inside(nodes, mask, b, h, rows[:, None], cols[None, :], q_len, kv_len)
             tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
-    else:
-        entry -= entries
-        tile, tile_row = _entry(lists + tiles, tile_rows, entry, False, n_partial)
-        plane, kv_tile = tile_row // kv_tiles, tile_row % kv_tiles
-        b, h = plane // heads, plane % heads
-        at = words_t + entry.to(tl.int64) * (TILE * WORDS)
-        if nodes[0].code == PACKED:
-            number = packed_place(nodes, 0, mask, b, h, tile, kv_tile)
-            w = tl.load(words + number * (TILE * WORDS) + tile_offsets())
-            tl.store(at + tile_offsets(), transpose_words(w))
-        else:
-            cols = _rows_of(tile)
-            for start in tl.range(0, TILE, STRIP):
-                rows = kv_tile * TILE + start + tl.arange(0, STRIP)
-                bits = inside(nodes, mask, b, h, cols[None, :], rows[:, None], q_len, kv_len)
-                tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
+        # threads read what others have written
+        tl.debug_barrier()
+        w = tl.load(at + tile_offsets())
+    tl.store(words + place.to(tl.int64) * (TILE * WORDS) + tile_offsets(), transpose_words(w))
