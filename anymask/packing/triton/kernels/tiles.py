@@ -12,10 +12,13 @@ from anymask.packing.triton.kernels.bits import (
     has_pair_of_words,
     kind_of_words,
     load_words_t,
+    strip_columns,
+    strip_rows,
+    strip_word_offsets,
     tile_offsets,
     transpose_words,
     word_offsets,
-    words_of_bits,
+    words_of_strip,
 )
 from anymask.packing.triton.kernels.lists import STARTS, padded, views
 from anymask.packing.triton.kernels.program import PACKED, MaskArgs, classify, inside, packed_place
@@ -73,17 +76,19 @@ def tiles_kernel(
     undecided = there & (kind == PARTIAL)
     for _ in tl.range(0, tl.sum(undecided.to(tl.int32))):
         at = tl.min(tl.where(undecided, lane, SPAN))
-        cols = _rows_of(first + at)
-        any_pair = tl.zeros([STRIP, TILE], tl.int32)
-        all_pairs = any_pair + 1
+        cols = (first + at) * TILE + strip_columns()
+        # what has a pair, of each column, and what lacks none; dimensions that one thread holds are reduced at once
+        any_pair = tl.zeros([8, 16, 4, WORDS], tl.int32)
+        all_pairs = tl.zeros([16, 4, WORDS], tl.int32) + 1
         for start in tl.range(0, TILE, STRIP):
-            rows = q_tile * TILE + start + tl.arange(0, STRIP)
-            tile = inside(nodes, mask, b, h, rows[:, None], cols[None, :], q_len, kv_len)
-            any_pair = tl.maximum(any_pair, tile.to(tl.int32))
+            rows = q_tile * TILE + start + strip_rows(STRIP)
+            tile = inside(nodes, mask, b, h, rows, cols, q_len, kv_len)
+            any_pair = tl.maximum(any_pair, tl.max(tile.to(tl.int32), 0))
             # rows that do not exist count for neither
-            all_pairs = tl.minimum(all_pairs, (tile | (rows >= q_len)[:, None]).to(tl.int32))
-            _mark(work.q_has_pair, plane, q_len, rows, tl.max(tile.to(tl.int32), 1) != 0)
-        col_any = tl.max(any_pair, 0)
+            all_pairs = tl.minimum(all_pairs, tl.min(tl.min((tile | (rows >= q_len)).to(tl.int32), 0), 0))
+            row_any = tl.max(tl.max(tl.max(tile.to(tl.int32), 1, keep_dims=True), 3, keep_dims=True), 4, keep_dims=True)
+            _mark(work.q_has_pair, plane, q_len, rows, row_any != 0)
+        col_any = tl.max(any_pair, 1, keep_dims=True)[None, :, :, :, :]
         _mark(work.kv_has_pair, plane, kv_len, cols, col_any != 0)
         # 0, 1 or 2: EMPTY, PARTIAL or FULL
         kind = tl.where(lane == at, tl.max(col_any) + tl.min(all_pairs), kind)
@@ -237,7 +242,7 @@ def words_kernel(
     # of all tiles, see `views`
     n_partial = tl.load(memory + 1)
     tile, tile_row = _entry(lists + tiles, tile_rows, entry, True, n_partial)
-    plane, q_tile, cols = tile_row // q_tiles, tile_row % q_tiles, _rows_of(tile)
+    plane, q_tile = tile_row // q_tiles, tile_row % q_tiles
     b, h = plane // heads, plane % heads
     # see `block_mask.parts`
     offsets = lists + 2 * padded(n_rows + 1) + padded(n_cols + 1)
@@ -249,10 +254,11 @@ def words_kernel(
         w = tl.load(tensors[nodes[0].third] + number * (TILE * WORDS) + tile_offsets())
         tl.store(at + tile_offsets(), w)
     else:
+        cols = tile * TILE + strip_columns()
         for start in tl.range(0, TILE, STRIP):
-            rows = q_tile * TILE + start + tl.arange(0, STRIP)
-            bits = inside(nodes, mask, b, h, rows[:, None], cols[None, :], q_len, kv_len)
-            tl.store(at + word_offsets(start, STRIP), words_of_bits(bits, STRIP))
+            rows = q_tile * TILE + start + strip_rows(STRIP)
+            pairs = inside(nodes, mask, b, h, rows, cols, q_len, kv_len)
+            tl.store(at + start * WORDS + strip_word_offsets(STRIP), words_of_strip(pairs))
         # threads read what others have written
         tl.debug_barrier()
         w = tl.load(at + tile_offsets())
