@@ -168,8 +168,9 @@ def test_packing_dense_tensors_of_any_form_fits(compiled, monkeypatch, target):
 
 
 def assert_packing_spills_little(kernels, target):
-    """None on sm_90; elsewhere a few scalars, on AMD into lanes of a vector register."""
-    assert max(spilled_bytes(k) for k in kernels) <= (0 if target == "sm_90" else 128)
+    """On sm_90 a scalar or two that are read back after all loops; elsewhere a few, on AMD into lanes of a vector
+    register."""
+    assert max(spilled_bytes(k) for k in kernels) <= (8 if target == "sm_90" else 128)
 
 
 EXPRESSIONS = {

@@ -125,6 +125,7 @@ def test_narrow_spans_and_chunks_do_not_show(
     mask: Mask, q_len: int, kv_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("anymask.packing.triton.plans.SPAN", 16)
+    monkeypatch.setattr("anymask.packing.triton.plans.WORDS_SPAN", 2)
     monkeypatch.setattr("anymask.packing.triton.lists.CHUNK", 16)
     monkeypatch.setattr("anymask.packing.triton.lists.ROWS", 1)
     with plans_anew():

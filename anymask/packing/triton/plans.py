@@ -29,7 +29,7 @@ MAX_PLANS = 128
 # undecided it evaluates one after the other
 SPAN = 256
 # rows of a tile that a program evaluates at a time: few, as a deep expression has many values at once in registers
-STRIP = 16
+STRIP = 32
 # the same of the words of a tile, its warps, and tiles of a column that they look at together
 WORDS_STRIP, WORDS_WARPS, WORDS_SPAN = 64, 8, 256
 

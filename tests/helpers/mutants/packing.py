@@ -251,8 +251,8 @@ PACKING: tuple[Mutant, ...] = (
     Mutant(
         "span: columns of the first one",
         TILES,
-        "cols = _rows_of(first + at)",
-        "cols = _rows_of(at)",
+        "cols = (first + at) * TILE + strip_columns()",
+        "cols = at * TILE + strip_columns()",
         seen_by("test_interpreter_packing", NARROW_SPANS),
     ),
     Mutant(
@@ -356,24 +356,24 @@ PACKING: tuple[Mutant, ...] = (
         seen_by("test_interpreter_packing", "block_masks_pack and 1"),
     ),
     Mutant(
-        "kernel: full tile by its first row beyond q_len",
+        "kernel: full tile by one row beyond q_len",
         TILES,
-        "(rows >= q_len)[:, None]).to(tl.int32)",
-        "(rows > q_len)[:, None]).to(tl.int32)",
+        "n == TILE * tl.minimum(TILE, q_len - q_tile * TILE)",
+        "n == TILE * tl.minimum(TILE, q_len - q_tile * TILE + 1)",
         seen_by("test_interpreter_packing", "full_tiles_that_bounds"),
     ),
     Mutant(
         "kernel: used keys a plane of queries apart",
         TILES,
-        "_mark(work.kv_has_pair, plane, kv_len, cols, col_any != 0)",
-        "_mark(work.kv_has_pair, plane, q_len, cols, col_any != 0)",
+        "_mark(work.kv_has_pair, plane, kv_len, cols, by_column != 0)",
+        "_mark(work.kv_has_pair, plane, q_len, cols, by_column != 0)",
         seen_by("test_interpreter_packing", "expressions_with_planes and 130"),
     ),
     Mutant(
-        "kernel: words of columns from the first strip",
+        "kernel: words of each strip over those of the first",
         TILES,
-        "rows = kv_tile * TILE + start + tl.arange(0, STRIP)",
-        "rows = kv_tile * TILE + tl.arange(0, STRIP)",
+        "tl.store(at + start * WORDS + strip_word_offsets(STRIP)",
+        "tl.store(at + 0 * start + strip_word_offsets(STRIP)",
         seen_by("test_interpreter_packing", "packing_is_the_same and causal-130"),
     ),
     Mutant(

@@ -1,8 +1,10 @@
-"""Bugs of plans of packing: of what they are looked up by, and of how the host gets the totals."""
+"""Bugs of plans of packing: of what they are looked up by, of the last kernel, and of how the host gets the totals."""
 
 from tests.helpers.mutants.record import Mutant, seen_by
 
 HOST, PLANS, ANSWER = (f"anymask/packing/triton/{name}.py" for name in ("__init__", "plans", "answer"))
+
+TILES = "anymask/packing/triton/kernels/tiles.py"
 
 PACKING_PLANS: tuple[Mutant, ...] = (
     Mutant(
@@ -46,6 +48,34 @@ PACKING_PLANS: tuple[Mutant, ...] = (
         "        if programs:",
         "        if programs >= 0:",
         seen_by("test_packing_plans", "without_partial_tiles"),
+    ),
+    Mutant(
+        "kernel: words of a column one tile late",
+        TILES,
+        "other=0) < q_tile)",
+        "other=0) <= q_tile)",
+        seen_by("test_interpreter_packing", "packing_is_the_same and causal and 300"),
+    ),
+    Mutant(
+        "kernel: tiles of a column counted from its last span alone",
+        TILES,
+        "place += tl.sum(before.to(tl.int32))",
+        "place = first + tl.sum(before.to(tl.int32))",
+        seen_by("test_interpreter_packing", "narrow_spans"),
+    ),
+    Mutant(
+        "kernel: bits of a strip in the order of columns",
+        "anymask/packing/triton/kernels/bits.py",
+        "8 * (_strip_bits() // 2) + 2 * word + _strip_bits() % 2",
+        "32 * word + _strip_bits()",
+        seen_by("test_interpreter_packing", "packing_is_the_same and causal-300"),
+    ),
+    Mutant(
+        "kernel: pairs of eight columns counted in three bits",
+        "anymask/packing/triton/kernels/bits.py",
+        "(4 * tl.arange(0, 8))",
+        "(3 * tl.arange(0, 8))",
+        seen_by("test_interpreter_packing", "packing_is_the_same and causal-300"),
     ),
     Mutant(
         "answer: the first total taken for all",

@@ -57,6 +57,12 @@ def _strip_bits():
 
 
 @triton.jit
+def four_bits():
+    """Where numbers of four bits are, one for each of the eight columns of a strip that a thread has."""
+    return (4 * tl.arange(0, 8))[None, :, None, None, None]
+
+
+@triton.jit
 def words_of_strip(pairs):
     """Words `[ROWS / 16, 16, WORDS]` of the pairs of a strip, bool."""
     return tl.sum(tl.sum(pairs.to(tl.int32) << _strip_bits(), 1), 2)

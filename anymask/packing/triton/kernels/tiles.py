@@ -9,6 +9,7 @@ from anymask.packing.triton.kernels.bits import (
     PARTIAL,
     TILE,
     WORDS,
+    four_bits,
     has_pair_of_words,
     kind_of_words,
     load_words_t,
@@ -77,21 +78,21 @@ def tiles_kernel(
     for _ in tl.range(0, tl.sum(undecided.to(tl.int32))):
         at = tl.min(tl.where(undecided, lane, SPAN))
         cols = (first + at) * TILE + strip_columns()
-        # what has a pair, of each column, and what lacks none; dimensions that one thread holds are reduced at once
-        any_pair = tl.zeros([8, 16, 4, WORDS], tl.int32)
-        all_pairs = tl.zeros([16, 4, WORDS], tl.int32) + 1
+        # pairs by column, eight numbers of four bits, as each sums no more than TILE / 16 rows
+        found = tl.zeros([1, 16, 4, WORDS], tl.uint32)
         for start in tl.range(0, TILE, STRIP):
             rows = q_tile * TILE + start + strip_rows(STRIP)
-            tile = inside(nodes, mask, b, h, rows, cols, q_len, kv_len)
-            any_pair = tl.maximum(any_pair, tl.max(tile.to(tl.int32), 0))
-            # rows that do not exist count for neither
-            all_pairs = tl.minimum(all_pairs, tl.min(tl.min((tile | (rows >= q_len)).to(tl.int32), 0), 0))
-            row_any = tl.max(tl.max(tl.max(tile.to(tl.int32), 1, keep_dims=True), 3, keep_dims=True), 4, keep_dims=True)
+            pairs = inside(nodes, mask, b, h, rows, cols, q_len, kv_len)
+            eight = tl.sum(pairs.to(tl.uint32) << four_bits(), 1, keep_dims=True)
+            found += tl.sum(eight, 0)
+            row_any = tl.max(tl.max((eight != 0).to(tl.int32), 3, keep_dims=True), 4, keep_dims=True)
             _mark(work.q_has_pair, plane, q_len, rows, row_any != 0)
-        col_any = tl.max(any_pair, 1, keep_dims=True)[None, :, :, :, :]
-        _mark(work.kv_has_pair, plane, kv_len, cols, col_any != 0)
-        # 0, 1 or 2: EMPTY, PARTIAL or FULL
-        kind = tl.where(lane == at, tl.max(col_any) + tl.min(all_pairs), kind)
+        by_column = tl.sum((found[None, :, :, :, :] >> four_bits() & 15).to(tl.int32), 2, keep_dims=True)
+        _mark(work.kv_has_pair, plane, kv_len, cols, by_column != 0)
+        # 0, 1 or 2: EMPTY, PARTIAL or FULL; rows that do not exist count for neither
+        n = tl.sum(by_column)
+        of_tile = (n > 0).to(tl.int32) + (n == TILE * tl.minimum(TILE, q_len - q_tile * TILE)).to(tl.int32)
+        kind = tl.where(lane == at, of_tile, kind)
         undecided = undecided & (lane != at)
     at = tile_row.to(tl.int64) * kv_tiles + first + lane
     tl.store(work.kinds + at, kind.to(tl.int8), mask=there)
