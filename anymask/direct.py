@@ -140,8 +140,11 @@ class Direct:
         except Unsupported:
             return None
 
-    def __call__(self, tensors: Sequence[Tensor]) -> bool:
-        """Launch the kernel; False if the driver refused, and nothing was launched."""
+    def __call__(self, tensors: Sequence[Tensor], programs: int | None = None) -> bool:
+        """Launch the kernel; False if the driver refused, and nothing was launched.
+
+        `programs` takes the place of the grid's first number; a launch is always given it, or never.
+        """
         wanted = [tensors[slot].data_ptr() for slot in self._slots]
         # the driver copies the parameters before it returns
         with self._lock:
@@ -157,6 +160,8 @@ class Direct:
                 if failed:
                     return False
                 self._written = wanted
+            if programs is not None:
+                self._config.grid[0] = programs
             self._config.stream = self._stream(self._device)
             return not self._launch(*self._call)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import _C, Tensor
@@ -125,6 +125,12 @@ class Operand:
     __bool__ = __float__ = __int__ = __index__ = __iter__ = _value
 
 
+class Count(NamedTuple):
+    """How many programs a launch has, where each call says it anew; with 0 nothing is launched."""
+
+    slot: int
+
+
 class Plan:
     """Steps over a list of tensors: those of the call, and behind them what the steps add."""
 
@@ -142,6 +148,11 @@ class Plan:
         """The next tensor."""
         self._n += 1
         return Operand(self, self._n - 1, shape, strides, dtype, residue)
+
+    def count(self) -> Count:
+        """The next of what a call gives, an int in the place of a tensor."""
+        self._n += 1
+        return Count(self._n - 1)
 
     def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Any:
         """Memory of the plan's device, aligned."""
@@ -321,18 +332,19 @@ def is_same_memory(a: Any, b: Any) -> bool:
 
 def launch(
     kernel: Any,
-    grid: tuple[int, int, int],
+    grid: tuple[Any, int, int],
     args: tuple[Any, ...],
     constants: dict[str, Any],
     key: tuple[Any, ...],
     **options: Any,
 ) -> None:
-    """`anymask.launch.launch`, now or as a step of the plan."""
+    """`anymask.launch.launch`, now or as a step of the plan, where the first number of `grid` may be a `Count`."""
     plan = _plan_of(args)
     if plan is None:
         now.launch(kernel, grid, args, constants, key, **options)
-    else:
-        plan.add(_Launch(kernel, grid, args, constants, key, options), args)
+        return
+    step = _Launch(kernel, grid, args, constants, key, options)
+    plan.add(step.counted if isinstance(grid[0], Count) else step, args)
 
 
 class _Launch:
@@ -341,7 +353,7 @@ class _Launch:
     def __init__(
         self,
         kernel: Any,
-        grid: tuple[int, int, int],
+        grid: tuple[Any, int, int],
         args: tuple[Any, ...],
         constants: dict[str, Any],
         key: tuple[Any, ...],
@@ -352,15 +364,22 @@ class _Launch:
         self._direct: Direct | None = None
         self._is_known = False
 
-    def __call__(self, tensors: list[Any]) -> None:
-        if self._direct is None or now.is_watched() or not self._direct(tensors):
-            self._by_triton(tensors)
+    def __call__(self, tensors: list[Any], programs: int | None = None) -> None:
+        if self._direct is None or now.is_watched() or not self._direct(tensors, programs):
+            self._by_triton(tensors, programs)
 
-    def _by_triton(self, tensors: list[Any]) -> None:
+    def counted(self, tensors: list[Any]) -> None:
+        """The same of as many programs as the call says."""
+        programs = tensors[self._grid[0].slot]
+        if programs:
+            self(tensors, programs)
+
+    def _by_triton(self, tensors: list[Any], programs: int | None) -> None:
+        grid = self._grid if programs is None else (programs, *self._grid[1:])
         args = tuple([_with_tensors(arg, tensors) for arg in self._args])
-        compiled = now.launch(self._kernel, self._grid, args, self._constants, self._key, **self._options)
+        compiled = now.launch(self._kernel, grid, args, self._constants, self._key, **self._options)
         if self._is_known and compiled is not None and self._direct is None:
-            self._direct = Direct.of(compiled, self._grid, [_with_slots(arg) for arg in self._args])
+            self._direct = Direct.of(compiled, grid, [_with_slots(arg) for arg in self._args])
         self._is_known = True
 
 

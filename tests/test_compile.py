@@ -26,6 +26,7 @@ from anymask.backends import triton as backend
 from anymask.mask.expr import TileGrid
 from anymask.mask.leaves import Stride
 from anymask.packing import triton as triton_pack
+from anymask.packing.triton.answer import Answer, Totals
 from tests.helpers import scored
 from tests.helpers.compile_only import (
     PASSES,
@@ -139,8 +140,8 @@ def test_new_lengths_and_masks_compile_nothing(compiled):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_packing_fits(compiled, monkeypatch, target):
     kernels = compiled(target)
-    # the sizes that a launcher would read back from the device
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [3, 3, 384, 384])
+    # what the device would tell
+    monkeypatch.setattr(Answer, "wait", lambda *_: Totals(3, 3, 384, 384))
     triton_pack.pack_dense(torch.zeros(1, 1, 384, 384, dtype=torch.bool), 384, 384)
     kinds, words = torch.ones(1, 1, 3, 3, dtype=torch.int8), torch.zeros(3, 128, 4, dtype=torch.int32)
     triton_pack.lists_from_tiles(kinds, words, TileGrid(384, 384, torch.device("cpu")))
@@ -153,7 +154,7 @@ def test_packing_fits(compiled, monkeypatch, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_packing_dense_tensors_of_any_form_fits(compiled, monkeypatch, target):
     kernels = compiled(target)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [0, 9, 384, 384])
+    monkeypatch.setattr(Answer, "wait", lambda *_: Totals(0, 9, 384, 384))
     tensor = torch.zeros(1, 1, 384, 400, dtype=torch.bool)
     for form in (tensor[..., :384], tensor[..., 4:388], tensor[..., 1:385], tensor.mT, tensor.float(), tensor.double()):
         triton_pack.pack_dense(form, *form.shape[2:])
@@ -167,8 +168,9 @@ def test_packing_dense_tensors_of_any_form_fits(compiled, monkeypatch, target):
 
 
 def assert_packing_spills_little(kernels, target):
-    """None on sm_90; elsewhere a few scalars, on AMD into lanes of a vector register."""
-    assert max(spilled_bytes(k) for k in kernels) <= (0 if target == "sm_90" else 128)
+    """On sm_90 a scalar or two that are read back after all loops; elsewhere a few, on AMD into lanes of a vector
+    register."""
+    assert max(spilled_bytes(k) for k in kernels) <= (8 if target == "sm_90" else 128)
 
 
 EXPRESSIONS = {
@@ -183,7 +185,7 @@ EXPRESSIONS = {
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_packing_expressions_fits(compiled, monkeypatch, target, name):
     kernels = compiled(target)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [3, 3, 384, 384])
+    monkeypatch.setattr(Answer, "wait", lambda *_: Totals(3, 3, 384, 384))
     triton_pack.pack_expression(EXPRESSIONS[name](384), TileGrid(384, 384, torch.device("cpu")))
     lists = ["tiles_kernel", "scan_kernel", "fill_kernel", "words_kernel"]
     assert_fits(kernels, target, ["prepare_kernel", *lists])
@@ -201,7 +203,7 @@ def test_words_of_tiles_fit(compiled):
 
 def test_new_numbers_and_lengths_of_an_expression_compile_nothing(compiled, monkeypatch):
     kernels = compiled("sm_90")
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [3, 3, 1, 1])
+    monkeypatch.setattr(Answer, "wait", lambda *_: Totals(3, 3, 1, 1))
     for n in (1, 2, 16, 129, 384, 4096):
         mask = sliding_window(n, n - 1) & document(torch.arange(n)[None].expand(n % 3 + 1, n)) & dilated(n, 1)
         triton_pack.pack_expression(mask, TileGrid(n, n, torch.device("cpu")))

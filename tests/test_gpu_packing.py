@@ -1,7 +1,7 @@
 """Packing on a GPU is packing, field by field; and what only a GPU can show: memory, synchronisation, compilation."""
 
 import sys
-import warnings
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from anymask import (
     sliding_window,
 )
 from anymask.block_mask.bits import unpack_bits
+from anymask.mask.expr import Mask
 from anymask.mask.leaves import Positions
 from anymask.mask.program import program_of
 from anymask.testing import MASKS, assert_same_block_mask
@@ -174,18 +175,66 @@ class TestPacking:
         assert len(counts) == 1
 
     @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-    def test_synchronises_once(self, device: str) -> None:
+    def test_waits_once_and_never_for_the_device(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The host reads the totals when they are there; what comes after them it does not wait for."""
+        from anymask.packing.triton.answer import Answer
+
         mask = causal() & document(torch.arange(3000, device=device) // 700) & block_sparse(torch.eye(30).bool(), 100)
         mask = mask.to(device)
         pack(mask, q_len=3000, kv_len=3000, device=device)
-        torch.cuda.set_sync_debug_mode("warn")
+        waits, wait = [], Answer.wait
+        monkeypatch.setattr(Answer, "wait", lambda *args: waits.append(args) or wait(*args))
+        torch.cuda.set_sync_debug_mode("error")
         try:
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                pack(mask, q_len=3000, kv_len=3000, device=device)
+            pack(mask, q_len=3000, kv_len=3000, device=device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert len([w for w in found if "synchronizing" in str(w.message)]) == 1
+        assert len(waits) == 1
+
+    @pytest.mark.parametrize("looks", [0, 2000])
+    def test_again_and_again(self, looks: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Launches of a plan go through the driver from the third on; with no look the host waits for the stream."""
+        monkeypatch.setattr("anymask.packing.triton.answer.LOOKS", looks)
+        for n in range(12):
+            ids = torch.arange(2500) // (40 + 100 * n)
+            ids[: 200 * (n % 3)] = -1
+            lens = {"q_len": 2500, "kv_len": 2500}
+            assert_same_block_mask(
+                pack(causal() & document(ids.to(device)), **lens, device=device).to("cpu"),
+                pack(causal() & document(ids), **lens),
+            )
+            tensor = torch.rand(2, 1, 640, 700, device=device) < n / 11
+            assert_same_block_mask(pack(tensor).to("cpu"), pack(tensor.cpu()))
+
+    def test_on_streams_and_threads(self, device: str) -> None:
+        """Whatever the device has to do before, and whoever packs beside it."""
+        masks = [causal() & document(torch.arange(2500) // size) for size in (100, 700, 900)]
+        lens = {"q_len": 2500, "kv_len": 2500}
+        expected, right, big = [pack(mask, **lens) for mask in masks], [], torch.randn(4096, 4096, device=device)
+
+        def many(mask: Mask, packed: BlockMask) -> None:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(20):
+                    _ = big @ big
+                    assert_same_block_mask(pack(mask, **lens, device=device).to("cpu"), packed)
+            right.append(mask)
+
+        threads = [threading.Thread(target=many, args=args) for args in zip(masks, expected, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(right) == len(threads)
+
+    def test_raises_while_a_graph_is_captured(self, device: str) -> None:
+        """And packs again afterwards."""
+        mask = causal() & document(torch.arange(900, device=device) // 200)
+        lens = {"q_len": 900, "kv_len": 900}
+        expected = pack(mask, **lens, device=device)
+        with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            pack(mask, **lens, device=device)
+        torch.cuda.synchronize()
+        assert_same_block_mask(pack(mask, **lens, device=device), expected)
 
     def test_of_a_million_tokens(self, device: str) -> None:
         length = 2**20

@@ -12,11 +12,12 @@ import anymask
 from anymask import BlockMask, attention, causal, causal_lower_right, gallery, pack
 from anymask.mask.expr import Mask, TileGrid
 from anymask.mask.leaves import Dense, Positions, Stride
+from anymask.mask.program import program_of
 from anymask.packing.definition import tile_words, words_of_tiles
 from anymask.testing import MASKS, assert_same_block_mask
 from anymask.tiles import TILE, WORDS
 from tests.helpers.builder_cases import CASES
-from tests.helpers.interpreter import MARKS, MASK_NAMES
+from tests.helpers.interpreter import MARKS, MASK_NAMES, plans_anew
 from tests.helpers.interpreter import interpreter as interpreter
 
 pytestmark = MARKS
@@ -123,10 +124,12 @@ def test_many_tiles_pack_the_same_on_the_device(q_len: int, kv_len: int) -> None
 def test_narrow_spans_and_chunks_do_not_show(
     mask: Mask, q_len: int, kv_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anymask.packing.triton.SPAN", 16)
+    monkeypatch.setattr("anymask.packing.triton.plans.SPAN", 16)
+    monkeypatch.setattr("anymask.packing.triton.plans.WORDS_SPAN", 2)
     monkeypatch.setattr("anymask.packing.triton.lists.CHUNK", 16)
-    monkeypatch.setattr("anymask.packing.triton.lists.POSITION_CHUNK", 128)
-    _check_expression(mask, q_len, kv_len)
+    monkeypatch.setattr("anymask.packing.triton.lists.ROWS", 1)
+    with plans_anew():
+        _check_expression(mask, q_len, kv_len)
 
 
 def test_used_positions_beyond_int32(tmp_path: Path) -> None:
@@ -136,22 +139,20 @@ def test_used_positions_beyond_int32(tmp_path: Path) -> None:
     from anymask.packing.triton.kernels.lists import _count_used
 
     @triton.jit
-    def kernel(has_pair, counts, found, positions, length, COUNT: tl.constexpr, POSITION_CHUNK: tl.constexpr):
-        chunk = tl.program_id(0) + (positions // POSITION_CHUNK).to(tl.int32) - 1
-        tl.store(found, COUNT(has_pair, counts, chunk, positions, length, POSITION_CHUNK))
+    def kernel(has_pair, counts, found, n_lines, length, COUNT: tl.constexpr, ROWS: tl.constexpr):
+        chunk = tl.program_id(0) + n_lines // ROWS - 1
+        tl.store(found, COUNT(has_pair, counts, chunk, n_lines, length, ROWS))
 
     # the last chunk of 2049 planes, all of whose tiles are full; files of zeros, of which the pages read exist alone
     planes, length = 2049, 2**20
+    n_lines = planes * length // TILE
     has_pair, counts = (
         torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
-        for name, size, dtype in (
-            ("has_pair", planes * length, torch.uint8),
-            ("counts", planes * length // TILE, torch.int32),
-        )
+        for name, size, dtype in (("has_pair", planes * length, torch.uint8), ("counts", n_lines, torch.int32))
     )
     counts[-8:] = 1
     found = torch.zeros(1, dtype=torch.int32)
-    kernel[(1,)](has_pair, counts, found, planes * length, length, COUNT=_count_used, POSITION_CHUNK=1024)
+    kernel[(1,)](has_pair, counts, found, n_lines, length, COUNT=_count_used, ROWS=8)
     assert int(found) == 1024
     assert has_pair[-1024:].all()
     assert not has_pair[-2048:-1024].any()
@@ -241,7 +242,7 @@ def test_packing_any_form_is_the_same_on_the_device(form: str) -> None:
 
     tensor, align = _forms()[form]
     q_len, kv_len = tensor.shape[2:]
-    assert triton_pack._alignment(tensor, kv_len) == align
+    assert triton_pack.plans.alignment(tensor, kv_len) == align
     assert_same_block_mask(triton_pack.pack_dense(tensor, q_len, kv_len), pack(tensor != 0))
     n, places = tensor.shape[0] * tensor.shape[1], torch.tensor([[0, 0, 1, 0]])
     if form in ("aligned", "base of 4", "odd base", "transposed"):
@@ -284,17 +285,23 @@ def test_tile_minima_of_each_head_are_its_own() -> None:
 
 
 def test_what_is_too_large_for_kernels_is_left_to_torch() -> None:
-    from anymask.packing.triton import program as device_program
+    from anymask.packing import triton as triton_pack
+    from anymask.packing.triton.program import is_too_large
 
     deep = Positions(0, 1, of_query=True) | Positions(0, 1, of_query=False)
     while deep.held < 8:
         deep = deep | deep
-    assert device_program.mask_program(deep, TileGrid(9, 9, CPU)) is None
-    assert device_program.mask_program(causal(), TileGrid(1, 2**28, CPU)) is not None
-    assert device_program.mask_program(causal(), TileGrid(1, 2**28 + 1, CPU)) is None
+    assert triton_pack.pack_expression(deep, TileGrid(9, 9, CPU)) is None
+    small = program_of(causal())
+    assert small is not None
+    assert not is_too_large(small, TileGrid(1, 2**28, CPU))
+    assert triton_pack.pack_expression(causal(), TileGrid(1, 2**28 + 1, CPU)) is None
     many = [anymask.document(torch.arange(9) + i) for i in range(17)]
-    assert device_program.mask_program(functools.reduce(operator.or_, many), TileGrid(9, 9, CPU)) is None
-    assert device_program.mask_program(functools.reduce(operator.or_, many[:16]), TileGrid(9, 9, CPU)) is not None
+    assert triton_pack.pack_expression(functools.reduce(operator.or_, many), TileGrid(9, 9, CPU)) is None
+    fits = program_of(functools.reduce(operator.or_, many[:16]))
+    assert fits is not None
+    kinds = map(triton_pack.plans.kind_of, fits.tensors)
+    assert triton_pack.plans.of_expression(fits.nodes, fits.numbers, (1, 1), 9, 9, CPU, *kinds) is not None
 
 
 def test_packing_on_the_device_shares_memory_that_nobody_sees(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def pack(
             raise ValueError(f"{name} is {value}; allowed are 0 and more tokens, up to {LONGEST}")
     assert q_len is not None
     assert kv_len is not None
-    mask.check(q_len, kv_len)
+    mask.check_once(q_len, kv_len)
     place = torch.device(device or "cpu")
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
@@ -69,6 +69,9 @@ def pack(
         assert program is not None
         return BlockMask(q_len, kv_len, *torch.ops.anymask.pack(*program, q_len, kv_len, place))
     refuse_mapped_functions(mask, grid)
+    twin = implementation(place)
+    if not torch.is_inference_mode_enabled():
+        return twin.pack_mask(mask, grid)
     # tensors of inference mode could not be saved for a backward pass
     with torch.inference_mode(False):
-        return implementation(place).pack_mask(mask.to(place), grid)
+        return twin.pack_mask(mask, grid)

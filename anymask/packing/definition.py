@@ -28,8 +28,8 @@ STRIP_TILES = 2**21
 
 
 def pack_mask(mask: Mask, grid: TileGrid) -> BlockMask:
-    """The `BlockMask` of a mask whose tensors are on the device of `grid`."""
-    return lists_from_tiles(*tile_words(mask, grid), grid)
+    """The `BlockMask` of a mask on the device of `grid`."""
+    return lists_from_tiles(*tile_words(mask.to(grid.device), grid), grid)
 
 
 class WriteWords(Protocol):

@@ -15,7 +15,7 @@ class Implementation(Protocol):
     """The functions of `definition` that have a twin on a GPU."""
 
     def pack_mask(self, mask: Mask, grid: TileGrid) -> BlockMask:
-        """The `BlockMask` of a mask whose tensors are on the device of `grid`."""
+        """The `BlockMask` of a mask on the device of `grid`."""
 
     def words_of_tiles(self, tiles: TileBits, places: Tensor, grid: TileGrid, words: Words, kinds: Tensor) -> None:
         """Write the words and the kinds of tiles."""

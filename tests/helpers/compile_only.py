@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 from anymask import BlockMask, causal, launch, pack
 from anymask.backends import hopper
 from anymask.backends import triton as triton_backend
+from anymask.packing.triton import plans as packing_plans
 
 # target and the bytes of shared memory a program may have
 TARGETS = {
@@ -90,7 +91,9 @@ def compiling(target: str, known: dict[Any, Any] | None = None) -> Iterator[list
         patch.setattr(launch, "_kernels", Forgetful() if known is None else known)
         patch.setattr(driver, "_active", TargetOnly(TARGETS[target][0]))
         patch.setattr(hopper, "multiprocessors", lambda device: 132)
+        packing_plans.forget()
         yield kernels
+    packing_plans.forget()
     triton_backend._options.cache_clear()
     for function in ran:
         function.device_caches.clear()

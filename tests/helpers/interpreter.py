@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +17,16 @@ MARKS = [
 ]
 # a kernel's paths: no mask, only full tiles, bits, unused keys, unused queries, planes by batch, by head and by both
 MASK_NAMES = ["none", "causal", "tiles", "empty_rows", "empty_columns", "per_batch", "per_head", "per_batch_head"]
+
+
+@contextmanager
+def plans_anew() -> Iterator[None]:
+    """Plans of packing are made again, before and after, as launches have other constants."""
+    from anymask.packing.triton import plans
+
+    plans.forget()
+    yield
+    plans.forget()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,13 +68,13 @@ def interpreter() -> Iterator[None]:
         return scope
 
     debug = builder.options.debug
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, plans_anew():
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
         patch.setattr(interpreter, "_patch_lang", patch_lang_once)
         # int32 arithmetic is checked for overflow
         object.__setattr__(builder.options, "debug", True)
         # the interpreter takes as long for few rows
-        patch.setattr("anymask.packing.triton.STRIP", 64)
+        patch.setattr("anymask.packing.triton.plans.STRIP", 64)
         yield
         object.__setattr__(builder.options, "debug", debug)

@@ -4,7 +4,7 @@ A kernel is compiled for the nodes of a program and for nothing else: numbers an
 window of 512 and one of 513, or two lengths, share it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,33 +12,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.launch import launch, tensor_key
-from anymask.mask.expr import Mask, TileGrid
+from anymask.launch import tensor_key
+from anymask.mask.expr import TileGrid
 from anymask.mask.leaves import Between, Blocks
-from anymask.mask.program import NO_TENSOR, NODE_WIDTH, Node, program_of, read_nodes
+from anymask.mask.program import NO_TENSOR, NODE_WIDTH, Node, Program, read_nodes
 from anymask.packing.triton.kernels.bits import LAUNCH
 from anymask.packing.triton.kernels.lists import prepare_kernel
 from anymask.packing.triton.kernels.program import PACKED, Layout
 from anymask.packing.triton.lists import Workspace
-from anymask.tiles import PARTIAL, tiles_over
+from anymask.plan import apply, launch
+from anymask.tiles import tiles_over
 
 # dtypes that kernels read as they are; others are compared with 0 first, at the price of a bool copy
-READABLE = (
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
+READABLE = frozenset(
+    (
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    )
 )
 # lengths that kernels compute with: a number beyond means what this one does, and four times a sum of two fits int32
 FAR = 2**28
 # beyond these a kernel would take long to compile, or have too many arguments
 MAX_NODES, MAX_TENSORS = 128, 32
+# the tensors of `packed_program`, in their order
+_PACKED = (Node(PACKED.value, 0, 0, 0, 1, 2),)
 # integers that a program of `prepare_kernel` zeroes
 ZEROS = 4096
 
@@ -53,15 +57,27 @@ def encode(numbers: Iterable[int]) -> tuple[int, ...]:
     return tuple([4 * n + 3 for n in numbers]) or (3,)
 
 
+def readable(t: Tensor) -> Tensor:
+    """`t` as kernels read it: zero and non-zero where they were, and no bool."""
+    if t.dtype in READABLE:
+        return t
+    return (t if t.dtype == torch.bool else t != 0).view(torch.uint8)
+
+
+def is_too_large(program: Program, grid: TileGrid) -> bool:
+    """Whether a mask must be evaluated by torch for its size alone."""
+    return max(grid.q_len, grid.kv_len) > FAR or len(program.nodes) > MAX_NODES * NODE_WIDTH
+
+
 class MaskProgram(NamedTuple):
-    """A mask as arguments of a kernel."""
+    """A mask as arguments of a kernel; its tensors are operands of a plan."""
 
     # what a kernel is compiled for: constants, and what Triton sees of the arguments
     nodes: tuple[Node, ...]
     key: tuple[Any, ...]
     # `MaskArgs`
     numbers: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Any, ...]
     layouts: tuple[int, ...]
     # tensors [planes, length] of which a kernel needs the minimum and maximum of each tile: their places, the first
     # tile and the length of each, encoded, and how many tiles there are
@@ -86,46 +102,43 @@ def _device_nodes(flat: tuple[int, ...], n_tensors: int) -> tuple[tuple[Node, ..
     return tuple(nodes), tuple(dict.fromkeys(ranged)), tuple(summed)
 
 
-def mask_program(mask: Mask, grid: TileGrid) -> MaskProgram | None:
-    """The mask for kernels on the device of `grid`; None if it must be evaluated by torch."""
-    program = program_of(mask)
-    if program is None or max(grid.q_len, grid.kv_len) > FAR or len(program.nodes) > MAX_NODES * NODE_WIDTH:
+def mask_program(
+    flat: tuple[int, ...], numbers: tuple[int, ...], given: Sequence[Any], grid: TileGrid
+) -> MaskProgram | None:
+    """The parts of a `Program` for kernels on the device of `grid`; None if it must be evaluated by torch."""
+    nodes, ranged, summed = _device_nodes(flat, len(given))
+    if len(given) + len(summed) > MAX_TENSORS:
         return None
-    nodes, ranged, summed = _device_nodes(program.nodes, len(program.tensors))
-    if len(program.tensors) + len(summed) > MAX_TENSORS:
-        return None
-    tensors = [t.to(grid.device) for t in program.tensors]
-    tensors += [_sums(tensors[place]) for place in summed]
+    tensors = [*given, *[apply(_sums, given[place]) for place in summed]]
     layouts: list[int] = []
     ranges: list[int] = []
     first = 0
     for place, t in enumerate(tensors):
         if place in ranged:
             # extremes are found plane by plane
-            tensors[place] = t = (t if t.dim() == 3 else t[..., None]).contiguous()
+            tensors[place] = t = (t if len(t.shape) == 3 else t.reshape(*t.shape, 1)).contiguous()
             layout, tiles = _ranged_layout(t, first)
             ranges += [first, t.shape[2]]
             first += tiles
         else:
-            t = t if t.dtype in READABLE else t != 0
-            tensors[place] = t.view(torch.uint8) if t.dtype == torch.bool else t
             layout = _grid_layout(t)
         layouts += layout
-    numbers = encode(max(-FAR, min(n, FAR)) for n in program.numbers)
-    return _program(nodes, numbers, tensors, layouts, ranged, ranges, first)
+    near = encode(max(-FAR, min(n, FAR)) for n in numbers)
+    return _program(nodes, near, tensors, layouts, ranged, ranges, first)
 
 
-def packed_program(kinds: Tensor, words: Tensor) -> MaskProgram:
-    """The mask whose tiles have `kinds [batch, heads, q_tiles, kv_tiles]` and, if partial, `words` in row order."""
-    place = (kinds == PARTIAL).flatten().cumsum(0, dtype=torch.int32) - 1
-    nodes = (Node(PACKED.value, 0, 0, 0, 1, 2),)
-    return _program(nodes, encode(()), [kinds, place, words], [*_grid_layout(kinds)], (), [], 0)
+def packed_program(kinds: Any, place: Any, words: Any) -> MaskProgram:
+    """The mask whose tiles have `kinds [batch, heads, q_tiles, kv_tiles]`, and partial ones `words [n, 128, 4]`.
+
+    `place`: of each tile that is partial its place in `words`, int32 as `kinds` in memory.
+    """
+    return _program(_PACKED, encode(()), [kinds, place, words], [*_grid_layout(kinds)], (), [], 0)
 
 
 def _program(
     nodes: tuple[Node, ...],
     numbers: tuple[int, ...],
-    tensors: list[Tensor],
+    tensors: list[Any],
     layouts: list[int],
     ranged: tuple[int, ...],
     ranges: list[int],
@@ -137,7 +150,7 @@ def _program(
     return MaskProgram(nodes, key, numbers, tuple(tensors), encoded, ranged, encode([*ranges, n_extremes]), n_extremes)
 
 
-def _ranged_layout(t: Tensor, first: int) -> tuple[Layout, int]:
+def _ranged_layout(t: Any, first: int) -> tuple[Layout, int]:
     """Of a contiguous tensor `[batch, heads, length]` whose tiles start at `first`, and how many tiles it has."""
     batch, heads, length = t.shape
     tiles = tiles_over(length)
@@ -148,7 +161,7 @@ def _ranged_layout(t: Tensor, first: int) -> tuple[Layout, int]:
     return layout, batch * heads * tiles
 
 
-def _grid_layout(t: Tensor) -> Layout:
+def _grid_layout(t: Any) -> Layout:
     """Of a tensor `[batch, heads, rows, columns]`."""
     batch, head, row, col = (stride if n > 1 else 0 for n, stride in zip(t.shape, t.stride(), strict=True))
     return Layout(batch, head, row, col, 0, 0, 0)
@@ -162,7 +175,7 @@ def _sums(layout: Tensor) -> Tensor:
 
 def prepare(work: Workspace, program: MaskProgram | None = None) -> None:
     """Fill `work` with zeros, no tile counted and no position with a pair, and with the extremes of a program."""
-    tensors: tuple[Tensor, ...] = (work.memory,)
+    tensors: tuple[Any, ...] = (work.memory,)
     ranges, n, key = encode((0,)), 0, None
     if program is not None and program.n_extremes:
         tensors = tuple(program.tensors[place] for place in program.ranged)

@@ -9,10 +9,13 @@ from tests.helpers.mutants.diagonals import DIAGONALS
 from tests.helpers.mutants.gpu import GPU
 from tests.helpers.mutants.masks import MASKS
 from tests.helpers.mutants.packing import PACKING
+from tests.helpers.mutants.packing_plans import PACKING_PLANS
 from tests.helpers.mutants.plans import PLANS
 from tests.helpers.mutants.record import Mutant as Mutant
 from tests.helpers.mutants.scores import SCORES
 from tests.helpers.mutants.split import SPLIT
 from tests.helpers.mutants.turns import TURNS
 
-MUTANTS: tuple[Mutant, ...] = (*MASKS, *PACKING, *PLANS, *ATTENTION, *SCORES, *SPLIT, *TURNS, *DIAGONALS, *GPU)
+MUTANTS: tuple[Mutant, ...] = (
+    *MASKS, *PACKING, *PACKING_PLANS, *PLANS, *ATTENTION, *SCORES, *SPLIT, *TURNS, *DIAGONALS, *GPU,
+)  # fmt: skip

@@ -3,7 +3,7 @@
 from tests.helpers.mutants.record import Mutant, seen_by
 
 DEFINITION, CHANGES, CACHE = (f"anymask/packing/{name}.py" for name in ("definition", "changes", "cache"))
-HOST, HOST_LISTS, HOST_PROGRAM = (f"anymask/packing/triton/{name}.py" for name in ("__init__", "lists", "program"))
+HOST, HOST_PLANS, HOST_PROGRAM = (f"anymask/packing/triton/{name}.py" for name in ("__init__", "plans", "program"))
 BITS, LISTS, PROGRAM, TILES = (
     f"anymask/packing/triton/kernels/{name}.py" for name in ("bits", "lists", "program", "tiles")
 )
@@ -251,8 +251,8 @@ PACKING: tuple[Mutant, ...] = (
     Mutant(
         "span: columns of the first one",
         TILES,
-        "cols = _rows_of(first + at)",
-        "cols = _rows_of(at)",
+        "cols = (first + at) * TILE + strip_columns()",
+        "cols = at * TILE + strip_columns()",
         seen_by("test_interpreter_packing", NARROW_SPANS),
     ),
     Mutant(
@@ -293,15 +293,15 @@ PACKING: tuple[Mutant, ...] = (
     Mutant(
         "has_pair: positions in int32",
         LISTS,
-        "start = chunk.to(tl.int64) * POSITION_CHUNK",
-        "start = chunk.to(tl.int32) * POSITION_CHUNK",
+        "(row // tile_rows).to(tl.int64)[:, None] * length",
+        "(row // tile_rows)[:, None] * length",
         seen_by("test_interpreter_packing", "used_positions_beyond_int32"),
     ),
     Mutant(
         "has_pair: rows of the second plane by its positions",
         LISTS,
-        "tile_row = (at // length) * tl.cdiv(length, TILE) + (at % length) // TILE",
-        "tile_row = at // TILE",
+        "((row % tile_rows) * TILE)[:, None]",
+        "(row * TILE)[:, None]",
         seen_by("test_interpreter_packing", "packing_is_the_same and tiles and 130"),
     ),
     Mutant(
@@ -356,24 +356,24 @@ PACKING: tuple[Mutant, ...] = (
         seen_by("test_interpreter_packing", "block_masks_pack and 1"),
     ),
     Mutant(
-        "kernel: full tile by its first row beyond q_len",
+        "kernel: full tile by one row beyond q_len",
         TILES,
-        "(rows >= q_len)[:, None]).to(tl.int32)",
-        "(rows > q_len)[:, None]).to(tl.int32)",
+        "n == TILE * tl.minimum(TILE, q_len - q_tile * TILE)",
+        "n == TILE * tl.minimum(TILE, q_len - q_tile * TILE + 1)",
         seen_by("test_interpreter_packing", "full_tiles_that_bounds"),
     ),
     Mutant(
         "kernel: used keys a plane of queries apart",
         TILES,
-        "_mark(work.kv_has_pair, plane, kv_len, cols, col_any != 0)",
-        "_mark(work.kv_has_pair, plane, q_len, cols, col_any != 0)",
+        "_mark(work.kv_has_pair, plane, kv_len, cols, by_column != 0)",
+        "_mark(work.kv_has_pair, plane, q_len, cols, by_column != 0)",
         seen_by("test_interpreter_packing", "expressions_with_planes and 130"),
     ),
     Mutant(
-        "kernel: words of columns from the first strip",
+        "kernel: words of each strip over those of the first",
         TILES,
-        "rows = kv_tile * TILE + start + tl.arange(0, STRIP)",
-        "rows = kv_tile * TILE + tl.arange(0, STRIP)",
+        "tl.store(at + start * WORDS + strip_word_offsets(STRIP)",
+        "tl.store(at + 0 * start + strip_word_offsets(STRIP)",
         seen_by("test_interpreter_packing", "packing_is_the_same and causal-130"),
     ),
     Mutant(
@@ -406,14 +406,14 @@ PACKING: tuple[Mutant, ...] = (
     ),
     Mutant(
         "unused keys without unused queries lost",
-        HOST_LISTS,
-        "    if used_queries < n_queries or used_keys < n_keys:",
-        "    if used_queries < n_queries:",
+        HOST,
+        "if totals.used_queries < work.n_queries or totals.used_keys < work.n_keys:",
+        "if totals.used_queries < work.n_queries:",
         seen_by("test_interpreter_packing", "packing_is_the_same and empty_columns and 130"),
     ),
     Mutant(
         "address of a tensor lost from its alignment",
-        HOST,
+        HOST_PLANS,
         "together = t.data_ptr() | kv_len",
         "together = kv_len",
         seen_by("test_interpreter_packing", "any_form and odd_base or any_form and base"),
@@ -421,8 +421,8 @@ PACKING: tuple[Mutant, ...] = (
     Mutant(
         "numbers of kernels beyond int32",
         HOST_PROGRAM,
-        "encode(max(-FAR, min(n, FAR)) for n in program.numbers)",
-        "encode(n for n in program.numbers)",
+        "encode(max(-FAR, min(n, FAR)) for n in numbers)",
+        "encode(n for n in numbers)",
         seen_by("test_interpreter_packing", "far_limits"),
     ),
     Mutant(

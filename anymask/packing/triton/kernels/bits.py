@@ -34,11 +34,45 @@ def word_and_bit(column):
 
 
 @triton.jit
-def words_of_bits(bits, ROWS: tl.constexpr):
-    """Words `[ROWS, WORDS]` of bool `[ROWS, TILE]`."""
-    pairs = tl.reshape(bits.to(tl.int32), [ROWS, 16, WORDS, 2])
-    pairs = tl.sum(pairs << tl.arange(0, 2)[None, None, None, :], 3)
-    return tl.sum(pairs << (2 * tl.arange(0, 16))[None, :, None], 1)
+def strip_rows(ROWS: tl.constexpr):
+    """Rows of a strip of ROWS rows of a tile, `[ROWS / 16, 1, 16, 1, 1]`; with `strip_columns` its pairs.
+
+    The last dimensions are spread over the threads. So a thread has a rectangle of pairs, where what depends on the row
+    alone, or on the column alone, is found once for many pairs.
+    """
+    far, near = tl.arange(0, ROWS // 16)[:, None, None, None, None], tl.arange(0, 16)[None, None, :, None, None]
+    return 16 * far + near
+
+
+@triton.jit
+def strip_columns():
+    """Columns of a tile, `[1, 8, 1, 4, WORDS]`: the bits of each word in two dimensions, then the words."""
+    word = tl.arange(0, WORDS)[None, None, None, None, :]
+    return 8 * (_strip_bits() // 2) + 2 * word + _strip_bits() % 2
+
+
+@triton.jit
+def _strip_bits():
+    return tl.arange(0, 8)[None, :, None, None, None] + 8 * tl.arange(0, 4)[None, None, None, :, None]
+
+
+@triton.jit
+def four_bits():
+    """Where numbers of four bits are, one for each of the eight columns of a strip that a thread has."""
+    return (4 * tl.arange(0, 8))[None, :, None, None, None]
+
+
+@triton.jit
+def words_of_strip(pairs):
+    """Words `[ROWS / 16, 16, WORDS]` of the pairs of a strip, bool."""
+    return tl.sum(tl.sum(pairs.to(tl.int32) << _strip_bits(), 1), 2)
+
+
+@triton.jit
+def strip_word_offsets(ROWS: tl.constexpr):
+    """Of the words of a strip in memory, `[ROWS / 16, 16, WORDS]`."""
+    far, near = tl.arange(0, ROWS // 16)[:, None, None], tl.arange(0, 16)[None, :, None]
+    return (16 * far + near) * WORDS + tl.arange(0, WORDS)[None, None, :]
 
 
 @triton.jit

@@ -8,8 +8,13 @@ import triton.language as tl
 from anymask.packing.triton.kernels.bits import FULL, PARTIAL, TILE
 from anymask.packing.triton.kernels.program import number
 
-# sums at the head of the workspace: full tiles, partial tiles, queries and keys that have a pair
-TOTALS = tl.constexpr(4)
+# integers at the head of the workspace: full tiles, partial tiles, queries and keys that have a pair; then how many
+# programs have added to them, and room up to a multiple of 16 bytes
+TOTALS = tl.constexpr(8)
+# of them those that the host asks for, and the place of the next one
+ANSWER = tl.constexpr(4)
+# where the parts of a workspace start
+STARTS = ["q_has_pair", "kv_has_pair", "extremes", "offsets", "kinds"]
 
 
 class Views(NamedTuple):
@@ -20,11 +25,12 @@ class Views(NamedTuple):
     q_has_pair: Any
     kv_has_pair: Any
     extremes: Any
+    offsets: Any
     kinds: Any
 
 
 @triton.jit
-def views(memory, q_has_pair, kv_has_pair, extremes, kinds):
+def views(memory, q_has_pair, kv_has_pair, extremes, offsets, kinds):
     """The parts of a workspace from where they start, in units of 16 bytes."""
     octets = memory.to(tl.pointer_type(tl.int8))
     return Views(
@@ -33,18 +39,29 @@ def views(memory, q_has_pair, kv_has_pair, extremes, kinds):
         (octets + q_has_pair.to(tl.int64) * 16).to(tl.pointer_type(tl.uint8)),
         (octets + kv_has_pair.to(tl.int64) * 16).to(tl.pointer_type(tl.uint8)),
         (octets + extremes.to(tl.int64) * 16).to(tl.pointer_type(tl.int64)),
+        memory + offsets.to(tl.int64) * 4,
         octets + kinds.to(tl.int64) * 16,
     )
 
 
-@triton.jit(do_not_specialize=["zeros", "q_has_pair", "kv_has_pair", "extremes", "kinds"])
+@triton.jit(do_not_specialize=["zeros", *STARTS])
 def prepare_kernel(
-    memory, tensors, ranges, zeros, q_has_pair, kv_has_pair, extremes, kinds, TENSORS: tl.constexpr, ZEROS: tl.constexpr
+    memory,
+    tensors,
+    ranges,
+    zeros,
+    q_has_pair,
+    kv_has_pair,
+    extremes,
+    offsets,
+    kinds,
+    TENSORS: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):
     """One program ZEROS zeros, and a tile of positions of a tensor `[planes, length]`: its minimum and its maximum."""
     x = tl.program_id(0) * ZEROS + tl.arange(0, ZEROS)
     tl.store(memory + x, 0, mask=x < zeros)
-    entries = views(memory, q_has_pair, kv_has_pair, extremes, kinds).extremes
+    entries = views(memory, q_has_pair, kv_has_pair, extremes, offsets, kinds).extremes
     tile = tl.program_id(0)
     for j in tl.static_range(TENSORS):
         # a tensor's first tile and its length; after the last one, the number of all
@@ -78,63 +95,68 @@ def _tile_row_of(tile_row, n_rows, q_tiles, kv_tiles):
     return is_row, plane, inner, tile_rows, first, tl.where(is_row, 1, kv_tiles), tl.where(is_row, kv_tiles, q_tiles)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("q_has_pair", "kv_has_pair", "extremes", "kinds"),
-        *("n_rows", "n_cols", "n_queries", "n_keys", "q_len", "kv_len"),
-    ],
-)
+@triton.jit(do_not_specialize=[*STARTS, "n_rows", "n_cols", "q_len", "kv_len"])
 def scan_kernel(
     memory,
-    offsets,
+    answer,
     q_has_pair,
     kv_has_pair,
     extremes,
+    offsets,
     kinds,
     n_rows,
     n_cols,
-    n_queries,
-    n_keys,
     q_len,
     kv_len,
     CHUNK: tl.constexpr,
-    POSITION_CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Programs 0 to 3: offsets of a list from its counts. Those after them: POSITION_CHUNK queries each, then keys."""
+    """Programs 0 to 3: offsets of a list from its counts. Those after them: positions of ROWS rows of tiles, then of as
+    many columns.
+
+    The last to end writes the totals to `answer`, int32 [4] where the host reads.
+    """
     which = tl.program_id(0)
-    work = views(memory, q_has_pair, kv_has_pair, extremes, kinds)
-    totals, counts = work.totals, work.counts
-    if which == 0:
-        tl.store(totals + 0, _scan(counts, offsets, n_rows, CHUNK))
-    if which == 1:
-        tl.store(totals + 1, _scan(counts + n_rows, offsets + padded(n_rows + 1), n_rows, CHUNK))
-    cols = offsets + 2 * padded(n_rows + 1)
-    if which == 2:
-        _scan(counts + 2 * n_rows, cols, n_cols, CHUNK)
-    if which == 3:
-        _scan(counts + 2 * n_rows + n_cols, cols + padded(n_cols + 1), n_cols, CHUNK)
-    q_chunks = tl.cdiv(n_queries, POSITION_CHUNK)
-    if (which >= 4) & (which < 4 + q_chunks):
-        n = _count_used(work.q_has_pair, counts, which - 4, n_queries, q_len, POSITION_CHUNK)
-        tl.atomic_add(totals + 2, n, sem="relaxed")
-    if which >= 4 + q_chunks:
-        n = _count_used(work.kv_has_pair, counts + 2 * n_rows, which - 4 - q_chunks, n_keys, kv_len, POSITION_CHUNK)
-        tl.atomic_add(totals + 3, n, sem="relaxed")
+    work = views(memory, q_has_pair, kv_has_pair, extremes, offsets, kinds)
+    totals = work.totals
+    if which < 4:
+        # full and partial tiles of rows, then of columns
+        is_row, of = which < 2, which % 2
+        n_lines = tl.where(is_row, n_rows, n_cols)
+        counts = work.counts + tl.where(is_row, 0, 2 * n_rows) + of * n_lines
+        lists = work.offsets + tl.where(is_row, 0, 2 * padded(n_rows + 1)) + of * padded(n_lines + 1)
+        total = _scan(counts, lists, n_lines, CHUNK)
+        tl.store(totals + of, total, mask=is_row)
+    else:
+        chunk, row_chunks = which - 4, tl.cdiv(n_rows, ROWS)
+        is_row = chunk < row_chunks
+        counts = work.counts + tl.where(is_row, 0, 2 * n_rows)
+        # one call for both, as the code of a kernel that runs once takes longer to fetch than to run
+        start = tl.where(is_row, q_has_pair, kv_has_pair)
+        has_pair = (memory.to(tl.pointer_type(tl.int8)) + start.to(tl.int64) * 16).to(tl.pointer_type(tl.uint8))
+        chunk = tl.where(is_row, chunk, chunk - row_chunks)
+        n_lines, length = tl.where(is_row, n_rows, n_cols), tl.where(is_row, q_len, kv_len)
+        n = _count_used(has_pair, counts, chunk, n_lines, length, ROWS)
+        tl.atomic_add(totals + tl.where(is_row, 2, 3), n, sem="relaxed")
+    # all threads have written
+    tl.debug_barrier()
+    if tl.atomic_add(totals + ANSWER, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        x = tl.arange(0, ANSWER)
+        tl.store(answer + x, tl.load(totals + x, volatile=True))
 
 
 @triton.jit
-def _count_used(has_pair, full_counts, chunk, positions, length, POSITION_CHUNK: tl.constexpr):
-    """How many positions of a chunk have a pair. Those of partial tiles are marked already, those of full ones here."""
-    # 64 bits for one number of a program: as many for each position would spill registers
-    start = chunk.to(tl.int64) * POSITION_CHUNK
-    x = tl.arange(0, POSITION_CHUNK)
-    there = x < positions - start
-    at = (start % length).to(tl.int32) + x
-    tile_row = (at // length) * tl.cdiv(length, TILE) + (at % length) // TILE
-    counts = full_counts + (start // length) * tl.cdiv(length, TILE)
-    full = tl.load(counts + tile_row, mask=there, other=0)
-    used = tl.load(has_pair + start + x, mask=there, other=0) | (full > 0).to(tl.uint8)
-    tl.store(has_pair + start + x, used, mask=there)
+def _count_used(has_pair, full_counts, chunk, n_lines, length, ROWS: tl.constexpr):
+    """How many positions of a chunk of rows of tiles have a pair. Those of partial tiles are marked already, those of
+    full ones here."""
+    row = chunk * ROWS + tl.arange(0, ROWS)
+    full = tl.load(full_counts + row, mask=row < n_lines, other=0) > 0
+    tile_rows = tl.cdiv(length, TILE)
+    inner = ((row % tile_rows) * TILE)[:, None] + tl.arange(0, TILE)[None, :]
+    there = (row < n_lines)[:, None] & (inner < length)
+    at = has_pair + (row // tile_rows).to(tl.int64)[:, None] * length + inner
+    used = tl.load(at, mask=there, other=0) | (full[:, None] & there).to(tl.uint8)
+    tl.store(at, used, mask=there)
     return tl.sum(used.to(tl.int32))
 
 
@@ -150,27 +172,20 @@ def _scan(counts, offsets, length, CHUNK: tl.constexpr):
     return total
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("q_has_pair", "kv_has_pair", "extremes", "kinds"),
-        *("n_rows", "n_cols", "q_tiles", "kv_tiles", "n_full", "n_partial"),
-    ],
-)
+@triton.jit(do_not_specialize=[*STARTS, "n_rows", "n_cols", "q_tiles", "kv_tiles"])
 def fill_kernel(
     memory,
-    offsets,
     lists,
     tile_row_numbers,
     q_has_pair,
     kv_has_pair,
     extremes,
+    offsets,
     kinds,
     n_rows,
     n_cols,
     q_tiles,
     kv_tiles,
-    n_full,
-    n_partial,
     CHUNK: tl.constexpr,
 ):
     """One program a row or column of tiles: its part of the lists and of the order (`block_mask.parts`)."""
@@ -181,7 +196,9 @@ def fill_kernel(
     # of the list of full tiles; that of partial ones comes next
     at_full = tl.where(is_row, 0, 2 * padded(n_rows + 1)) + tile_row_number
     at_partial = at_full + padded(n_lines + 1)
-    full_offset, partial_offset = tl.load(offsets + at_full), tl.load(offsets + at_partial)
+    work = views(memory, q_has_pair, kv_has_pair, extremes, offsets, kinds)
+    full_offset, partial_offset = tl.load(work.offsets + at_full), tl.load(work.offsets + at_partial)
+    n_full, n_partial = tl.load(work.totals), tl.load(work.totals + 1)
     tl.store(lists + at_full, full_offset)
     tl.store(lists + at_partial, partial_offset)
     if tile_row_number == n_lines - 1:
@@ -192,7 +209,6 @@ def fill_kernel(
     of_partial = tl.where(is_row, 0, padded(n_partial))
     partial_tiles = tiles + of_partial
     full_tiles = tiles + 2 * padded(n_partial).to(tl.int64) + tl.where(is_row, 0, padded(n_full))
-    work = views(memory, q_has_pair, kv_has_pair, extremes, kinds)
     kinds_of_row = work.kinds + first
     for start in tl.range(0, length, CHUNK):
         x = start + tl.arange(0, CHUNK)
