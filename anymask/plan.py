@@ -61,6 +61,11 @@ class Operand:
             raise Unplanned("sizes of a mask's lists, which masks of one structure do not share")
         return self._shape
 
+    def like(self, plan: Plan) -> Operand:
+        """The next tensor of another plan, of the same kind."""
+        found: Operand = plan.operand(self._shape, self.strides, self.dtype, self.residue)
+        return found
+
     @property
     def device(self) -> torch.device:
         """Of all tensors of the plan."""

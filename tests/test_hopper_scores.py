@@ -172,6 +172,38 @@ def test_what_shares_a_bias_of_pairs_is_computed_together(kind: str, together: i
     assert found.terms.pairs[0].samples == samples
 
 
+@pytest.mark.parametrize(
+    ("kinds", "name"),
+    [
+        ({"sinks": True}, "FORWARD"),
+        ({"dense": ("keys",)}, "FORWARD_TERMS"),
+        ({"dense": ("shared",), "sinks": True}, "FORWARD_PAIRS"),
+        ({"dense": ("shared", "keys")}, "FORWARD_PAIRS_TERMS"),
+        ({"dense": ("shared",), "softcap": 2.0}, "FORWARD_PAIRS_TERMS"),
+        ({"dense": ("shared",), "dropout_p": 0.1}, "FORWARD_PAIRS_TERMS"),
+    ],
+)
+def test_which_options_a_forward_pass_takes(kinds: dict[str, Any], name: str) -> None:
+    """A second pair of warpgroups leaves no registers for more than a bias of pairs."""
+    found = forward_scores(make(**kinds), 0.25, torch.empty(2, 4, Q_LEN, 16), KV_LEN)
+    assert found.configs is getattr(hopper.tuning, name)
+
+
+@pytest.mark.parametrize("kind", ["by_head", "by_sample"])
+def test_the_backward_kernel_reads_a_bias_of_pairs(kind: str) -> None:
+    scores = make(dense=(kind,))
+    q, k = torch.empty(2, 4, Q_LEN, 16), torch.empty(2, 2, KV_LEN, 16)
+    found = backward_terms(scores, BackwardCall(q, k, k, q, q, q, None, None, None, 0.25))
+    assert found.pairs is scores.dense[0]
+    (pairs,) = found.terms.pairs
+    assert (pairs.batch, pairs.head) == {"by_head": (0, -1), "by_sample": (-1, 0)}[kind]
+    # samples that share a bias come one after the other
+    assert pairs.samples == {"by_head": (2,), "by_sample": ()}[kind]
+    qk_scale, terms, descriptor = found.arguments(64)
+    assert (qk_scale, terms) == (found.qk_scale, found.terms)
+    assert (descriptor.base, descriptor.block_shape) == (scores.dense[0], [1, 1, 64, 64])
+
+
 def test_where_gradients_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
     names = SimpleNamespace(hopper=hopper, triton=backends.load("triton"))
     monkeypatch.setattr(hopper_scores, "COMPARED_GRADIENTS", frozenset({"softcap", "bias of keys"}))

@@ -68,7 +68,7 @@ def walks(block_mask: Any, lengths: tuple[int, int], batch: int, kv_heads: int, 
     sizes = records.BackwardSizes(q_tiles, kv_tiles, kv_heads, group)
     found = []
     for w in range(workers):
-        schedule = records.BackwardSchedule(lists, strides, sizes, n, swizzle_heads, records.Worker(w, workers))
+        schedule = records.BackwardSchedule(lists, strides, sizes, n, swizzle_heads, records.Worker(w, workers), ())
         own = []
         for index in range((n // workers + (scheduler.work_index(n // workers, schedule.worker) < n)) * group):
             column = scheduler.column_at(index, schedule, has_mask)

@@ -29,7 +29,7 @@ from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, tile_d
 from anymask.backends.hopper.dq_sum import empty_sum, launch_cast
 from anymask.backends.hopper.order import swizzle_heads
 from anymask.backends.hopper.pair_sums import HopperPairSums, why_not_sums
-from anymask.backends.hopper.scores import backward_terms, forward_scores, has_terms, why_not_scores
+from anymask.backends.hopper.scores import backward_terms, forward_scores, has_terms, pairs_of, why_not_scores
 from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
@@ -236,7 +236,8 @@ def backward_scores(
         # a sink makes lse finite where a query has no key, so delta would read these rows
         do = zero_unused_rows(do, block_mask, "rows")
     sums = empty_sums(scores, needs, lse, k.shape[2])
-    runs = diagonals.empty_runs(needs, lse, k.shape[2], block_mask)
+    # a bias of pairs has the shared memory that runs go through
+    runs = None if pairs_of(scores) is not None else diagonals.empty_runs(needs, lse, k.shape[2], block_mask)
     grads, call = _gradients(
         q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores=scores, sums=sums, runs=runs
     )

@@ -26,7 +26,7 @@ def key_columns(bias: Tensor, kv_len: int, sm_scale: float) -> Tensor:
 
     bias = bias.expand(-1, -1, kv_len)
     batch, heads, _ = bias.shape
-    columns = torch.empty(batch, heads, kv_len, COLUMNS, dtype=torch.bfloat16, device=bias.device)
+    columns = bias.new_empty(batch, heads, kv_len, COLUMNS, dtype=torch.bfloat16)
     launch(
         _columns_kernel,
         (-(-kv_len // BLOCK), batch * heads, 1),

@@ -65,7 +65,7 @@ FORWARD_TERMS: Forward = {
     64: ForwardConfig(128, 1, 4, 2, (True, True)),
     128: FORWARD[128],
 }
-# and with a bias of pairs alone, which has a stage for each of k (docs/journal.md, E31)
+# and with a bias of pairs alone, which has a stage for each of k (docs/journal.md, E35)
 FORWARD_PAIRS: Forward = {
     64: ForwardConfig(64, 2, 2, 2, (True, True)),
     128: ForwardConfig(128, 1, 2, 1, (True, True), O_IN_V=True),
@@ -98,7 +98,7 @@ WIDE_DQ = {
 # up to 128: whether a step issues the scores of the next one, and starts its sums of dp at -delta; an H100, 2026-11-28
 SCORES_AHEAD = {64: True, 128: False}
 # stages of a bias of pairs, by the padded head_dim; an H100, 2026-11-28: at 128 one takes 2 % longer, at 64 two do not
-# fit (docs/journal.md, E31)
+# fit (docs/journal.md, E35)
 BIAS_STAGES = {64: 1, 128: 2}
 # dq from a kernel of its own: the Triton kernel, whose other rows are in triton/tuning.py
 DQ = TileConfig(128, 64, 8, 3)

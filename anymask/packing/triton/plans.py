@@ -158,7 +158,7 @@ def _of_program(
     look.finish((work.memory, *program.tensors))
     words, start = Plan(look.device), _tiles_start(work)
     memory, lists, tile_rows, both, programs = _operands_of_words(words)
-    read = [words.operand(t.shape, t.strides, t.dtype, t.residue) for t in program.tensors]
+    read = [t.like(words) for t in program.tensors]
     launch(
         words_kernel,
         (programs, 1, 1),
