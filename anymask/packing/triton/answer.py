@@ -38,7 +38,11 @@ class Answer:
         self._cells[:] = [NOT_YET] * len(Totals._fields)
 
     def wait(self, device: torch.device) -> Totals:
-        """The totals once they are there: a kernel writes them that is on its way, on the current stream."""
+        """The totals once they are there: a kernel writes them that is on its way, on the current stream.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and nothing runs.
+        """
         for _ in range(LOOKS):
             # each number is there by itself, whatever the order in which they come
             found = self._cells[:]
@@ -46,6 +50,11 @@ class Answer:
                 break
         else:
             if device.type == "cuda":
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "mask is packed, which waits for the GPU, while a CUDA graph is being captured; allowed is a "
+                        "BlockMask that was packed before"
+                    )
                 # many kernels before it, or one that failed
                 torch.cuda.current_stream(device).synchronize()
             found = self._cells[:]
