@@ -260,6 +260,17 @@ def test_what_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_places")
+def test_what_a_graph_captures_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "LOOKS", 3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    place = answer.take(CPU)
+    with pytest.raises(RuntimeError, match="graph is being captured"):
+        place.wait(torch.device("cuda", 0))
+    # a replay would write to it
+    assert place not in answer._free
+
+
+@pytest.mark.usefixtures("no_places")
 def test_each_call_has_a_place_of_its_own() -> None:
     taken = [answer.take(CPU) for _ in range(answer.PLACES + 3)]
     assert len({place.tensor.data_ptr() for place in taken}) == len(taken)

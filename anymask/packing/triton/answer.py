@@ -1,7 +1,6 @@
 """What a device tells the host in the midst of a call: four integers that a kernel writes where the host reads.
 
-The host looks at pinned memory until they are there. A copy to the host and a wait for the stream would take longer
-than all kernels before it.
+The host looks at pinned memory until they are there, which takes less time than a copy and a wait for the stream.
 """
 
 from __future__ import annotations
@@ -38,7 +37,11 @@ class Answer:
         self._cells[:] = [NOT_YET] * len(Totals._fields)
 
     def wait(self, device: torch.device) -> Totals:
-        """The totals once they are there: a kernel writes them that is on its way, on the current stream."""
+        """The totals once they are there: a kernel writes them that is on its way, on the current stream.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and nothing runs.
+        """
         for _ in range(LOOKS):
             # each number is there by itself, whatever the order in which they come
             found = self._cells[:]
@@ -46,6 +49,11 @@ class Answer:
                 break
         else:
             if device.type == "cuda":
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "mask is packed, which waits for the GPU, while a CUDA graph is being captured; allowed is a "
+                        "BlockMask that was packed before"
+                    )
                 # many kernels before it, or one that failed
                 torch.cuda.current_stream(device).synchronize()
             found = self._cells[:]
