@@ -176,7 +176,7 @@ def test_what_shares_a_bias_of_pairs_is_computed_together(kind: str, together: i
     ("kinds", "name"),
     [
         ({"sinks": True}, "FORWARD"),
-        ({"dense": ("keys",)}, "FORWARD_TERMS"),
+        ({"dense": ("keys",), "softcap": 2.0}, "FORWARD_TERMS"),
         ({"dense": ("shared",), "sinks": True}, "FORWARD_PAIRS"),
         ({"dense": ("shared", "keys")}, "FORWARD_PAIRS_TERMS"),
         ({"dense": ("shared",), "softcap": 2.0}, "FORWARD_PAIRS_TERMS"),

@@ -221,6 +221,7 @@ def test_plans_are_few_and_hold_no_tensor(driver: Driver, monkeypatch: pytest.Mo
     assert plans.of_expression.cache_info().currsize == 1
     assert plans.of_expression.cache_info().maxsize == plans.MAX_PLANS
     del mask, program, packed
+    driver.forget()
     gc.collect()
     assert [ref() for ref in held] == [None] * len(held)
 
