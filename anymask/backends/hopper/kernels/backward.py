@@ -178,8 +178,8 @@ def _consume(
                 if AHEAD:
                     # docs/kernels.md, finding 3
                     s = warpgroup_mma_wait(0, deps=[s])
-            # Triton 3.6 would leave it as it was (docs/kernels.md, finding 15)
-            begin = opaque(end)
+            # where only bounds need it, Triton 3.6 would leave it as it was (docs/kernels.md, finding 15)
+            begin = end if AHEAD or HAS_MASK else opaque(end)
             if k_sums is not None:
                 store_key_sums(k_sums, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
             if HAS_MASK:
