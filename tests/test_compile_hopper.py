@@ -394,7 +394,7 @@ SUMS = {
     "128-masked": ({}, True, 128, 910, 0, 18),
     "128-fp32": ({"bias_dtype": torch.float32}, False, 128, 690, 14, 32),
     "128-cap": ({"softcap": 2.0}, False, 128, 1800, 4, 18),
-    "64-dropout": ({"dropout_p": 0.1}, True, 64, 1300, 0, 28),
+    "64-dropout": ({"dropout_p": 0.1}, True, 64, 1340, 0, 28),
 }
 
 

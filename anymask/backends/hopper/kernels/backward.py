@@ -170,8 +170,8 @@ def _consume(
                 if AHEAD:
                     # docs/kernels.md, finding 3
                     s = warpgroup_mma_wait(0, deps=[s])
-            # Triton 3.6 would leave it as it was (docs/kernels.md, finding 15)
-            begin = opaque(end)
+            # where only bounds need it, Triton 3.6 would leave it as it was (docs/kernels.md, finding 15)
+            begin = end if AHEAD or HAS_MASK else opaque(end)
             if term_sums.keys is not None:
                 store_key_sums(term_sums.keys, sums, column, schedule.sizes.kv_heads * group, kv_len, G)
             next_w, next_q, dropped = read_ahead(next_column, offs, schedule, terms, zero_s, cfg, G)
