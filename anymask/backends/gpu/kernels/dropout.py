@@ -58,9 +58,11 @@ def keep_pairs(
         seed & LOW,
         (seed >> 32) ^ (offset >> 32),
     )
-    word = tl.where(q_half == 0, tl.where(k_half == 0, w0, w1), tl.where(k_half == 0, w2, w3))
+    # of the halves of keys last, or Triton 3.9 carries words through shared memory
+    word = tl.where(k_half == 0, tl.where(q_half == 0, w0, w2), tl.where(q_half == 0, w1, w3))
     # 15 bits of its half decide, moved to the top
-    kept = (word << (17 - 16 * (k_low & 1)).to(tl.uint32)) >= (tl.cast(drop_below, tl.uint32) << 17)
+    word = tl.where(k_low % 2 == 0, word << 17, word << 1)
+    kept = word >= (tl.cast(drop_below, tl.uint32) << 17)
     return tl.reshape(kept, [KEYS, QUERIES] if BY_KEY else [QUERIES, KEYS])
 
 
