@@ -76,7 +76,7 @@ def _check(tensors: list[Tensor], mask: BlockMask | None, found: plan.Plan | Non
             assert isinstance(step, plan._Launch)
             assert isinstance(step._direct, Direct)
             direct = _captured(lambda step=step: step._direct(lying))
-            assert direct == _captured(lambda step=step: step._by_triton(lying))
+            assert direct == _captured(lambda step=step: step._by_triton(lying, None))
             assert len(direct) == 1
             launches += 1
     return launches

@@ -25,8 +25,6 @@ from tests.helpers.interpreter import interpreter as interpreter
 
 pytestmark = MARKS
 SHAPE = 2, 2, 1, 20, 140
-# of bf16
-LARGEST = torch.finfo(BF16).max
 EVERYTHING: dict[str, Any] = {
     "dense": ("by_sample", "keys_by_head"), "tables": ("relative_shared",), "softcap": 3.0, "sinks": True,
     "dropout_p": 0.2, "hidden": 0.2,
@@ -130,7 +128,7 @@ def test_a_soft_cap_is_exact_in_fp32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16, F32], ids=str)
 def test_columns_of_a_bias_of_keys(dtype: torch.dtype) -> None:
-    """Each row adds up to the bias over the scale, bit for bit; what is beyond fp32 stays finite or hides a pair."""
+    """Each row adds up to the bias over the scale, bit for bit; a larger one is the largest, or hides a pair."""
     bias = torch.randn(2, 3, 300).to(dtype)
     bias[..., 7], bias[..., 8], bias[1, 2, 9] = -math.inf, math.nan, -1e4
     strided = torch.full((3, 2, 700), math.nan, dtype=dtype)[..., :600:2].transpose(0, 1).copy_(bias)
@@ -142,5 +140,6 @@ def test_columns_of_a_bias_of_keys(dtype: torch.dtype) -> None:
         assert not columns[..., PARTS:].any()
         # of -inf one part is -inf and none is NaN
         assert torch.equal(columns.isnan().any(3), want.isnan())
-    large = torch.tensor([[[-1e38, 1e38, torch.finfo(F32).min]]])
-    assert key_columns(large, 3, 0.125).float().sum(3).tolist() == [[[-LARGEST, LARGEST, -math.inf]]]
+    large = torch.tensor([[[-1e38, 1e38, torch.finfo(F32).min, 2.0**26]]])
+    most = 2.0**29
+    assert key_columns(large, 4, 0.125).float().sum(3).tolist() == [[[-most, most, -math.inf, most]]]

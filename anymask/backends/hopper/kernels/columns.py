@@ -16,7 +16,8 @@ from anymask.backends.hopper.kernels.blocks import block_at
 from anymask.backends.hopper.kernels.compat import tma_load
 from anymask.backends.hopper.kernels.words import ROWS
 
-LARGEST = tl.constexpr(3.3895313892515355e38)
+# largest absolute value of a finite bias: in base 2 the row max is rounded to 8, by which a power may be too large
+LARGEST = tl.constexpr(2.0**26)
 
 
 class KeyColumns(NamedTuple):
@@ -70,15 +71,15 @@ def _columns_kernel(
 ):  # fmt: skip
     """Writes `columns [batch, heads, kv_len, COLUMNS]` of a bias `[batch, heads, kv_len]`, in the unit of q.k.
 
-    The sum of a row is `bias * unit`, exactly as fp32 has it. Grid: (blocks of keys, planes).
+    The sum of a row is `bias * unit`, exactly as fp32 has it, of a bias up to LARGEST. Grid: (blocks of
+    keys, planes).
     """
     keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     plane = tl.program_id(1).to(tl.int64)
     base = bias_ptr + plane // heads * batch_step + plane % heads * head_step
     bias = tl.load(base + keys.to(tl.int64) * key_step, mask=keys < kv_len, other=0.0).to(tl.float32)
-    x = bias * unit
-    # -inf hides a pair, as does what is -inf in base 2; other numbers stay finite, and NaN is not clamped
-    x = tl.where(tl.abs(x) > LARGEST, tl.where(x > 0.0, LARGEST, -LARGEST), x)
+    # -inf hides a pair, as does what is -inf in base 2; NaN is not clamped
+    x = tl.where(tl.abs(bias) > LARGEST, tl.where(bias > 0.0, LARGEST, -LARGEST), bias) * unit
     x = tl.where(tl.abs(bias * LOG2_E) == float("inf"), bias * float("inf"), x)
     column = tl.arange(0, COLUMNS)[None, :]
     out = tl.zeros([BLOCK, COLUMNS], tl.bfloat16)
