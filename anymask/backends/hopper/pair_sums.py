@@ -11,7 +11,7 @@ from anymask.backends.gpu.arguments import can_use_tma, plane_strides
 from anymask.backends.gpu.passes import BackwardCall
 from anymask.backends.gpu.scores import DENSE_DTYPES, MAX_PAIRS, MAX_PARTS, Options, PairSums
 from anymask.backends.hopper import tuning
-from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, tile_descriptor
+from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor, tile_descriptor
 from anymask.backends.hopper.scores import bias_descriptor, is_loadable, kernel_terms
 from anymask.launch import args_key, int_key
 from anymask.plan import launch
@@ -67,9 +67,11 @@ def cut_sums(q: Tensor, bias: Tensor, programs: int) -> Cut:
 def choose_stages(head_dim: int, v_dim: int, bias_size: int, sharers: int, chunk: int) -> Stages:
     """What fits the shared memory of a program, for padded dims, and so many bytes of an element of the bias."""
     row, block = 2 * (head_dim + v_dim), TILE * TILE * bias_size
+    # with lse2 and delta
+    queries = TILE * (row + 8)
     for n_q in (min(sharers, tuning.MOST_Q_STAGES), 2, 1):
         for n_bias in (2, 1):
-            n_kv = min((tuning.SUMS_SHARED - n_q * TILE * row - n_bias * block) // (chunk * row), tuning.MOST_KV_STAGES)
+            n_kv = min((tuning.SUMS_SHARED - n_q * queries - n_bias * block) // (chunk * row), tuning.MOST_KV_STAGES)
             if n_kv >= 2 * TILE // chunk or (n_kv >= TILE // chunk and n_bias == 1):
                 return Stages(n_q, n_kv, n_bias, sharers <= n_q)
     raise AssertionError(f"head_dim {head_dim} and v_dim {v_dim} have no stages")
@@ -121,8 +123,8 @@ def sum_pairs(call: BackwardCall, scores: Scores, bias: Tensor, tiles: Tensor | 
         (
             *_descriptors(call, d, dv, chunk),
             bias_descriptor(bias, WARPGROUP_ROWS, chunk),
-            call.lse2,
-            call.delta,
+            descriptor(call.lse2, (call.lse2.numel(),), (1,), block_of((TILE,), torch.float32)),
+            descriptor(call.delta, (call.delta.numel(),), (1,), block_of((TILE,), torch.float32)),
             out,
             tiles,
             None if block_mask is None else block_mask.rows.words,

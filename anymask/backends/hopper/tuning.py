@@ -75,10 +75,10 @@ FORWARD_PAIRS_TERMS: Forward = {
     64: ForwardConfig(128, 1, 2, 2, (True, True)),
     128: FORWARD_PAIRS[128],
 }
-# with a bias of keys as more columns of k, whose stages take the place of one of q: alone, and with dropout
+# with a bias of keys as more columns of k, alone and with dropout: at 64 their stages take the place of one of q
 FORWARD_COLUMNS: Forward = {
     64: ForwardConfig(64, 2, 4, 1, (False, True)),
-    128: ForwardConfig(128, 1, 2, 1, (True, True)),
+    128: ForwardConfig(128, 1, 2, 2, (True, True), O_IN_V=True),
 }
 FORWARD_COLUMNS_TERMS: Forward = {
     64: FORWARD_TERMS[64],
@@ -118,5 +118,5 @@ DELTA_IN_DQ = {64: False, 128: True}
 SHORT_COLUMN_IN_TURN = 12
 # of the sums over pairs: keys of a chunk, bytes of shared memory for stages, and the most stages of each kind
 SUMS_CHUNK = 64
-SUMS_SHARED = 232_448 - 1024
+SUMS_SHARED = 232_448 - 512
 MOST_Q_STAGES, MOST_KV_STAGES = 4, 6

@@ -18,11 +18,22 @@ class PairSumsConfig(NamedTuple):
     HAS_MASK: Any
 
 
-class Stages(NamedTuple):
-    """Stages of q and do, or of k and v, that are full and empty together."""
+class QueryStages(NamedTuple):
+    """Stages of q and do with lse2 and delta, which are full and empty together."""
 
-    first_bufs: Any
-    second_bufs: Any
+    q_bufs: Any
+    do_bufs: Any
+    lse_bufs: Any
+    delta_bufs: Any
+    full: Any
+    empty: Any
+
+
+class KeyStages(NamedTuple):
+    """Stages of chunks of k and v, which are full and empty together."""
+
+    k_bufs: Any
+    v_bufs: Any
     full: Any
     empty: Any
 
@@ -38,8 +49,8 @@ class BiasPipeline(NamedTuple):
 class PairSumsPipelines(NamedTuple):
     """Shared memory of a program of the kernel of sums over pairs."""
 
-    q: Stages
-    kv: Stages
+    q: QueryStages
+    kv: KeyStages
     bias: BiasPipeline
 
 
@@ -50,6 +61,7 @@ class PairSumsSizes(NamedTuple):
     kv_tiles: Any
     q_len: Any
     kv_len: Any
+    q_heads: Any
     group: Any
     samples: Any
     heads: Any
@@ -93,16 +105,12 @@ class Sharer(NamedTuple):
 
 
 class PairScoring(NamedTuple):
-    """How the kernel of sums over pairs makes ds of products: `Terms`, rows of all heads, words of the mask."""
+    """How the kernel of sums over pairs makes ds of products: `Terms`, and words of the mask."""
 
     qk_scale: Any
     terms: Any
     seeds: Any
-    lse2: Any
-    delta: Any
     words: Any
-    q_heads: Any
-    q_tiles: Any
 
 
 class StageUses(NamedTuple):

@@ -20,14 +20,15 @@ from anymask.backends.hopper.kernels.blocks import block_at
 from anymask.backends.hopper.kernels.compat import tma_load
 from anymask.backends.hopper.kernels.pair_records import (
     BiasPipeline,
+    KeyStages,
     PairScoring,
     PairStep,
     PairSumsConfig,
     PairSumsPipelines,
     PairSumsSchedule,
     PairSumsSizes,
+    QueryStages,
     Sharer,
-    Stages,
     StageUses,
     Strip,
 )
@@ -103,15 +104,21 @@ def _entry_after(strip, kv_tile, i, next_sharer, first_sharer, schedule, HAS_MAS
 
 
 @gluon.jit
-def _load_queries(q_desc, do_desc, strip, sharer, q, use):
-    """Load q and do of a sharer, for the stages' use `use`."""
+def _load_queries(descs, strip, sharer, q, use, sizes):
+    """Load q and do of a sharer with lse2 and delta, for the stages' use `use`; `descs`: in this order."""
     STAGES: gl.constexpr = q.full.shape[0]
     stage, phase = stage_and_phase(use, STAGES)
     mbarrier.wait(q.empty.index(stage), phase ^ 1)
     full = q.full.index(stage)
-    mbarrier.expect(full, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
-    tma_load(q_desc, [sharer.sample, sharer.head, strip.q_tile * TILE, 0], full, q.first_bufs.index(stage))
-    tma_load(do_desc, [sharer.sample, sharer.head, strip.q_tile * TILE, 0], full, q.second_bufs.index(stage))
+    q_desc, do_desc, lse_desc, delta_desc = descs
+    row = strip.q_tile * TILE
+    # of all heads, in whole tiles
+    row_of_all = (sharer.sample * sizes.q_heads + sharer.head) * sizes.q_tiles * TILE + row
+    mbarrier.expect(full, q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * lse_desc.block_type.nbytes)
+    tma_load(q_desc, [sharer.sample, sharer.head, row, 0], full, q.q_bufs.index(stage))
+    tma_load(do_desc, [sharer.sample, sharer.head, row, 0], full, q.do_bufs.index(stage))
+    tma_load(lse_desc, [row_of_all], full, q.lse_bufs.index(stage))
+    tma_load(delta_desc, [row_of_all], full, q.delta_bufs.index(stage))
 
 
 @gluon.jit
@@ -122,8 +129,8 @@ def _load_keys(k_desc, v_desc, sharer, row, kv, use, sizes):
     mbarrier.wait(kv.empty.index(stage), phase ^ 1)
     full = kv.full.index(stage)
     mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma_load(k_desc, [sharer.sample, sharer.head // sizes.group, row, 0], full, kv.first_bufs.index(stage))
-    tma_load(v_desc, [sharer.sample, sharer.head // sizes.group, row, 0], full, kv.second_bufs.index(stage))
+    tma_load(k_desc, [sharer.sample, sharer.head // sizes.group, row, 0], full, kv.k_bufs.index(stage))
+    tma_load(v_desc, [sharer.sample, sharer.head // sizes.group, row, 0], full, kv.v_bufs.index(stage))
 
 
 @gluon.jit
@@ -143,7 +150,7 @@ def _load_block_of_bias(desc, strip, kv_tile, bias, use):
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, do_desc, bias_desc, pipes, schedule, cfg: gl.constexpr):
+def _produce(of_queries, k_desc, v_desc, bias_desc, pipes, schedule, cfg: gl.constexpr):
     """The producer warp: loads what the steps of every strip need, and a block of the bias once."""
     sizes = schedule.sizes
     HAS_MASK: gl.constexpr = cfg.HAS_MASK
@@ -156,7 +163,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, bias_desc, pipes, schedule, cfg: g
         if cfg.RESIDENT:
             sharer = first_sharer
             for _ in range(strip.first, strip.last):
-                _load_queries(q_desc, do_desc, strip, sharer, pipes.q, q_use)
+                _load_queries(of_queries, strip, sharer, pipes.q, q_use, sizes)
                 sharer = _sharer_after(sharer, strip, sizes)
                 q_use += 1
         for kv_tile in range(strip.kv_begin, strip.kv_end):
@@ -167,7 +174,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, bias_desc, pipes, schedule, cfg: g
                 next_entry = _entry_after(strip, kv_tile, i, next_sharer, first_sharer, schedule, HAS_MASK)
                 if entry != EMPTY:
                     if not cfg.RESIDENT:
-                        _load_queries(q_desc, do_desc, strip, sharer, pipes.q, q_use)
+                        _load_queries(of_queries, strip, sharer, pipes.q, q_use, sizes)
                         q_use += 1
                     for c in gl.static_range(CHUNKS):
                         row = kv_tile * TILE + c * cfg.CHUNK
@@ -211,8 +218,8 @@ def _issue(q, do, kv, use, cfg: gl.constexpr):
     zero = gl.zeros([ROWS, cfg.CHUNK], gl.float32, S_LAYOUT)
     mbarrier.wait(kv.full.index(stage), phase)
     # docs/kernels.md, finding 13
-    k = kv.first_bufs.index(opaque(stage)).reshape([cfg.CHUNK, cfg.HEAD_DIM])
-    v = kv.second_bufs.index(opaque(stage)).reshape([cfg.CHUNK, cfg.V_DIM])
+    k = kv.k_bufs.index(opaque(stage)).reshape([cfg.CHUNK, cfg.HEAD_DIM])
+    v = kv.v_bufs.index(opaque(stage)).reshape([cfg.CHUNK, cfg.V_DIM])
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     return s, dp
@@ -224,10 +231,6 @@ def _add_step(acc, strip, kv_tile, sharer, entry, uses, pipes, scoring, cfg: gl.
     CHUNKS: gl.constexpr = TILE // cfg.CHUNK
     S_LAYOUT: gl.constexpr = acc[0].type.layout
     start_q = strip.q_tile * TILE + G * ROWS
-    head = (sharer.sample * scoring.q_heads + sharer.head).to(gl.int64) * (scoring.q_tiles * TILE)
-    rows = head + start_q + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    lse2 = gl.load(scoring.lse2 + rows).expand_dims(1)
-    delta = gl.load(scoring.delta + rows).expand_dims(1)
     w = 0
     if cfg.HAS_MASK:
         # of a full tile all ones, and not read
@@ -236,11 +239,14 @@ def _add_step(acc, strip, kv_tile, sharer, entry, uses, pipes, scoring, cfg: gl.
         w = load_words(words, G * ROWS, entry != FULL, TILE, W_LAYOUT, False)
     q_stage, q_phase = stage_and_phase(uses.q, cfg.Q_STAGES)
     mbarrier.wait(pipes.q.full.index(q_stage), q_phase)
-    q = pipes.q.first_bufs.index(q_stage).reshape([TILE, cfg.HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
-    do = pipes.q.second_bufs.index(q_stage).reshape([TILE, cfg.V_DIM]).slice(G * ROWS, ROWS, dim=0)
+    q = pipes.q.q_bufs.index(q_stage).reshape([TILE, cfg.HEAD_DIM]).slice(G * ROWS, ROWS, dim=0)
+    do = pipes.q.do_bufs.index(q_stage).reshape([TILE, cfg.V_DIM]).slice(G * ROWS, ROWS, dim=0)
     flying = _issue(q, do, pipes.kv, uses.kv, cfg)
     for c in gl.static_range(1, CHUNKS):
         flying = flying + _issue(q, do, pipes.kv, uses.kv + c, cfg)
+    R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    lse2 = pipes.q.lse_bufs.index(q_stage).slice(G * ROWS, ROWS).load(R_LAYOUT).expand_dims(1)
+    delta = pipes.q.delta_bufs.index(q_stage).slice(G * ROWS, ROWS).load(R_LAYOUT).expand_dims(1)
     bias_stage, bias_phase = stage_and_phase(uses.bias, cfg.BIAS_STAGES)
     mbarrier.wait(pipes.bias.full.index(bias_stage * WARPGROUPS + G), bias_phase)
     step = PairStep(sharer, start_q, kv_tile * TILE, entry, w, lse2, delta, uses.kv, bias_stage)
@@ -314,6 +320,8 @@ def _consume(out, pipes, schedule, scoring, cfg: gl.constexpr, G: gl.constexpr):
                     kv_use += CHUNKS
                     has_bias = 1
                     if not cfg.RESIDENT:
+                        # docs/kernels.md, finding 14: of lse2 and delta
+                        fence_async_shared()
                         mbarrier.arrive(pipes.q.empty.index(stage_and_phase(q_use, cfg.Q_STAGES)[0]))
                         q_use += 1
             if has_bias == 1:
@@ -324,6 +332,7 @@ def _consume(out, pipes, schedule, scoring, cfg: gl.constexpr, G: gl.constexpr):
                 bias_use += 1
             _store_block(out, acc, strip, kv_tile, sizes, cfg, G)
         if cfg.RESIDENT:
+            fence_async_shared()
             for _ in range(strip.first, strip.last):
                 stage, phase = stage_and_phase(q_use, cfg.Q_STAGES)
                 # of a sharer whose blocks are all empty nobody has waited for it
@@ -333,10 +342,20 @@ def _consume(out, pipes, schedule, scoring, cfg: gl.constexpr, G: gl.constexpr):
 
 
 @gluon.jit
-def _stages(first_desc, second_desc, STAGES: gl.constexpr):
-    first = gl.allocate_shared_memory(first_desc.dtype, [STAGES] + first_desc.block_type.shape, first_desc.layout)
-    second = gl.allocate_shared_memory(second_desc.dtype, [STAGES] + second_desc.block_type.shape, second_desc.layout)
-    return Stages(first, second, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, WARPGROUPS))
+def _q_stages(q_desc, do_desc, lse_desc, STAGES: gl.constexpr):
+    q_bufs = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
+    do_bufs = gl.allocate_shared_memory(do_desc.dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], lse_desc.layout)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], lse_desc.layout)
+    full, empty = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, WARPGROUPS)
+    return QueryStages(q_bufs, do_bufs, lse_bufs, delta_bufs, full, empty)
+
+
+@gluon.jit
+def _kv_stages(k_desc, v_desc, STAGES: gl.constexpr):
+    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    return KeyStages(k_bufs, v_bufs, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, WARPGROUPS))
 
 
 @gluon.jit
@@ -364,7 +383,7 @@ def _bias_stages(desc, STAGES: gl.constexpr):
         "strips",
         "n_work_tiles",
     ],
-    do_not_specialize_on_alignment=["tile_map", "words", "lse2", "delta"],
+    do_not_specialize_on_alignment=["tile_map", "words"],
 )
 def _pair_sums_kernel(
     q_desc,
@@ -372,8 +391,8 @@ def _pair_sums_kernel(
     v_desc,
     do_desc,
     bias_desc,
-    lse2,
-    delta,
+    lse_desc,
+    delta_desc,
     out,
     tile_map,
     words,
@@ -414,23 +433,25 @@ def _pair_sums_kernel(
     cfg: gl.constexpr = PairSumsConfig(HEAD_DIM, V_DIM, CHUNK, Q_STAGES, KV_STAGES, BIAS_STAGES, RESIDENT, HAS_MASK)
     q_tiles, kv_tiles = (q_len + TILE - 1) // TILE, (kv_len + TILE - 1) // TILE
     pipes = PairSumsPipelines(
-        _stages(q_desc, do_desc, Q_STAGES), _stages(k_desc, v_desc, KV_STAGES), _bias_stages(bias_desc, BIAS_STAGES)
+        _q_stages(q_desc, do_desc, lse_desc, Q_STAGES),
+        _kv_stages(k_desc, v_desc, KV_STAGES),
+        _bias_stages(bias_desc, BIAS_STAGES),
     )
     sizes = PairSumsSizes(
-        q_tiles, kv_tiles, q_len, kv_len, group, samples, heads, out_samples, out_heads, parts, strips
+        q_tiles, kv_tiles, q_len, kv_len, q_heads, group, samples, heads, out_samples, out_heads, parts, strips
     )
     worker = Worker(gl.program_id(0), gl.num_programs(0))
     if tile_map is None:
         # nothing reads them
-        tile_map, words = lse2, lse2
+        tile_map, words = out, out
     schedule = PairSumsSchedule(tile_map, PlaneStrides(sample_planes, head_planes), sizes, n_work_tiles, worker)
-    scoring = PairScoring(qk_scale, terms, load_seeds(terms), lse2, delta, words, q_heads, q_tiles)
+    scoring = PairScoring(qk_scale, terms, load_seeds(terms), words)
     # argument lists are written inline (docs/kernels.md, finding 8)
     gl.warp_specialize(
         [
             (_consume, (out, pipes, schedule, scoring, cfg, gl.constexpr(0))),
             (_consume, (out, pipes, schedule, scoring, cfg, gl.constexpr(1))),
-            (_produce, (q_desc, k_desc, v_desc, do_desc, bias_desc, pipes, schedule, cfg)),
+            (_produce, ((q_desc, do_desc, lse_desc, delta_desc), k_desc, v_desc, bias_desc, pipes, schedule, cfg)),
         ],
         [4, 1],
         [240, 24],
