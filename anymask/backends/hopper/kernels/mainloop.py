@@ -144,6 +144,9 @@ def _steps(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     HAS_TERMS: gl.constexpr = len(scoring.terms) > 0
     DROPS: gl.constexpr = len(scoring.terms.dropout) == 1 if HAS_TERMS else False
+    # with a bias that may hide keys by large numbers
+    n_biases: gl.constexpr = len(scoring.terms.keys) + len(scoring.terms.pairs) if HAS_TERMS else 0
+    LIMITED: gl.constexpr = len(kv.columns) + n_biases > 0
     if HAS_TERMS:
         next_k = _start_of(begin - step_base, scoring, cfg, BLOCK_N)
     for i in range(begin, end):
@@ -165,7 +168,7 @@ def _steps(
             gl.static_assert(STEPS == 1)
             w = w_next
             words, w_next = _next_words(words, i < last_partial, mask_rows, WARPGROUP, W_LAYOUT, PACK_GQA)
-            z, m_i, alpha = update_row_max(z, m_i, w, W_LAYOUT, PLAIN)
+            z, m_i, alpha = update_row_max(z, m_i, w, W_LAYOUT, PLAIN, LIMITED)
             x = masked_exp2(z, w)
         else:
             if MASK_STEPS == "some":  # noqa: SIM102
@@ -176,7 +179,7 @@ def _steps(
                         if step == STEPS - 1:
                             wanted = i < last_partial
                             words, w_next = _next_words(words, wanted, mask_rows, WARPGROUP, W_LAYOUT, PACK_GQA)
-            z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, PLAIN)
+            z, m_i, alpha = update_row_max(z, m_i, None, W_LAYOUT, PLAIN, LIMITED)
             x = exp2(z)
         l_i = l_i * alpha + row_sum_partials(x, W_LAYOUT)
         # words and not weights: a second p in 16 bits would be moved to where the product reads it
@@ -240,7 +243,9 @@ def mainloop(
     s = warpgroup_mma_wait(0, deps=[s])
     m_i = gl.zeros([ROWS, 4], gl.float32, W_LAYOUT)
     z = mask_exponents(_exponents(s, m_i, bias, pairs, scoring), w)
-    z, m_i, _alpha = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX)
+    n_biases: gl.constexpr = len(scoring.terms.keys) + len(scoring.terms.pairs) if len(scoring.terms) > 0 else 0
+    LIMITED: gl.constexpr = len(kv.columns) + n_biases > 0
+    z, m_i, _alpha = update_row_max(z, m_i, None, W_LAYOUT, cfg.PLAIN_SOFTMAX, LIMITED)
     x = exp2(z)
     l_i = row_sum_partials(x, W_LAYOUT)
     mbarrier.wait(kv.v_full.index(stage), phase)

@@ -40,6 +40,7 @@ DROPPED_GRADIENT = gl.constexpr(
 HEADROOM = "41000000"  # 8.0
 # the row max of a row that has met a key is at least this far from 0, which is that of one that has met none
 TINY = "21800000"  # 2**-60
+LOWEST = "C6800000"  # -2**14
 
 
 @gluon.constexpr_function
@@ -174,7 +175,7 @@ def dropped_operands(n: int):
 
 
 @gluon.constexpr_function
-def update_row_max_asm(n: int, has_words: bool):
+def update_row_max_asm(n: int, has_words: bool, limited: bool):
     """PTX of `update_row_max` for the `n` exponents of a thread, $0 to $n-1, in place.
 
     $n to $n+3 are, as bits: row max of the first row, in place, its alpha, row max of the second, its alpha; zeros
@@ -197,12 +198,12 @@ def update_row_max_asm(n: int, has_words: bool):
     lines += [f"mov.b32 ${i}, 0;" for i in range(n + 4, 2 * n)]
     lines.append("@!p bra KEEP;")
     for row in (0, 2):
-        lines += _update_row_asm(n, row, has_words)
+        lines += _update_row_asm(n, row, has_words, limited)
     return "{ .reg .pred p, q; .reg .b32 a, b, c, d, x, y; .reg .f32 t, u; " + "\n".join(lines) + " KEEP: }"
 
 
 @gluon.constexpr_function
-def _update_row_asm(n: int, row: int, has_words: bool):
+def _update_row_asm(n: int, row: int, has_words: bool, limited: bool):
     """The slow path of `update_row_max_asm` for one row: u is the maximum of its exponents, then how far m moves."""
     m, alpha = f"${n + row}", f"${n + row + 1}"
     elements = [f"${i}" for i in _of_row(n, row)]
@@ -213,10 +214,11 @@ def _update_row_asm(n: int, row: int, has_words: bool):
     lines.append(f"mov.b32 u, {elements[0]};")
     lines += [f"max.f32 u, u, {x};" for x in elements[1:]]
     lines += [f"shfl.sync.bfly.b32 t, u, {lanes}, 31, 0xffffffff; max.f32 u, u, t;" for lanes in (1, 2)]
+    limit = f" max.f32 t, t, 0f{LOWEST};" if limited else ""
     lines.append(
         f"""
         setp.eq.f32 p, {m}, 0f00000000; selp.f32 t, 0fFF800000, 0f{HEADROOM}, p; setp.gt.f32 q, u, t;
-        add.f32 u, u, {m}; abs.f32 t, u; max.f32 t, t, 0f{TINY}; copysign.f32 t, u, t;
+        add.f32 u, u, {m}; abs.f32 t, u; max.f32 t, t, 0f{TINY}; copysign.f32 t, u, t;{limit}
         selp.f32 t, t, {m}, q; sub.f32 u, t, {m}; mov.b32 {m}, t;
         neg.f32 t, u; ex2.approx.ftz.f32 t, t; selp.f32 {alpha}, 0f3F800000, t, p;
         """

@@ -11,8 +11,10 @@ from anymask.backends.hopper.kernels import ptx
 from anymask.backends.hopper.kernels.words import ROWS, from_quad_view, to_quad_view
 
 HEADROOM = gl.constexpr(8.0)
-# ptx.py writes both in hexadecimal
+# ptx.py writes all three in hexadecimal
 TINY = gl.constexpr(2.0**-60)
+# of a row max under a bias: that of a tile of -1e9 would be rounded to 128, and exponents of the next tile with it
+LOWEST = gl.constexpr(-(2.0**14))
 
 
 @gluon.jit
@@ -72,7 +74,7 @@ def exponents(s, m, qk_scale):
 
 
 @gluon.jit
-def update_row_max(z, m, w, W_LAYOUT: gl.constexpr, PLAIN: gl.constexpr):
+def update_row_max(z, m, w, W_LAYOUT: gl.constexpr, PLAIN: gl.constexpr, LIMITED: gl.constexpr):
     """Let the row max `m [ROWS, 4]` of exponents `z [ROWS, N]` follow them: (z in its terms, m, alpha).
 
     A row that has met no key has m = 0, and no other row has. `w [ROWS, 4]`, if not None: words of the rows; pairs that
@@ -80,16 +82,17 @@ def update_row_max(z, m, w, W_LAYOUT: gl.constexpr, PLAIN: gl.constexpr):
     in most steps, it costs a comparison each and a vote, and leaves the z of masked pairs as they are.
 
     PLAIN takes `update_row_max_plain` in place of PTX: the same z, m and alpha of pairs that attend, bit for bit.
+    LIMITED: m is at least LOWEST. A row that has met lower scores alone has sums of 0, as one without a key.
     """
     if PLAIN:
-        z, m, alpha = update_row_max_plain(z, m, w, W_LAYOUT)
+        z, m, alpha = update_row_max_plain(z, m, w, W_LAYOUT, LIMITED)
     else:
         N: gl.constexpr = z.shape[1] // 2
         LAYOUT: gl.constexpr = z.type.layout
         HAS_WORDS: gl.constexpr = w is not None
         rows = [to_quad_view(z), m.to(gl.int32, bitcast=True).expand_dims(1).expand_dims(3)]
         z4, rest = gl.inline_asm_elementwise(
-            ptx.update_row_max_asm(N, HAS_WORDS),
+            ptx.update_row_max_asm(N, HAS_WORDS, LIMITED),
             ptx.update_row_max_operands(N, HAS_WORDS),
             rows + [w.expand_dims(1).expand_dims(3)] if HAS_WORDS else rows,
             dtype=(gl.float32, gl.int32),
@@ -105,7 +108,7 @@ def update_row_max(z, m, w, W_LAYOUT: gl.constexpr, PLAIN: gl.constexpr):
 
 
 @gluon.jit
-def update_row_max_plain(z, m, w, W_LAYOUT: gl.constexpr):
+def update_row_max_plain(z, m, w, W_LAYOUT: gl.constexpr, LIMITED: gl.constexpr):
     """`update_row_max` as tensor code, slower: it finds every row max in every step."""
     if w is not None:
         z = mask_exponents(z, w)
@@ -116,6 +119,8 @@ def update_row_max_plain(z, m, w, W_LAYOUT: gl.constexpr):
     moves = top > gl.where(has_key, HEADROOM, -float("inf"))
     # kept 2**-60 away from 0, the row max of a row that has met no key
     new = gl.where(m + top < 0.0, gl.minimum(m + top, -TINY), gl.maximum(m + top, TINY))
+    if LIMITED:
+        new = gl.maximum(new, LOWEST)
     shift = gl.where(moves, new, m) - m
     alpha = gl.where(has_key, exp2(-shift), 1.0)
     return exponents(z, shift, 1.0), gl.where(moves, new, m), alpha
