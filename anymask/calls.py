@@ -349,9 +349,9 @@ def _backward_scores(
             q, k, v, o, lse, do, dlse, block_mask, sm_scale, deterministic, scores, needs,
             **backends.pair_sums(chosen, backend),
         )  # fmt: skip
+        plan.finish((*grads[:3], *[t for t in (*grads.dense, *grads.tables, grads.sinks) if t is not None]))
     except Unplanned:
         return chosen, None
-    plan.finish((*grads[:3], *[t for t in (*grads.dense, *grads.tables, grads.sinks) if t is not None]))
     return chosen, plan
 
 

@@ -176,6 +176,7 @@ class Plan:
 
     def finish(self, outputs: tuple[Any, ...]) -> None:
         """What a call returns. What torch made on the way goes after the last step that reads it."""
+        _refuse_tensors(outputs)
         self.outputs = tuple([self._whole(t).slot for t in outputs])
         last = {slot: n for n, reads in enumerate(self._reads) for slot in reads & self._made - {*self.outputs}}
         for slot, n in sorted(last.items(), key=lambda found: -found[1]):
@@ -348,6 +349,7 @@ def launch(
     if plan is None:
         now.launch(kernel, grid, args, constants, key, **options)
         return
+    _refuse_tensors(args)
     step = _Launch(kernel, grid, args, constants, key, options)
     plan.add(step.counted if isinstance(grid[0], Count) else step, args)
 
@@ -386,6 +388,15 @@ class _Launch:
         if self._is_known and compiled is not None and self._direct is None:
             self._direct = Direct.of(compiled, grid, [_with_slots(arg) for arg in self._args])
         self._is_known = True
+
+
+def _refuse_tensors(args: Sequence[Any]) -> None:
+    """Raise Unplanned for a tensor of this call alone, which other calls of the plan would read or write."""
+    for arg in args:
+        if isinstance(arg, Tensor) or isinstance(getattr(arg, "base", None), Tensor):
+            raise Unplanned("a tensor that is no operand")
+        if isinstance(arg, tuple):
+            _refuse_tensors(arg)
 
 
 def _plan_of(args: Sequence[Any]) -> Plan | None:

@@ -75,10 +75,11 @@ def test_a_bias_fits(compiled, target):
         assert max(spilled_bytes(k) for k in kernels) <= 128
 
 
-def test_all_that_happens_to_scores_fits(compiled):
+@pytest.mark.parametrize("tables", [("relative",), ("relative_shared", "relative"), ("relative",) * 3], ids=len)
+def test_all_that_happens_to_scores_fits(compiled, tables):
     kernels = compiled("sm_90")
-    _compile_scores(dense=("by_sample", "keys_by_head"), tables=("relative",), softcap=3.0, sinks=True, dropout_p=0.1)
-    assert_fits(kernels, "sm_90", [*PASSES, "_bwd_bias_kernel", "_bwd_bias_kernel"])
+    _compile_scores(dense=("by_sample", "keys_by_head"), tables=tables, softcap=3.0, sinks=True, dropout_p=0.1)
+    assert_fits(kernels, "sm_90", [*PASSES, *["_bwd_bias_kernel"] * (1 + len(tables))])
 
 
 def _compile_scores(**kind):

@@ -194,6 +194,23 @@ def test_plans_are_those_of_the_usual_calls(driver: Driver) -> None:
         assert not driver.by_triton
 
 
+@pytest.mark.parametrize("kind", ["pairs", "alibi"])
+def test_gradients_without_a_mask_have_plans(kind: str, driver: Driver) -> None:
+    """Those that ask a mask for its tiles, and what is allocated for them."""
+    q = torch.zeros(1, HEADS, 304, DIM, dtype=torch.float16, requires_grad=True)
+    pairs, slopes = torch.zeros(HEADS, 304, 304, dtype=torch.float16), torch.ones(HEADS)
+    leaf = (pairs if kind == "pairs" else slopes).requires_grad_()
+    for _ in range(3):
+        driver.forget()
+        bias = pairs if kind == "pairs" else alibi(slopes)
+        o = attention(q, q, q, bias=bias, backend="hopper")
+        # a sum has a gradient with strides of 0
+        grads = torch.autograd.grad(o, [q, leaf], torch.zeros_like(o))
+        assert [g.shape for g in grads] == [q.shape, leaf.shape]
+    assert driver.direct
+    assert not driver.by_triton
+
+
 PASSES: dict[str, Callable[[Any], Any]] = {
     "a view": lambda t: t[None],
     "a view of a view": lambda t: t.mT[None].squeeze(0),

@@ -1,6 +1,5 @@
 """Passes of the backward kernels that both GPU backends launch: delta, and gradients summed over tile lists."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -29,7 +28,8 @@ class BackwardCall(NamedTuple):
     kv_has_pair: Tensor | None
     block_mask: BlockMask | None
     sm_scale: float
-    terms: Callable[[int, int], tuple[Any, Any]] | None = None
+    # `KernelTerms` of gpu/scores.py, with scores
+    terms: Any = None
     qk_scale: float = 0.0
     redo: Tensor | None = None
 

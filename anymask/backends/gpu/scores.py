@@ -86,6 +86,11 @@ class KernelTerms:
                 return _Parts(dense, tables[:i] + tables[i + 1 :], (_strips(x.table, q_len, kv_len), tiles[:1]))
         return _Parts(dense, tables, None)
 
+    @property
+    def n_tables(self) -> int:
+        """Tables of which kernels read an entry for each pair."""
+        return len(self._parts.tables)
+
     def __call__(self, rows: int, keys: int) -> tuple[Any, Any]:
         """`Terms` and descriptor of a kernel whose steps have so many queries and keys."""
         from anymask.backends.gpu.kernels.scores import Bias, Dropout, Table, Terms, Tiled

@@ -116,7 +116,7 @@ def sum_pairs(call: BackwardCall, scores: Scores, bias: Tensor, tiles: Tensor | 
     d, dv, chunk = padded(head_dim), padded(v.shape[3]), tuning.SUMS_CHUNK
     stages = choose_stages(d, dv, bias.element_size(), -(-cut.samples * cut.heads // cut.parts), chunk)
     terms, qk_scale = kernel_terms(scores, call.sm_scale, q_len, kv_len)
-    out = torch.empty(cut.parts, *bias.shape, dtype=bias.dtype if cut.parts == 1 else torch.float32, device=q.device)
+    out = q.new_empty(cut.parts, *bias.shape, dtype=bias.dtype if cut.parts == 1 else torch.float32)
     launch(
         _pair_sums_kernel,
         (min(programs, cut.n_work_tiles), 1, 1),

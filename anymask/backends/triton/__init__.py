@@ -85,7 +85,8 @@ def forward(
         redo = None
         if scores is None and halves.fits(q, v, block_mask, current, _allow_tf32(q)):
             redo = halves.forward(q, k, v, o, lse, block_mask, qk_scale, sm_scale < 0, current)
-        what = head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q), terms is not None
+        tables = None if terms is None else terms.n_tables
+        what = head_dim, v.shape[3], q.element_size(), use_tma, current, _allow_tf32(q), tables
         constants, options = _options("fwd", *what)
         block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
         launch_triton(
@@ -197,8 +198,8 @@ def _what(call: BackwardCall) -> tuple[Any, ...]:
     """What the options of a backward pass depend on."""
     current = target.current_target()
     use_tma = can_use_tma(current, (call.q, call.k, call.v, call.do))
-    dims, is_scored = (call.q.shape[3], call.v.shape[3]), call.terms is not None
-    return *dims, call.q.element_size(), use_tma, current, _allow_tf32(call.q), is_scored
+    dims, tables = (call.q.shape[3], call.v.shape[3]), None if call.terms is None else call.terms.n_tables
+    return *dims, call.q.element_size(), use_tma, current, _allow_tf32(call.q), tables
 
 
 def _used(q: Tensor, block_mask: BlockMask | None, view: str) -> Tensor | None:
@@ -224,11 +225,11 @@ def _options(
     use_tma: bool,
     current: tuple[str, int | str],
     allow_tf32: bool,
-    scored: bool,
+    tables: int | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constants that every launch of pass `which` shares, and its options."""
     block_d, block_dv = padded_dim(head_dim), padded_dim(v_dim)
-    config = tuning.choose(*current, use_tma, itemsize, block_d, block_dv, which, allow_tf32, scored)
+    config = tuning.choose(*current, use_tma, itemsize, block_d, block_dv, which, allow_tf32, tables)
     return kernel_options(config, head_dim, v_dim, use_tma)
 
 

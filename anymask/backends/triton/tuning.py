@@ -206,22 +206,23 @@ def choose(
     block_dv: int,
     which: str,
     allow_tf32: bool = False,
-    scored: bool = False,
+    tables: int | None = None,
 ) -> TileConfig:
     """Config of pass `which` ("fwd", "dq", "dkdv", "bias"), for inputs of `itemsize` bytes, padded head_dim and v_dim.
 
-    `scored`: with `Scores`. With `allow_tf32`, fp32 products that would be several of a lower precision become one of
-    TF32.
+    `tables`: of which a call with `Scores` reads an entry for each pair; None without `Scores`. With `allow_tf32`, fp32
+    products that would be several of a lower precision become one of TF32.
     """
     table, name = FP32 if itemsize == 4 else TABLE, family(backend, arch, use_tma)
-    has_own = scored and itemsize == 2 and name in SCORED
+    has_own = tables is not None and itemsize == 2 and name in SCORED
     rows = BIAS[itemsize] if which == "bias" else (SCORED if has_own else table)[name][which]
     larger = max(block_d, block_dv)
     row = min(key for key in rows if isinstance(key, int) and key >= larger)
     config = rows.get((block_d, block_dv)) or rows[row]
-    if scored and not has_own:
-        # a stage less leaves memory for a bias
-        config = replace(config, num_stages=max(1, config.num_stages - 1))
+    if tables is not None:
+        # a stage less leaves memory for a bias, or forward for a second table, whose entries have stages too
+        less = (max(0, tables - 1) if which == "fwd" else 0) + (not has_own)
+        config = replace(config, num_stages=max(1, config.num_stages - less))
     if allow_tf32 and config.PRECISION != "ieee":
         config = replace(config, PRECISION="tf32")
     return config
