@@ -3,11 +3,11 @@
 from tests.helpers.mutants.record import Mutant, seen_by
 
 HOPPER, NARROW = (f"anymask/backends/hopper/{name}.py" for name in ("__init__", "narrow"))
-BACKWARD, COLUMNS, DQ, FORWARD, KERNEL_TERMS, LOADS, MAINLOOP, PTX, SCHEDULER, SUMS, TERMS, WORDS = (
+BACKWARD, COLUMNS, DQ, FORWARD, KERNEL_TERMS, LOADS, MAINLOOP, PTX, SCHEDULER, STRIPS, SUMS, TERMS, WORDS = (
     f"anymask/backends/hopper/kernels/{name}.py"
     for name in (
         "backward", "columns", "backward_dq", "forward", "terms", "backward_loads", "mainloop", "ptx", "scheduler",
-        "pair_sums", "backward_terms", "words",
+        "pair_strips", "pair_sums", "backward_terms", "words",
     )
 )  # fmt: skip
 
@@ -336,7 +336,7 @@ GPU: tuple[Mutant, ...] = (
     ),
     _bug(
         "sums over pairs: blocks of the first sample for all",
-        SUMS,
+        STRIPS,
         "sample = gl.where(is_last, first_sharer.sample, next_sharer.sample)",
         "sample = first_sharer.sample",
         "test_kinds and by_head and 64-per_batch_head",
@@ -344,7 +344,7 @@ GPU: tuple[Mutant, ...] = (
     ),
     _bug(
         "sums over pairs: heads of one sample again and again",
-        SUMS,
+        STRIPS,
         "Sharer(sharer.sample + wraps.to(gl.int32), ",
         "Sharer(sharer.sample, ",
         "test_kinds and shared-64-none",
@@ -368,7 +368,7 @@ GPU: tuple[Mutant, ...] = (
     ),
     _bug(
         "sums over pairs: strips of equal lengths, and the rest lost",
-        SUMS,
+        STRIPS,
         "strip * sizes.kv_tiles // sizes.strips,\n        (strip + 1) * sizes.kv_tiles // sizes.strips,",
         "strip * (sizes.kv_tiles // sizes.strips),\n        (strip + 1) * (sizes.kv_tiles // sizes.strips),",
         "few_programs and 5-15",

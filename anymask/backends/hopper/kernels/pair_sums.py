@@ -28,79 +28,18 @@ from anymask.backends.hopper.kernels.pair_records import (
     PairSumsSchedule,
     PairSumsSizes,
     QueryStages,
-    Sharer,
     StageUses,
-    Strip,
 )
+from anymask.backends.hopper.kernels.pair_strips import entry_after, entry_at, sharer_after, sharer_at, strip_at
 from anymask.backends.hopper.kernels.pipeline import TILE, allocate_barriers, opaque, stage_and_phase
 from anymask.backends.hopper.kernels.records import PlaneStrides, Worker
-from anymask.backends.hopper.kernels.scheduler import num_work_tiles, work_index
+from anymask.backends.hopper.kernels.scheduler import num_work_tiles
 from anymask.backends.hopper.kernels.softmax import exp2, masked
 from anymask.backends.hopper.kernels.terms import add_pairs, factor, keep, load_bias, load_seeds, scored
 from anymask.backends.hopper.kernels.words import ROWS, load_words, zero_words
 
 # of a block of the bias, each of 64 queries
 WARPGROUPS = gl.constexpr(2)
-
-
-@gluon.jit
-def _strip_at(iteration, schedule):
-    """The strip of a worker's iteration. The last query tiles come first, which have the most work if causal."""
-    sizes = schedule.sizes
-    work = work_index(iteration, schedule.worker)
-    in_plane = sizes.q_tiles * sizes.strips
-    place, plane = work % in_plane, work // in_plane
-    strip = place % sizes.strips
-    output = plane % (sizes.out_samples * sizes.out_heads)
-    part = plane // (sizes.out_samples * sizes.out_heads)
-    total, parts = sizes.samples * sizes.heads, sizes.parts
-    return Strip(
-        plane,
-        output // sizes.out_heads,
-        output % sizes.out_heads,
-        sizes.q_tiles - 1 - place // sizes.strips,
-        strip * sizes.kv_tiles // sizes.strips,
-        (strip + 1) * sizes.kv_tiles // sizes.strips,
-        total * part // parts,
-        total * (part + 1) // parts,
-    )
-
-
-@gluon.jit
-def _sharer_at(strip, i, sizes):
-    """The i-th sample and head that share a strip."""
-    return Sharer(strip.sample + i // sizes.heads, strip.head + i % sizes.heads)
-
-
-@gluon.jit
-def _sharer_after(sharer, strip, sizes):
-    """The next one: all heads of a sample, then those of the next sample."""
-    wraps = sharer.head + 1 == strip.head + sizes.heads
-    return Sharer(sharer.sample + wraps.to(gl.int32), gl.where(wraps, strip.head, sharer.head + 1))
-
-
-@gluon.jit
-def _entry_at(strip, kv_tile, sharer, schedule, HAS_MASK: gl.constexpr):
-    """What the map of tiles says of a block of a sharer; FULL without a mask."""
-    entry = FULL
-    if HAS_MASK:
-        sizes, strides = schedule.sizes, schedule.plane_strides
-        plane = (sharer.sample * strides.sample + sharer.head * strides.head).to(gl.int64)
-        entry = gl.load(schedule.tile_map + (plane * sizes.q_tiles + strip.q_tile) * sizes.kv_tiles + kv_tile)
-    return entry
-
-
-@gluon.jit
-def _entry_after(strip, kv_tile, i, next_sharer, first_sharer, schedule, HAS_MASK: gl.constexpr):
-    """`_entry_at` of the step after that of the i-th sharer; past the last one of a strip, of one that exists."""
-    entry = FULL
-    if HAS_MASK:
-        is_last = i + 1 == strip.last
-        kv_tile = gl.where(is_last, gl.minimum(kv_tile + 1, schedule.sizes.kv_tiles - 1), kv_tile)
-        sample = gl.where(is_last, first_sharer.sample, next_sharer.sample)
-        head = gl.where(is_last, first_sharer.head, next_sharer.head)
-        entry = _entry_at(strip, kv_tile, Sharer(sample, head), schedule, HAS_MASK)
-    return entry
 
 
 @gluon.jit
@@ -157,21 +96,21 @@ def _produce(of_queries, k_desc, v_desc, bias_desc, pipes, schedule, cfg: gl.con
     CHUNKS: gl.constexpr = TILE // cfg.CHUNK
     q_use, kv_use, bias_use = 0, 0, 0
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
-        strip = _strip_at(iteration, schedule)
-        first_sharer = _sharer_at(strip, strip.first, sizes)
-        next_entry = _entry_at(strip, strip.kv_begin, first_sharer, schedule, HAS_MASK)
+        strip = strip_at(iteration, schedule)
+        first_sharer = sharer_at(strip, strip.first, sizes)
+        next_entry = entry_at(strip, strip.kv_begin, first_sharer, schedule, HAS_MASK)
         if cfg.RESIDENT:
             sharer = first_sharer
             for _ in range(strip.first, strip.last):
                 _load_queries(of_queries, strip, sharer, pipes.q, q_use, sizes)
-                sharer = _sharer_after(sharer, strip, sizes)
+                sharer = sharer_after(sharer, strip, sizes)
                 q_use += 1
         for kv_tile in range(strip.kv_begin, strip.kv_end):
             lacks_bias, next_sharer = 1, first_sharer
             for i in range(strip.first, strip.last):
                 entry, sharer = next_entry, next_sharer
-                next_sharer = _sharer_after(sharer, strip, sizes)
-                next_entry = _entry_after(strip, kv_tile, i, next_sharer, first_sharer, schedule, HAS_MASK)
+                next_sharer = sharer_after(sharer, strip, sizes)
+                next_entry = entry_after(strip, kv_tile, i, next_sharer, first_sharer, schedule, HAS_MASK)
                 if entry != EMPTY:
                     if not cfg.RESIDENT:
                         _load_queries(of_queries, strip, sharer, pipes.q, q_use, sizes)
@@ -301,16 +240,16 @@ def _consume(out, pipes, schedule, scoring, cfg: gl.constexpr, G: gl.constexpr):
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.CHUNK, 16])
     q_use, kv_use, bias_use = 0, 0, 0
     for iteration in range(num_work_tiles(schedule.n_work_tiles, schedule.worker)):
-        strip = _strip_at(iteration, schedule)
-        first_sharer = _sharer_at(strip, strip.first, sizes)
-        next_entry = _entry_at(strip, strip.kv_begin, first_sharer, schedule, HAS_MASK)
+        strip = strip_at(iteration, schedule)
+        first_sharer = sharer_at(strip, strip.first, sizes)
+        next_entry = entry_at(strip, strip.kv_begin, first_sharer, schedule, HAS_MASK)
         for kv_tile in range(strip.kv_begin, strip.kv_end):
             acc = (gl.zeros([ROWS, cfg.CHUNK], gl.float32, S_LAYOUT),) * CHUNKS
             has_bias, next_sharer = 0, first_sharer
             for i in range(strip.first, strip.last):
                 entry, sharer = next_entry, next_sharer
-                next_sharer = _sharer_after(sharer, strip, sizes)
-                next_entry = _entry_after(strip, kv_tile, i, next_sharer, first_sharer, schedule, HAS_MASK)
+                next_sharer = sharer_after(sharer, strip, sizes)
+                next_entry = entry_after(strip, kv_tile, i, next_sharer, first_sharer, schedule, HAS_MASK)
                 if entry != EMPTY:
                     at = q_use
                     if cfg.RESIDENT:
