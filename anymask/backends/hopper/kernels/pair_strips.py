@@ -1,4 +1,4 @@
-"""The walk of the kernel of sums over pairs: a worker's strips of blocks, their sharers, and what a mask says of them."""
+"""The walk of the sums over pairs: a worker's strips of blocks, their sharers, and what a mask says of them."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
