@@ -265,7 +265,10 @@ def _forward(
     chosen = backends.choose(q, k, v, block_mask, backend)
     if not _is_planned(chosen):
         return chosen, None
-    plan.finish(chosen.forward(q, k, v, block_mask, sm_scale))
+    try:
+        plan.finish(chosen.forward(q, k, v, block_mask, sm_scale))
+    except Unplanned:
+        return chosen, None
     return chosen, plan
 
 
@@ -290,7 +293,10 @@ def _backward(
     if not _is_planned(chosen) or (deterministic and _reads_lists(chosen, q, k, v, block_mask)):
         return chosen, None
     of_lse = dlse[0] if dlse else None
-    plan.finish(chosen.backward(q, k, v, o, lse, do, of_lse, block_mask, sm_scale, deterministic))
+    try:
+        plan.finish(chosen.backward(q, k, v, o, lse, do, of_lse, block_mask, sm_scale, deterministic))
+    except Unplanned:
+        return chosen, None
     return chosen, plan
 
 

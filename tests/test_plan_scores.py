@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +210,17 @@ def test_gradients_without_a_mask_have_plans(kind: str, driver: Driver) -> None:
         assert [g.shape for g in grads] == [q.shape, leaf.shape]
     assert driver.direct
     assert not driver.by_triton
+
+
+def test_tensors_of_one_call_are_refused() -> None:
+    """Other calls of the plan would read or write them."""
+    own, made = torch.zeros(3), plan.Plan(CPU)
+    x = made.operand((3,), (1,), torch.float32, 0)
+    for args in ((x, own), (x, (own,)), (x, SimpleNamespace(base=own))):
+        with pytest.raises(plan.Unplanned, match="no operand"):
+            plan.launch(None, (1, 1, 1), args, {}, ())
+    with pytest.raises(plan.Unplanned, match="no operand"):
+        made.finish((x, own))
 
 
 PASSES: dict[str, Callable[[Any], Any]] = {

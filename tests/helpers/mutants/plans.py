@@ -150,4 +150,18 @@ PLANS = (
         "[:1]",
         seen_by("test_compiled", "few_tensors"),
     ),
+    Mutant(
+        "plan: a tensor of one call in a tuple",
+        PLAN,
+        "            _refuse_tensors(arg)\n",
+        "            pass\n",
+        seen_by("test_plan_scores", "of_one_call"),
+    ),
+    Mutant(
+        "plan: an output of one call",
+        PLAN,
+        "        _refuse_tensors(outputs)\n",
+        "",
+        seen_by("test_plan_scores", "of_one_call"),
+    ),
 )

@@ -249,4 +249,11 @@ SCORES: tuple[Mutant, ...] = (
         "parts = min(MAX_PARTS, *most)",
         seen_by("test_pair_sums", "cut_for_all"),
     ),
+    Mutant(
+        "row max: no limit under a bias",
+        "anymask/backends/hopper/kernels/ptx.py",
+        'f" max.f32 t, t, 0f{LOWEST};" if limited else ""',
+        '""',
+        seen_by("test_row_max", "large_numbers"),
+    ),
 )
