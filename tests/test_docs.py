@@ -62,7 +62,8 @@ def test_python_blocks_run_one_after_the_other(page: Path, tmp_path: Path, monke
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", _without_code(page.read_text())):
+    for target in re.findall(r"\]\(([^)]+)\)", _without_code(page.read_text())):
+        assert not re.search(r"\s", target), f"{page.name} breaks the line of a link to {target.strip()}"
         if target.startswith(("https://", "http://")):
             continue
         path, _, anchor = target.partition("#")
