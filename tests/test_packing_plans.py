@@ -22,43 +22,15 @@ from anymask.mask.program import program_of
 from anymask.packing import triton as triton_pack
 from anymask.packing.triton import answer, plans
 from anymask.packing.triton.answer import Answer, Totals
-from benchmarks import host
-from tests.helpers.driver import STREAM, Driver
+from tests.helpers.driver import Driver, in_place_of_triton
 
 CPU = torch.device("cpu")
 
 
-class Forgetful(dict[Any, Any]):
-    """Finds no kernel, so that every launch by Triton is written down."""
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return default
-
-
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """Packing launches nothing, and is told `driver.totals`."""
-    from triton import knobs
-    from triton.runtime import driver as of_triton
-    from triton.runtime.jit import JITFunction
-
-    from anymask import direct, launch
-
-    if knobs.runtime.interpret:
-        pytest.skip("the interpreter has no driver")
-    found = Driver()
-    with host.stubbed(), pytest.MonkeyPatch.context() as patch:
-        run = JITFunction.run
-
-        def both(*args: Any, **named: Any) -> Any:
-            # the stubs clear what they ran
-            run(*args, **named)
-            return found.run(*args, **named)
-
-        patch.setattr(JITFunction, "run", both)
-        patch.setattr(of_triton.active, "get_current_stream", lambda device: STREAM)
-        patch.setattr(direct, "_library", found.library)
-        patch.setattr(launch, "_kernels", Forgetful())
+def driver() -> Iterator[Driver]:
+    """Packing launches nothing."""
+    with in_place_of_triton() as (found, _):
         plans.forget()
         yield found
     plans.forget()

@@ -128,16 +128,15 @@ class Forgetful(dict[Any, Any]):
 
 
 @contextmanager
-def launches() -> Iterator[Driver]:
-    """What calls of the GPU backends launch, of CPU tensors."""
+def in_place_of_triton() -> Iterator[tuple[Driver, pytest.MonkeyPatch]]:
+    """A `Driver` that all launches go to, and what is undone after it."""
     from triton import knobs
     from triton.runtime import driver as of_triton
     from triton.runtime.jit import JITFunction
 
     if knobs.runtime.interpret:
         pytest.skip("the interpreter has no driver")
-    found, precision = Driver(), torch.backends.cuda.matmul.fp32_precision
-    triton_backend._options.cache_clear()
+    found = Driver()
     with host.stubbed(), pytest.MonkeyPatch.context() as patch:
         run = JITFunction.run
 
@@ -150,6 +149,15 @@ def launches() -> Iterator[Driver]:
         patch.setattr(of_triton.active, "get_current_stream", lambda device: STREAM)
         patch.setattr(direct, "_library", found.library)
         patch.setattr(launch, "_kernels", Forgetful())
+        yield found, patch
+
+
+@contextmanager
+def launches() -> Iterator[Driver]:
+    """What calls of the GPU backends launch, of CPU tensors."""
+    precision = torch.backends.cuda.matmul.fp32_precision
+    triton_backend._options.cache_clear()
+    with in_place_of_triton() as (found, patch):
         patch.setattr(triton_backend, "why_not", lambda *args: None)
         # dq apart for columns of few tiles
         patch.setattr(hopper.tuning, "MANY_COLUMNS", 0)
