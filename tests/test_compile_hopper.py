@@ -315,6 +315,8 @@ def test_wide_dims_keep_their_registers(hopper_kernels, dim, v_dim, masked):
         assert spilled_bytes(kernel) <= FEW_WIDE_BYTES, name
         loops = loops_with_products(kernel)
         assert len(loops) == 2, name
+        # forward, steps start one after what is carried
+        assert steps_go_on(kernel) == [name != "_fwd_kernel"] * 2, name
         for body in loops:
             assert not [op for op in body if op.startswith("STL")], name
             assert sum(op.startswith("LDL") for op in body) <= FEW_LOADS, name

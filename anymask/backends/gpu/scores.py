@@ -76,7 +76,7 @@ class KernelTerms:
         """
         dense, tables = list(self._scores.dense), list(self._scores.lookups)
         for i, t in enumerate(dense):
-            if self._use_tma and _loadable(t):
+            if self._use_tma and min(t.shape[2:]) > 1 and is_loadable(t):
                 return _Parts(dense[:i] + dense[i + 1 :], tables, (t, ()))
         q_len, kv_len = self._lengths
         tiles = tiles_over(q_len), tiles_over(kv_len)
@@ -115,12 +115,12 @@ class KernelTerms:
         return Terms(tuple(dense), tuple(tables), tiled, self._factor, cap, sinks, drop), blocks
 
 
-def _loadable(t: Tensor) -> bool:
-    """Whether the copy engine can read a term of pairs: rows of aligned, neighbouring keys."""
+def is_loadable(t: Tensor) -> bool:
+    """Whether the copy engine can read `t [batch, heads, rows, columns]`: rows of aligned, neighbouring elements."""
     size = t.element_size()
     steps = [step * size for n, step in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
     aligned = t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
-    return min(t.shape[2:]) > 1 and t.stride(3) == 1 and size <= 4 and aligned
+    return t.stride(3) == 1 and aligned
 
 
 def _descriptor(t: Tensor, rows: int, keys: int) -> Any:

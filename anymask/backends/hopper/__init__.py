@@ -31,6 +31,7 @@ from anymask.backends.hopper.order import swizzle_heads
 from anymask.backends.hopper.pair_sums import HopperPairSums, why_not_sums
 from anymask.backends.hopper.scores import backward_terms, forward_scores, has_terms, pairs_of, why_not_scores
 from anymask.backends.hopper.scores import why_not_gradients as why_not_gradients
+from anymask.backends.hopper.tuning import NARROW
 from anymask.block_mask import BlockMask
 from anymask.launch import device_guard
 from anymask.layout import empty_as
@@ -41,8 +42,6 @@ from anymask.tiles import TILE, tiles_over
 DTYPES = (torch.float16, torch.bfloat16)
 # below, the Triton kernels pad less
 MIN_HEAD_DIM, MAX_HEAD_DIM = 33, 256
-# up to it a warpgroup has registers for dk and dv of 64 keys
-NARROW = 128
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, scores: Scores | None = None) -> str | None:

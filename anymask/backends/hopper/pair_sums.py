@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.backends.gpu.arguments import can_use_tma, plane_strides
+from anymask.backends.gpu.arguments import can_use_tma, padded_dim, plane_strides
 from anymask.backends.gpu.passes import BackwardCall
-from anymask.backends.gpu.scores import DENSE_DTYPES, MAX_PAIRS, MAX_PARTS, Options, PairSums
+from anymask.backends.gpu.scores import DENSE_DTYPES, MAX_PAIRS, MAX_PARTS, Options, PairSums, is_loadable
 from anymask.backends.hopper import tuning
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor, tile_descriptor
-from anymask.backends.hopper.scores import bias_descriptor, is_loadable, kernel_terms
+from anymask.backends.hopper.scores import bias_descriptor, kernel_terms
 from anymask.launch import args_key, int_key
 from anymask.plan import launch
 from anymask.scores import Scores
@@ -20,10 +20,6 @@ from anymask.tiles import TILE, tiles_over
 
 # programs a multiprocessor for which sums are cut into parts, and strips for which rows of blocks are
 PARTS_EACH, STRIPS_EACH = 1, 8
-
-
-# the most that head_dim or v_dim may be
-MAX_DIM = 128
 
 
 class Stages(NamedTuple):
@@ -80,8 +76,8 @@ def choose_stages(head_dim: int, v_dim: int, bias_size: int, sharers: int, chunk
 def why_not_sums(call: BackwardCall, scores: Scores) -> str | None:
     """Why the kernel cannot sum the pairs of a call on a Hopper GPU, or None."""
     dims, tensors = (call.q.shape[3], call.v.shape[3]), (call.q, call.k, call.v, call.do)
-    if max(dims) > MAX_DIM:
-        return f"head_dim is {dims[0]} and v_dim {dims[1]}, the kernel takes up to {MAX_DIM}"
+    if max(dims) > tuning.NARROW:
+        return f"head_dim is {dims[0]} and v_dim {dims[1]}, the kernel takes up to {tuning.NARROW}"
     if not can_use_tma(("cuda", 90), tensors):
         return "q, k, v or do are not of 16 bits, or have strides that are not multiples of 16 bytes"
     pairs = [t for t in scores.dense if min(t.shape[2:]) > 1]
@@ -113,7 +109,7 @@ def sum_pairs(call: BackwardCall, scores: Scores, bias: Tensor, tiles: Tensor | 
     q, k, v, block_mask = call.q, call.k, call.v, call.block_mask
     (_, q_heads, q_len, head_dim), kv_len = q.shape, k.shape[2]
     cut = cut_sums(q, bias, programs)
-    d, dv, chunk = padded(head_dim), padded(v.shape[3]), tuning.SUMS_CHUNK
+    d, dv, chunk = padded_dim(head_dim), padded_dim(v.shape[3]), tuning.SUMS_CHUNK
     stages = choose_stages(d, dv, bias.element_size(), -(-cut.samples * cut.heads // cut.parts), chunk)
     terms, qk_scale = kernel_terms(scores, call.sm_scale, q_len, kv_len)
     out = q.new_empty(cut.parts, *bias.shape, dtype=bias.dtype if cut.parts == 1 else torch.float32)
@@ -175,8 +171,3 @@ def _descriptors(call: BackwardCall, d: int, dv: int, chunk: int) -> tuple[Any, 
         tile_descriptor(t, tuple(t.shape), block_of((1, 1, rows, columns), q.dtype))
         for t, rows, columns in ((q, TILE, d), (k, chunk, d), (v, chunk, dv), (do, TILE, dv))
     )
-
-
-def padded(dim: int) -> int:
-    """What head_dim or v_dim is padded to."""
-    return next(n for n in (16, 32, 64, 128) if dim <= n)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anymask.backends.gpu.arguments import LOG2_E
 from anymask.backends.gpu.passes import BackwardCall
+from anymask.backends.gpu.scores import is_loadable
 from anymask.backends.hopper import tuning
 from anymask.backends.hopper.columns import LEAST_SCALE, columns_descriptor, key_columns, planes_of
 from anymask.backends.hopper.descriptors import WARPGROUP_ROWS, block_of, descriptor
@@ -70,14 +71,6 @@ def why_not_gradients(scores: Scores) -> str | None:
     """Why the backward kernels cannot take scores that the forward kernel takes, or None."""
     unknown = [name for name in _asked(scores) if name not in COMPARED_GRADIENTS]
     return f"the call has a {unknown[0]}, whose gradients other kernels do faster" if unknown else None
-
-
-def is_loadable(t: Tensor) -> bool:
-    """Whether the copy engine can read `t [batch, heads, rows, columns]`: rows of aligned, neighbouring elements."""
-    size = t.element_size()
-    steps = [size * step for n, step in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
-    aligned = t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
-    return t.stride(3) == 1 and aligned
 
 
 def has_terms(scores: Scores | None) -> bool:

@@ -47,6 +47,8 @@ class DQConfig:
     V_STAGES: int
 
 
+# head_dim and v_dim up to which a warpgroup has registers for dk and dv of 64 keys
+NARROW = 128
 # padded head_dim and v_dim that there are kernels for, the smallest first
 DIMS = ((64, 64), (96, 128), (128, 128), (192, 128), (192, 192), (256, 256))
 # padded head_dim, or both of DIMS where they differ -> options

@@ -16,7 +16,7 @@ from anymask.backends.hopper.kernels.blocks import block_at
 from anymask.backends.hopper.kernels.compat import tma_load
 from anymask.backends.hopper.kernels.words import ROWS
 
-# largest absolute value of a finite bias: in base 2 the row max is rounded to 8, by which a power may be too large
+# largest absolute value of a finite bias: beyond it the row max is rounded by more than an exponent may be above 0
 LARGEST = tl.constexpr(2.0**26)
 
 
@@ -71,8 +71,8 @@ def _columns_kernel(
 ):  # fmt: skip
     """Writes `columns [batch, heads, kv_len, COLUMNS]` of a bias `[batch, heads, kv_len]`, in the unit of q.k.
 
-    The sum of a row is `bias * unit`, exactly as fp32 has it, of a bias up to LARGEST. Grid: (blocks of
-    keys, planes).
+    The sum of a row is `bias * unit`, exactly as fp32 has it, of a bias up to LARGEST. Grid: (blocks of keys,
+    planes).
     """
     keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     plane = tl.program_id(1).to(tl.int64)
